@@ -1,0 +1,19 @@
+"""The definition of every op in plain torch: what the kernels are judged against. Imports torch alone."""
+
+from pyaccel.reference.activation import activation
+from pyaccel.reference.attention import scaled_dot_product_attention, varlen_attention
+from pyaccel.reference.int8_matmul import int8_matmul
+from pyaccel.reference.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
+from pyaccel.reference.residual_layernorm import ResidualLayerNormOutput, residual_layernorm
+
+__all__ = [
+    "ResidualLayerNormOutput",
+    "activation",
+    "int8_matmul",
+    "quantize_per_channel",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "residual_layernorm",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

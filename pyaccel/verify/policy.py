@@ -1,0 +1,90 @@
+"""The numerics policy: how far a result may be from the truth, the one place that holds these numbers.
+
+A result is judged against an fp64 truth by the error that good plain PyTorch makes in the same dtype on the same
+input: at most ``RATIO`` times that error plus a few units in the last place, in the maximum and in the root mean
+square, both always. The method is that of flash-attention's tests, which compare with a plain reference twice:
+upcast, and in the dtype itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_RATIO = 3.0
+MAX_EPS = 4.0
+RMS_RATIO = 3.0
+RMS_RATIO_FP32 = 6.0
+RMS_EPS = 0.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors of a result beside what the policy allows.
+
+    Attributes:
+        max_error, rms_error: of the result, from the truth; inf where it isn't finite and the truth is.
+        max_allowed, rms_allowed: what the policy allows them to be.
+        worst: index of the largest error.
+    """
+
+    max_error: float
+    max_allowed: float
+    rms_error: float
+    rms_allowed: float
+    worst: tuple[int, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether both errors are within the policy."""
+        return self.max_error <= self.max_allowed and self.rms_error <= self.rms_allowed
+
+    def __str__(self) -> str:
+        return (
+            f"max error {self.max_error:.3g} (allowed {self.max_allowed:.3g}), "
+            f"RMS error {self.rms_error:.3g} (allowed {self.rms_allowed:.3g}), worst at {self.worst}"
+        )
+
+
+def judge(out: Tensor, truth: Tensor, naive: Tensor) -> Verdict:
+    """Judge ``out`` by the policy.
+
+    Args:
+        out: the result under test, floating.
+        truth: the same, fp64. Its infinities must be matched exactly.
+        naive: what plain PyTorch gives in the dtype of ``out``.
+
+    Raises:
+        ValueError: shapes or dtypes that can't be compared.
+    """
+    if truth.dtype != torch.float64:
+        raise ValueError(f"the truth must be float64, got {truth.dtype}")
+    if not out.shape == truth.shape == naive.shape:
+        raise ValueError(f"shapes differ: {tuple(out.shape)}, {tuple(truth.shape)}, {tuple(naive.shape)}")
+    if out.dtype != naive.dtype:
+        raise ValueError(f"the result is {out.dtype} and plain PyTorch's {naive.dtype}")
+    if out.numel() == 0:
+        return Verdict(0.0, 0.0, 0.0, 0.0, ())
+    eps = torch.finfo(out.dtype).eps
+    ratio = RMS_RATIO_FP32 if out.dtype == torch.float32 else RMS_RATIO
+    out, naive, truth = (t.detach().double().cpu() for t in (out, naive, truth))
+    infinite = truth.isinf()
+    wrong = torch.where(infinite, out != truth, ~out.isfinite())
+    out, naive, truth = (t.masked_fill(infinite, 0.0) for t in (out, naive, truth))
+    error = (out - truth).abs().masked_fill(wrong, math.inf)
+    naive_error = naive - truth
+    return Verdict(
+        max_error=error.max().item(),
+        max_allowed=MAX_RATIO * naive_error.abs().max().item() + MAX_EPS * eps * truth.abs().max().item(),
+        rms_error=rms(error),
+        rms_allowed=ratio * rms(naive_error) + RMS_EPS * eps * rms(truth),
+        worst=tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape)),
+    )
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square."""
+    return math.sqrt(x.square().mean().item())

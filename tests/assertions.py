@@ -1,0 +1,55 @@
+"""Assertions by the one numerics policy, :mod:`pyaccel.verify.policy`. No other test file holds a tolerance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyaccel.verify.policy import judge
+
+# Saved statistics are fp32 numbers whatever the dtype of the data: a 16-bit bound would hide a wrong variance.
+STATISTIC_EPS = 32.0
+
+
+def assert_close_to_truth(out: Tensor, truth: Tensor, naive: Tensor, *, name: str = "") -> None:
+    """``out`` is within the policy.
+
+    Args:
+        out: the result under test.
+        truth: the same in fp64.
+        naive: what plain PyTorch gives in the dtype of ``out``.
+    """
+    verdict = judge(out, truth, naive)
+    assert verdict.right, (
+        f"{name or 'result'}: {verdict}: got {out[verdict.worst].item():.9g}, "
+        f"truth {truth[verdict.worst].item():.9g} (dtype {out.dtype}, shape {tuple(out.shape)})"
+    )
+
+
+def assert_statistic(out: Tensor, truth: Tensor, *, scale: Tensor | float = 0.0, name: str = "") -> None:
+    """A saved statistic (mean, rstd, LSE) is right as an fp32 number, element by element.
+
+    Args:
+        scale: magnitude of what was summed, where the statistic itself may cancel (a mean of large values).
+    """
+    assert out.dtype == torch.float32, f"{name}: statistics are fp32, got {out.dtype}"
+    assert out.shape == truth.shape, f"{name}: shapes {tuple(out.shape)}, {tuple(truth.shape)}"
+    out, truth = out.detach().double().cpu(), truth.detach().cpu()
+    infinite = truth.isinf()
+    assert torch.equal(out[infinite], truth[infinite]), f"{name}: infinities differ from the truth's"
+    out, truth = out.masked_fill(infinite, 0.0), truth.masked_fill(infinite, 0.0)
+    bound = STATISTIC_EPS * torch.finfo(torch.float32).eps * (truth.abs() + torch.as_tensor(scale).cpu())
+    wrong = ~((out - truth).abs() <= bound)
+    assert not wrong.any(), (
+        f"{name}: {int(wrong.sum())} of {wrong.numel()} are over {STATISTIC_EPS} fp32 eps off, the first "
+        f"{out[wrong][0].item():.9g} where the truth is {truth[wrong][0].item():.9g}"
+    )
+
+
+def assert_bits_equal(a: Tensor, b: Tensor, *, name: str = "") -> None:
+    """Equal dtype, shape and bits; NaNs with equal bits are equal."""
+    assert a.dtype == b.dtype, f"{name}: {a.dtype} against {b.dtype}"
+    assert a.shape == b.shape, f"{name}: {tuple(a.shape)} against {tuple(b.shape)}"
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    different = a.detach().contiguous().view(width) != b.detach().contiguous().view(width)
+    assert not different.any(), f"{name}: {int(different.sum())} of {a.numel()} elements differ in their bits"
