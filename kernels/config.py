@@ -1,0 +1,93 @@
+"""Launch configurations: frozen values, and the pure heuristics that give them.
+
+A heuristic is a function of sizes and device alone, so that two runs launch the same programs and give the
+same bits; nothing is timed at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_ROW = 16384
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How a row kernel cuts ``[n_rows, n_cols]``.
+
+    Attributes:
+        block_rows: rows a program holds at a time.
+        block_n: columns a program holds at a time, a power of two.
+        num_warps: warps a program.
+        programs_per_sm: size of a persistent grid; 0 where the grid covers the rows.
+        tiled: the row doesn't fit in registers and is walked in tiles of ``block_n`` columns.
+    """
+
+    block_rows: int
+    block_n: int
+    num_warps: int
+    programs_per_sm: int = 0
+    tiled: bool = False
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        grid = f", {self.programs_per_sm} programs an SM" if self.programs_per_sm else ""
+        return f"{self.block_rows}x{self.block_n}{' tiled' if self.tiled else ''}, {self.num_warps} warps{grid}"
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 1).bit_length()
+
+
+def _check_row(n_cols: int) -> None:
+    if not 1 <= n_cols <= MAX_ROW:
+        raise ValueError(f"row kernels take rows of 1 to {MAX_ROW} elements, got {n_cols}")
+
+
+def residual_layernorm_forward(n_cols: int) -> RowConfig:
+    """Rows stay in registers, 16 elements a thread, several short rows a program.
+
+    The number of rows plays no part: a row's bits don't depend on what it is batched with.
+    """
+    _check_row(n_cols)
+    block_n = max(_next_power_of_2(n_cols), 64)
+    block_rows = max(2048 // block_n, 1)
+    return RowConfig(block_rows, block_n, num_warps=min(max(block_n // 512, 4), 16))
+
+
+def residual_layernorm_backward(n_cols: int) -> RowConfig:
+    """A persistent grid whose programs keep the column sums of their rows in registers.
+
+    Above 4096 columns these sums no longer fit beside the row; the tiled kernel keeps them in memory.
+    """
+    _check_row(n_cols)
+    block_n = max(_next_power_of_2(n_cols), 64)
+    if block_n > 4096:
+        return RowConfig(4, 1024, num_warps=8, programs_per_sm=2, tiled=True)
+    block_rows = max(2048 // block_n, 1)
+    return RowConfig(block_rows, block_n, num_warps=max(block_n // 512, 4), programs_per_sm=2)
+
+
+@dataclass(frozen=True)
+class ColumnSumConfig:
+    """How partial sums ``[n_partials, n_cols]`` are added up: columns a program, rows it holds at a time."""
+
+    block_p: int
+    block_n: int
+    num_warps: int
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return f"{self.block_p}x{self.block_n}, {self.num_warps} warps"
+
+
+def column_sum() -> ColumnSumConfig:
+    """One shape for every size: few columns a program, so that even 768 columns keep 24 programs busy."""
+    return ColumnSumConfig(block_p=64, block_n=32, num_warps=4)
+
+
+def persistent_programs(config: RowConfig, n_rows: int, num_sms: int) -> int:
+    """Programs of a persistent row kernel: what the device holds at once, and no more than there are blocks."""
+    return min(-(-n_rows // config.block_rows), config.programs_per_sm * num_sms)

@@ -1,0 +1,35 @@
+"""The dropout mask: Philox4x32-10 of a key and of logical positions (see pyaccel/reference/philox.py)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def threshold_bits(dropout_p: float) -> int:
+    """``round(p * 2**32)`` as the int32 with the same bits, so that every p is passed as one type."""
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    return threshold - 2**32 if threshold >= 2**31 else threshold
+
+
+def keep_scale(dropout_p: float) -> float:
+    """The factor of what is kept: 1 / (1 - p); 0 for p = 1, where nothing is to remain."""
+    return 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+@triton.jit
+def dropout_tile(x, key_ptr, o_row, first_col, stream, threshold, scale, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Dropout of ``x`` [ROWS, COLS], whose rows are ``o_row`` [ROWS] and whose columns begin at ``first_col``.
+
+    ``first_col`` is a multiple of 4: one Philox call gives the words of 4 neighbouring columns.
+    """
+    seed = tl.load(key_ptr)
+    c3 = tl.load(key_ptr + 1).to(tl.uint32)
+    o_quad = (first_col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)
+    c0 = tl.broadcast_to(o_quad[None, :], (ROWS, COLS // 4))
+    c1 = tl.broadcast_to(o_row.to(tl.uint32)[:, None], (ROWS, COLS // 4))
+    zero = tl.zeros((ROWS, COLS // 4), dtype=tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + stream.to(tl.uint32), zero + c3)
+    # [ROWS, COLS / 4] x 4 words -> [ROWS, COLS], word i of quad j at column 4 j + i
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLS))
+    return tl.where(words >= threshold.to(tl.uint32, bitcast=True), x * scale, 0.0)

@@ -1,0 +1,119 @@
+"""Bias + dropout + residual + LayerNorm, forward: one read of each input, one write of each output.
+
+Method: LayerNorm (arXiv:1607.06450) with two-pass statistics in fp32 over a row held in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyaccel.kernels.config import RowConfig
+from pyaccel.kernels.device import device_guard
+from pyaccel.kernels.philox import dropout_tile, keep_scale, threshold_bits
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def forward_kernel(
+    out_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_bias_ptr,
+    key_ptr,
+    stride_x_row,
+    stride_x_col,
+    stride_residual_row,
+    stride_residual_col,
+    n_rows,
+    n_cols,
+    eps,
+    scale,
+    threshold,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A pointer that is None stands for an input that isn't there or an output that isn't wanted."""
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    o_col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m_row = o_row < n_rows
+    m_col = o_col < n_cols
+    mask = m_row[:, None] & m_col[None, :]
+    row, col = o_row[:, None], o_col[None, :]
+    x = tl.load(x_ptr + row * stride_x_row + col.to(tl.int64) * stride_x_col, mask=mask, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        x += tl.load(x_bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    if key_ptr is not None:
+        x = dropout_tile(x, key_ptr, o_row, 0, tl.to_tensor(0), threshold, scale, BLOCK_ROWS, BLOCK_N)
+    if residual_ptr is not None:
+        offset = row * stride_residual_row + col.to(tl.int64) * stride_residual_col
+        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + row * n_cols + col, x.to(sum_ptr.dtype.element_ty), mask=mask)
+
+    mean = tl.sum(x, axis=1) / n_cols  # [BLOCK_ROWS]
+    centred = tl.where(mask, x - mean[:, None], 0.0)  # [BLOCK_ROWS, BLOCK_N]
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
+    tl.store(mean_ptr + o_row, mean, mask=m_row)
+    tl.store(rstd_ptr + o_row, rstd, mask=m_row)
+    out = centred * rstd[:, None]
+    if weight_ptr is not None:
+        out *= tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + row * n_cols + col, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(
+    out: Tensor,
+    total: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x_bias: Tensor | None,
+    dropout_key: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    config: RowConfig,
+) -> None:
+    """Launch the forward kernel; it writes ``out``, ``total`` (the sum, where wanted), ``mean`` and ``rstd``.
+
+    Shapes: x, residual ``[rows, cols]`` of any strides; out, total the same, contiguous; weight, bias, x_bias
+    ``[cols]`` contiguous; mean, rstd ``[rows]`` fp32. Statistics are those of the fp32 sum, before it is rounded.
+    """
+    n_rows, n_cols = x.shape
+    if n_rows == 0:
+        return
+    with device_guard(x):
+        forward_kernel[(triton.cdiv(n_rows, config.block_rows),)](
+            out,
+            total,
+            mean,
+            rstd,
+            x,
+            residual,
+            weight,
+            bias,
+            x_bias,
+            dropout_key,
+            x.stride(0),
+            x.stride(1),
+            0 if residual is None else residual.stride(0),
+            0 if residual is None else residual.stride(1),
+            n_rows,
+            n_cols,
+            eps,
+            keep_scale(dropout_p),
+            threshold_bits(dropout_p),
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
