@@ -1,0 +1,159 @@
+"""Linear layers with what follows them: bias and activation, or bias, residual and LayerNorm.
+
+On a CPU the matrix product runs in oneDNN, which takes bias, erf GELU and residual into its epilogue and, on
+plain row-major weights, is 2.2 to 2.4 times as fast as ``F.linear`` in fp32 and 1.0 to 1.2 times in bf16
+(384 hidden, 128 to 2048 tokens, two cores with AVX-512). A weight reordered beforehand would gain another 2 to 20 %, but it is
+a copy that goes stale when the weight changes: none is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyaccel import dispatch, reference
+from pyaccel.ops.residual_layernorm import residual_layernorm
+
+_ONEDNN_ACTIVATIONS = {
+    None: ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+}
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+
+
+@functools.cache
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    """Dtypes that this CPU's oneDNN multiplies at full speed, with the fused ops this torch offers."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return frozenset()
+    dtypes = {torch.float32}
+    if ops._is_mkldnn_bf16_supported():
+        dtypes.add(torch.bfloat16)
+    return frozenset(dtypes)
+
+
+def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
+    """Why oneDNN's fused linear can't serve this call; empty if it can."""
+    given = [t for t in tensors if t is not None]
+    x = given[0]
+    if x.device.type != "cpu":
+        return ["not on the CPU"]
+    reasons = []
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        reasons.append("gradients are recorded")
+    if len({t.dtype for t in given}) > 1 or x.dtype not in _onednn_dtypes():
+        reasons.append(f"oneDNN is not used for {', '.join(sorted({str(t.dtype) for t in given}))} here")
+    if torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast is on")
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        reasons.append("the graph is traced" if torch.compiler.is_compiling() else "x is empty")
+    return reasons
+
+
+def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
+    reasons = []
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[-1]:
+        reasons.append(
+            f"x must be [..., in_features] and weight [out_features, in_features], "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    elif bias is not None and bias.shape != weight.shape[:1]:
+        reasons.append(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    devices = {t.device for t in (x, weight, bias) if t is not None}
+    if len(devices) > 1:
+        reasons.append(f"the tensors are on {', '.join(sorted(map(str, devices)))}: move them to one device")
+    return reasons
+
+
+def not_supported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
+    """Every reason why these arguments of :func:`linear_activation` make no sense; empty if they do."""
+    reasons = _linear_reasons(x, weight, bias)
+    if activation not in ACTIVATIONS:
+        reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
+    return reasons
+
+
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """``activation(x @ weight.T + bias)``.
+
+    Args:
+        x: ``[..., in_features]``, floating.
+        weight: ``[out_features, in_features]``, in x's dtype (any under autocast).
+        bias: ``[out_features]`` or None.
+        activation: None, ``"gelu"`` (erf, BERT's), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+
+    Returns:
+        ``[..., out_features]`` in x's dtype.
+
+    Raises:
+        ValueError: naming every argument that makes no sense.
+        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+    """
+    dispatch.invalid("linear_activation", not_supported_reasons(x, weight, bias, activation))
+    declined = _onednn_reasons(x, weight, bias)
+    if activation not in _ONEDNN_ACTIVATIONS:
+        declined.append(f"oneDNN has no fused {activation}")
+    why = "F.linear, then the activation: " + "; ".join(declined) if declined else "oneDNN, bias and activation fused"
+    choice = dispatch.choose("linear_activation", {"torch": [], "reference": []}, "torch", why)
+    if choice.backend == "reference" or declined:
+        return reference.activation(F.linear(x, weight, bias), activation)
+    attribute, algorithm = _ONEDNN_ACTIVATIONS[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+
+
+def linear_residual_layernorm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    ln_weight: Tensor | None,
+    ln_bias: Tensor | None,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """``LayerNorm(dropout(x @ weight.T + bias) + residual)``: either half of a BERT layer's end.
+
+    The matrix product leaves its bias to :func:`residual_layernorm`, whose arguments and dtypes apply; on a CPU
+    in evaluation, oneDNN adds bias and residual in the product's epilogue instead.
+
+    Args:
+        x: ``[..., in_features]``; weight ``[hidden, in_features]``; bias ``[hidden]`` or None.
+        residual: ``[..., hidden]``; ln_weight, ln_bias ``[hidden]`` or None.
+
+    Returns:
+        ``[..., hidden]``.
+    """
+    reasons = _linear_reasons(x, weight, bias)
+    if not reasons and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        reasons.append(
+            f"residual must be {(*x.shape[:-1], weight.shape[0])}, the product's shape, got {tuple(residual.shape)}"
+        )
+    dispatch.invalid("linear_residual_layernorm", reasons)
+    dropout_p = dropout_p if training else 0.0
+    fused = (
+        dropout_p == 0.0
+        and dispatch.requested("residual_layernorm") in ("auto", "torch")
+        and not _onednn_reasons(x, weight, bias, residual, ln_weight, ln_bias)
+    )
+    if fused:
+        dispatch.choose("residual_layernorm", {"torch": []}, "torch", "on the CPU; oneDNN adds bias and residual")
+        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return F.layer_norm(total, (total.shape[-1],), ln_weight, ln_bias, eps)
+    return residual_layernorm(
+        F.linear(x, weight),
+        residual,
+        ln_weight,
+        ln_bias,
+        eps=eps,
+        dropout_p=dropout_p,
+        training=training,
+        x_bias=bias,
+    )
