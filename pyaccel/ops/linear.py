@@ -40,6 +40,8 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 
 def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
     """Why oneDNN's fused linear can't serve this call; empty if it can."""
+    if torch.compiler.is_compiling():
+        return ["the graph is traced"]
     given = [t for t in tensors if t is not None]
     x = given[0]
     if x.device.type != "cpu":
@@ -47,12 +49,13 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
     reasons = []
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         reasons.append("gradients are recorded")
-    if len({t.dtype for t in given}) > 1 or x.dtype not in _onednn_dtypes():
-        reasons.append(f"oneDNN is not used for {', '.join(sorted({str(t.dtype) for t in given}))} here")
+    if any(t.dtype != x.dtype for t in given) or x.dtype not in _onednn_dtypes():
+        names = sorted({str(t.dtype).removeprefix("torch.") for t in given})
+        reasons.append(f"oneDNN is not used for {', '.join(names)} here")
     if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast is on")
-    if torch.compiler.is_compiling() or x.numel() == 0:
-        reasons.append("the graph is traced" if torch.compiler.is_compiling() else "x is empty")
+    if x.numel() == 0:
+        reasons.append("x is empty")
     return reasons
 
 

@@ -1,0 +1,1 @@
+"""Readable models on pyaccel's ops. `pyaccel.models.bert` is the encoder of the BERT family."""

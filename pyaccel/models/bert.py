@@ -1,0 +1,593 @@
+"""BERT, to be read from top to bottom.
+
+The modules carry Hugging Face's names, so the state dict has the keys of transformers' BertModel and
+checkpoints go both ways. The forward differs in one thing: padding is dropped before the embeddings and put
+back after the last layer, so that everything between works on `[total_tokens, hidden_size]`, real tokens only
+(pyaccel/packing.py).
+
+    model = BertModel.from_pretrained("path/to/folder")
+    hidden, pooled = model(input_ids, attention_mask)
+
+The math of a layer is `encoder_layer`, written for anything that has these attribute names: our BertLayer
+below and transformers' own layers, which pyaccel.hf runs through it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyaccel import ops
+from pyaccel.nn import ResidualLayerNorm
+from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
+
+__all__ = [
+    "BertConfig",
+    "BertModel",
+    "BertModelOutput",
+    "encoder_layer",
+    "packed_attention",
+    "share_qkv_storage",
+    "unshare_qkv_storage",
+]
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The fields of a BERT `config.json` that change the computation, and all others in `extra`.
+
+    Raises ValueError for what this BERT does not compute: decoders, cross-attention, relative positions,
+    another activation.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        reasons = []
+        if self.hidden_size % self.num_attention_heads:
+            reasons.append(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in _ACTIVATIONS:
+            reasons.append(f"hidden_act {self.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}")
+        if self.position_embedding_type != "absolute":
+            reasons.append(f"position_embedding_type {self.position_embedding_type!r} is not 'absolute'")
+        if self.is_decoder or self.add_cross_attention:
+            reasons.append("it is a decoder (is_decoder or add_cross_attention); only encoders are supported")
+        if reasons:
+            raise ValueError("BertConfig: " + "; ".join(reasons))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BertConfig:
+        """From the content of a `config.json`. Unknown fields go to `extra`."""
+        known = {f.name for f in fields(cls)} - {"extra"}
+        return cls(
+            **{name: value for name, value in values.items() if name in known},
+            extra={name: value for name, value in values.items() if name not in known},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `config.json`: `extra` and the fields on one level."""
+        values = asdict(self)
+        return {**values.pop("extra"), **values}
+
+
+class BertModelOutput(NamedTuple):
+    last_hidden_state: Tensor  # [batch, seq, hidden_size], or [total_tokens, hidden_size] for packed input
+    pooler_output: Tensor | None  # [batch, hidden_size]; None for a model without a pooler
+
+
+class BertEmbeddings(nn.Module):
+    """Word + token type + position, LayerNorm, dropout: packed ids -> `[total_tokens, hidden_size]`."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = ResidualLayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            types = self.token_type_embeddings.weight[0]
+        else:
+            types = self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(words + types, self.position_embeddings(position_ids)))
+
+
+class BertSelfAttention(nn.Module):
+    """The three projections, and attention over packed tokens."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: PackedLayout) -> Tensor:
+        return packed_attention(q, k, v, tokens, dropout_p=self.dropout.p if self.dropout.training else 0.0)
+
+
+class BertOutput(nn.Module):
+    """Parameters of LayerNorm(dropout(dense(x)) + residual), which ends both halves of a layer."""
+
+    def __init__(self, in_features: int, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertOutput(config.hidden_size, config)
+
+
+class BertIntermediate(nn.Module):
+    """Parameters of act(dense(x))."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = _ACTIVATIONS[config.hidden_act]()
+
+
+class BertLayer(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config.intermediate_size, config)
+
+    def forward(self, hidden: Tensor, tokens: PackedLayout) -> Tensor:
+        return encoder_layer(self, hidden, lambda q, k, v: self.attention.self(q, k, v, tokens))
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden: Tensor, tokens: PackedLayout) -> Tensor:
+        for layer in self.layer:
+            hidden = layer(hidden, tokens)
+        return hidden
+
+
+class BertPooler(nn.Module):
+    """tanh(dense(x)) of each sequence's first token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first))
+
+
+class BertModel(nn.Module):
+    """Embeddings, encoder and pooler, with the parameter names of transformers' BertModel."""
+
+    def __init__(self, config: BertConfig, *, add_pooling_layer: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> BertModelOutput:
+        """Padded input, or packed input when `cu_seqlens` and `max_seqlen` are given.
+
+        Args:
+            input_ids: int `[batch, seq]`, or packed `[total_tokens]`.
+            attention_mask: `[batch, seq]`, nonzero for tokens, any pattern of padding; None: no padding.
+            token_type_ids, position_ids: shaped like `input_ids` (or broadcastable to it); by default zeros,
+                and the column in the padded batch or the position in the packed sequence.
+            inputs_embeds: in place of `input_ids`, `[..., hidden_size]`.
+            cu_seqlens: int `[batch + 1]`: packed sequence i is `input_ids[cu_seqlens[i]:cu_seqlens[i + 1]]`.
+            max_seqlen: the longest packed sequence.
+
+        Returns:
+            `last_hidden_state` shaped as the input came: padding slots are zero, except position 0 of a row,
+            which is computed even where it is padding because the pooler reads it (as in transformers).
+            `pooler_output` `[batch, hidden_size]`; for a packed sequence without tokens it is that of a zero
+            state.
+
+        Raises:
+            ValueError: for arguments that do not go together.
+        """
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        if source is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("BertModel: pass either input_ids or inputs_embeds")
+        is_packed = cu_seqlens is not None or max_seqlen is not None
+        dims = 1 if is_packed else 2
+        if source.dim() != dims + (inputs_embeds is not None):
+            expected = "[total_tokens]" if is_packed else "[batch, seq] (packed input needs cu_seqlens)"
+            raise ValueError(
+                f"BertModel: input_ids must be {expected}, inputs_embeds one dimension more, "
+                f"got {tuple(source.shape)}"
+            )
+        shape = source.shape[:dims]
+
+        if not is_packed:
+            if attention_mask is None:
+                attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
+            tokens = layout(attention_mask, sort_by_length=True, keep_first=True)
+        elif cu_seqlens is None or max_seqlen is None or attention_mask is not None:
+            raise ValueError("BertModel: packed input takes cu_seqlens and max_seqlen, no attention_mask")
+        else:
+            tokens = layout_from_cu_seqlens(cu_seqlens, max_seqlen, len(source))
+        if position_ids is None and tokens.seq_len > self.config.max_position_embeddings:
+            raise ValueError(
+                f"BertModel: sequences of {tokens.seq_len} tokens, but the model has "
+                f"{self.config.max_position_embeddings} positions; truncate the input"
+            )
+
+        def packed(x: Tensor | None) -> Tensor | None:
+            return x if x is None or is_packed else pack(x, tokens)
+
+        def like_input(ids: Tensor | None) -> Tensor | None:
+            return None if ids is None else ids.expand(shape)
+
+        hidden = self.embeddings(
+            packed(input_ids),
+            packed(like_input(token_type_ids)),
+            tokens.positions if position_ids is None else packed(like_input(position_ids)),
+            packed(inputs_embeds),
+        )
+        hidden = self.encoder(hidden, tokens)
+
+        if not is_packed:
+            hidden = unpack(hidden, tokens)
+        if self.pooler is None:
+            return BertModelOutput(hidden, None)
+        first = _first_tokens(hidden, tokens) if is_packed else hidden[:, 0]
+        return BertModelOutput(hidden, self.pooler(first))
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, dtype: torch.dtype | None = None) -> BertModel:
+        """Load a Hugging Face BERT from a local folder, or by hub id with huggingface_hub and a network.
+
+        The folder holds `config.json` and `model.safetensors` (or its shards and their index). Weights of a
+        task model ("bert.encoder...") load too, without the head. Weights without a pooler give a model
+        without one. The model is in evaluation mode, in `dtype` or else in the dtype of the saved word
+        embeddings, on the CPU.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file is missing.
+            ValueError: not a BERT, or the weights do not fit the config; names the keys.
+        """
+        folder = _find_folder(path_or_hub_id)
+        values = _read_json(folder / "config.json")
+        if values.get("model_type", "bert") != "bert":
+            raise ValueError(f"{folder}: a {values['model_type']!r} checkpoint, BertModel loads 'bert'")
+        if "quantization_config" in values:
+            raise ValueError(f"{folder}: a quantized checkpoint, BertModel loads floating-point weights")
+        try:
+            config = BertConfig.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        weights = _bert_weights(_read_safetensors(folder), folder)
+
+        with torch.device("meta"):
+            model = cls(config, add_pooling_layer=any(name.startswith("pooler.") for name in weights))
+        _check_weights(weights, model.state_dict(), folder)
+        model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
+        model.to_empty(device="cpu")
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, for transformers' BertModel.from_pretrained too."""
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        values = self.config.to_dict()
+        values.pop("torch_dtype", None)  # the old name of dtype
+        dtype = str(self.embeddings.word_embeddings.weight.dtype).removeprefix("torch.")
+        values.update(model_type="bert", architectures=["BertModel"], dtype=dtype)
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---- the math of a layer ----
+
+
+def encoder_layer(layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """One post-norm BERT layer: attention and feed-forward network, each with its residual and LayerNorm.
+
+    Args:
+        layer: a module with the attribute names of transformers' BertLayer:
+            `attention.self.{query,key,value}`, `attention.output` and `output` (`dense`, `LayerNorm`,
+            `dropout`), `intermediate` (`dense`, `intermediate_act_fn`).
+        hidden: `[..., hidden_size]`, packed `[tokens, hidden_size]` or padded `[batch, seq, hidden_size]`.
+        attend: takes q, k and v `[..., num_heads, head_dim]` (views of one buffer), returns the context
+            `[..., hidden_size]`. Attention's own dropout is its business.
+
+    Returns:
+        `[..., hidden_size]`. Dropout acts where the layer's dropout modules are in training mode.
+    """
+    attention = layer.attention
+    weight, bias = fused_qkv(attention.self)
+    heads = (3, attention.self.num_attention_heads, attention.self.attention_head_size)
+    q, k, v = ops.linear_activation(hidden, weight, bias).unflatten(-1, heads).unbind(-3)
+    hidden = linear_residual_layernorm(attention.output, attend(q, k, v), hidden)
+
+    dense, act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+    name = activation_name(act)
+    inner = ops.linear_activation(hidden, dense.weight, dense.bias, name)
+    return linear_residual_layernorm(layer.output, inner if name else act(inner), hidden)
+
+
+def linear_residual_layernorm(module: Any, x: Tensor, residual: Tensor) -> Tensor:
+    """LayerNorm(dropout(dense(x)) + residual) with the parameters of `module.{dense, LayerNorm, dropout}`."""
+    dense, norm, dropout = module.dense, module.LayerNorm, module.dropout
+    return ops.linear_residual_layernorm(
+        x,
+        dense.weight,
+        dense.bias,
+        residual,
+        norm.weight,
+        norm.bias,
+        eps=norm.eps,
+        dropout_p=dropout.p,
+        training=dropout.training,
+    )
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, tokens: PackedLayout, *, dropout_p: float = 0.0
+) -> Tensor:
+    """Each sequence attends to its own tokens: `[tokens, heads, head_dim]` -> `[tokens, hidden_size]`."""
+    if tokens.key_indices is not None:
+        k, v = k.index_select(0, tokens.key_indices), v.index_select(0, tokens.key_indices)
+    context = ops.varlen_attention(
+        q,
+        k,
+        v,
+        tokens.cu_seqlens,
+        tokens.cu_seqlens_k,
+        tokens.max_seqlen,
+        tokens.max_seqlen_k,
+        dropout_p=dropout_p,
+    )
+    return context.flatten(-2)
+
+
+# By name, because this file must not import transformers.
+_FUSED_ACTIVATIONS = {
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
+}
+
+
+def activation_name(function: Any) -> str | None:
+    """The name under which `ops.linear_activation` fuses an activation module; None: apply it afterwards."""
+    if type(function) is nn.GELU:
+        return "gelu_tanh" if function.approximate == "tanh" else "gelu"
+    return _FUSED_ACTIVATIONS.get(f"{type(function).__module__}.{type(function).__qualname__}")
+
+
+# ---- q, k and v in one product ----
+
+
+def fused_qkv(attention_self: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight `[3 * hidden_size, hidden_size]` and bias `[3 * hidden_size]` or None of the three projections.
+
+    Made anew at each call, so they can never be stale: a view without a copy after `share_qkv_storage` when
+    no gradient is recorded, and `torch.cat` otherwise.
+    """
+    projections = (attention_self.query, attention_self.key, attention_self.value)
+    weight = _concatenated([p.weight for p in projections])
+    biases = [p.bias for p in projections]
+    return weight, None if all(b is None for b in biases) else _concatenated(biases)
+
+
+def share_qkv_storage(attention_self: nn.Module) -> None:
+    """Put the weights of query, key and value one behind the other into one buffer, and their biases too.
+
+    In place: the Parameters stay the same objects with the same values, so optimizers, state dicts and edits
+    of `.data` work as before, and `fused_qkv` needs no copy in evaluation. Moving, casting or copying the
+    module gives each Parameter its own storage again, which costs only the copy.
+
+    Raises ValueError when the three differ in dtype or device.
+    """
+    for parameters in _qkv_parameters(attention_self):
+        kinds = {f"{p.dtype} on {p.device}" for p in parameters}
+        if len(kinds) > 1:
+            raise ValueError(f"share_qkv_storage: query, key and value differ: {', '.join(sorted(kinds))}")
+        buffer = torch.cat([p.data for p in parameters])
+        for parameter, view in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
+            parameter.data = view
+
+
+def unshare_qkv_storage(attention_self: nn.Module) -> None:
+    """Give each Parameter of query, key and value its own storage: what `share_qkv_storage` did, undone."""
+    for parameters in _qkv_parameters(attention_self):
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+
+
+def _qkv_parameters(attention_self: Any) -> list[list[nn.Parameter]]:
+    projections = (attention_self.query, attention_self.key, attention_self.value)
+    columns = [[p.weight for p in projections], [p.bias for p in projections]]
+    return [parameters for parameters in columns if all(p is not None for p in parameters)]
+
+
+def _concatenated(tensors: list[Tensor]) -> Tensor:
+    records_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if records_gradient or torch.compiler.is_compiling() or not _are_adjacent(tensors):
+        return torch.cat(tensors)
+    first, rows = tensors[0].detach(), sum(len(t) for t in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def _are_adjacent(tensors: list[Tensor]) -> bool:
+    first, end = tensors[0], tensors[0].storage_offset()
+    for t in tensors:
+        plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
+        same = t.dtype == first.dtype and t.device == first.device and t.shape[1:] == first.shape[1:]
+        if not (plain and same and t.storage_offset() == end):
+            return False
+        end += t.numel()
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    return len(storages) == 1
+
+
+# ---- helpers of BertModel ----
+
+_WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+
+
+def _first_tokens(packed: Tensor, tokens: PackedLayout) -> Tensor:
+    """[batch, hidden_size]: each packed sequence's first token, zeros for a sequence without tokens."""
+    filled = tokens.cu_seqlens.diff().nonzero().flatten()
+    first = packed.index_select(0, tokens.cu_seqlens[filled])
+    return packed.new_zeros(tokens.batch_size, packed.shape[1]).index_copy_(0, filled, first)
+
+
+def _find_folder(path_or_hub_id: str | Path) -> Path:
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    missing = f"{path_or_hub_id}: no such folder"
+    is_id = isinstance(path_or_hub_id, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path_or_hub_id)
+    if not is_id or path.exists():
+        raise FileNotFoundError(f"{missing}; pass a folder with config.json and model.safetensors")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(f"{missing}; install huggingface_hub to fetch it from the hub") from error
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client's errors have no common base
+        raise FileNotFoundError(f"{missing}, and it could not be fetched from the hub: {error}") from error
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent}: not a Hugging Face model folder, {file.name} is missing")
+    return file
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_existing(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.parent}: {file.name} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file.parent}: {file.name} is not a JSON object")
+    return values
+
+
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return _read_tensors(folder / "model.safetensors")
+    shards = sorted(set(_read_json(index)["weight_map"].values()))
+    return {name: tensor for shard in shards for name, tensor in _read_tensors(folder / shard).items()}
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(_existing(file))
+    except SafetensorError as error:
+        raise ValueError(f"{file.parent}: {file.name} cannot be read ({error}); fetch it again") from error
+
+
+def _bert_weights(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The encoder's weights under BertModel's names, whatever model the checkpoint was saved from."""
+    prefixes = [name.removesuffix(_WORD_EMBEDDINGS) for name in weights if name.endswith(_WORD_EMBEDDINGS)]
+    if len(prefixes) != 1:
+        raise ValueError(
+            f"{folder}: not one BERT, {len(prefixes)} tensors end in {_WORD_EMBEDDINGS!r} where 1 should"
+        )
+    named = {name[len(prefixes[0]) :]: t for name, t in weights.items() if name.startswith(prefixes[0])}
+    # Early checkpoints name LayerNorm's parameters as TensorFlow does, and hold a buffer of positions.
+    named.pop("embeddings.position_ids", None)
+    return {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in named.items()}
+
+
+def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:
+    shapes = {n: (tuple(weights[n].shape), tuple(t.shape)) for n, t in expected.items() if n in weights}
+    reasons = {
+        "missing": [n for n in expected if n not in weights],
+        "unexpected": [n for n in weights if n not in expected],
+        "of another shape": [f"{n}: {a}, expected {b}" for n, (a, b) in shapes.items() if a != b],
+    }
+    found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in reasons.items() if names]
+    if found:
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(found)}")

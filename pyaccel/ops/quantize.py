@@ -1,0 +1,85 @@
+"""Symmetric int8 quantisation: the public functions.
+
+Every backend gives the bits of :mod:`pyaccel.reference.quantize`, which says what scale and codes are.
+Nothing here records gradients: a rounded value has none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyaccel import dispatch
+from pyaccel.reference import quantize as reference
+
+# The definition is itself the well-chosen plain PyTorch: one pass for the maximum, one for the codes.
+BACKENDS: dict[str, list[str]] = {"torch": [], "reference": []}
+
+
+@torch.no_grad()
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row by its own scale: dynamic quantisation of activations.
+
+    Args:
+        x: ``[..., features]``, fp16, bf16, fp32 or fp64; any strides.
+
+    Returns:
+        int8 codes ``[..., features]`` and fp32 scales ``[...]``, so that ``codes * scale`` approximates
+        ``x``. A row of zeros gives zeros and scale 1; one with NaN or inf gives a NaN or inf scale.
+
+    Raises:
+        ValueError: ``x`` has no dimension, or isn't floating point.
+    """
+    dispatch.invalid("quantize_per_token", not_supported_reasons("x", x))
+    dispatch.choose("quantize_per_token", BACKENDS)
+    return reference.quantize_per_token(x)
+
+
+@torch.no_grad()
+def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight ``[out_features, in_features]`` by one scale for each output channel.
+
+    Returns:
+        int8 codes ``[out_features, in_features]`` and fp32 scales ``[out_features]``.
+
+    Raises:
+        ValueError: ``weight`` isn't a floating-point matrix.
+    """
+    dispatch.invalid("quantize_per_channel", not_supported_reasons("weight", weight, dim=2))
+    dispatch.choose("quantize_per_channel", BACKENDS)
+    return reference.quantize_per_channel(weight)
+
+
+@torch.no_grad()
+def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise all of ``x`` by one scale: static quantisation, with a scale that calibration found.
+
+    Args:
+        x: any shape, floating point.
+        scale: fp32 scalar tensor on x's device, above 0; values beyond ``127 * scale`` are clamped. By
+            default ``amax(|x|) / 127``.
+
+    Returns:
+        int8 codes of x's shape, and the scale.
+
+    Raises:
+        ValueError: ``x`` isn't floating point, or ``scale`` isn't an fp32 scalar.
+    """
+    reasons = not_supported_reasons("x", x, dim=x.dim())
+    if scale is not None and (scale.dtype != torch.float32 or scale.dim() or scale.device != x.device):
+        got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
+        reasons.append(f"scale must be an fp32 scalar tensor on {x.device}, got {got}")
+    dispatch.invalid("quantize_per_tensor", reasons)
+    dispatch.choose("quantize_per_tensor", BACKENDS)
+    return reference.quantize_per_tensor(x, scale)
+
+
+def not_supported_reasons(name: str, x: Tensor, dim: int | None = None) -> list[str]:
+    """Why ``x`` can't be quantised: it must be floating point, of ``dim`` dimensions, or of one at least."""
+    reasons = []
+    if not x.is_floating_point():
+        reasons.append(f"{name} must be floating point, got {x.dtype}")
+    if x.dim() == 0 if dim is None else x.dim() != dim:
+        wanted = "[..., features]" if dim is None else f"of {dim} dimensions"
+        reasons.append(f"{name} must be {wanted}, got {tuple(x.shape)}")
+    return reasons

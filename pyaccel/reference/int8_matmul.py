@@ -1,0 +1,62 @@
+"""int8 matrix product with a floating-point epilogue, in plain torch: the definition.
+
+``act((a @ b^T) * a_scale * b_scale + bias) + residual``, the product accumulated exactly in int32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyaccel.reference.activation import activation as activate
+from pyaccel.reference.quantize import quantize_per_token
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    quantize_output: bool = False,
+    *,
+    upcast: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Product of quantised activations and a quantised weight.
+
+    Args:
+        a: int8 ``[..., in_features]``.
+        b: int8 ``[out_features, in_features]``, as ``nn.Linear`` keeps its weight.
+        a_scale: fp32, of ``a``'s leading shape (per token) or a scalar (per tensor).
+        b_scale: fp32 ``[out_features]`` (per channel) or a scalar.
+        bias: ``[out_features]``, any floating dtype.
+        activation: a name of :func:`pyaccel.reference.activation`, or None.
+        residual: ``[..., out_features]``, any floating dtype; added after the activation.
+        out_dtype: dtype of the result where ``upcast`` is False.
+        quantize_output: return int8 ``[..., out_features]`` and fp32 scales of the leading shape instead,
+            quantised per token from the epilogue's own result, before any cast.
+        upcast: True does the epilogue in fp64 and returns fp64, the truth; False does it in fp32.
+    """
+    wide = torch.float64 if upcast else torch.float32
+    out = accumulate(a, b).to(wide)
+    out = out * (a_scale.unsqueeze(-1) if a_scale.dim() else a_scale).to(wide) * b_scale.to(wide)
+    if bias is not None:
+        out = out + bias.to(wide)
+    out = activate(out, activation)
+    if residual is not None:
+        out = out + residual.to(wide)
+    if quantize_output:
+        return quantize_per_token(out)
+    return out if upcast else out.to(out_dtype)
+
+
+def accumulate(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b^T`` in int32, exact: ``[..., in_features]`` and ``[out_features, in_features]``.
+
+    Through fp64, which holds every integer below 2**53: PyTorch multiplies integer matrices on no GPU, and
+    slowly on CPUs.
+    """
+    return (a.double() @ b.double().T).to(torch.int32)

@@ -1,0 +1,57 @@
+"""Symmetric int8 quantisation in plain torch: the definition, bit for bit.
+
+A group of values shares ``scale = amax / 127`` in fp32, and each becomes ``round_half_to_even(x / scale)``,
+clamped to [-127, 127]; -128 is not used, so that negation is exact. The scheme is that of B. Jacob et al.,
+arXiv:1712.05877 (2017), without zero points.
+
+Everything is one fp32 division and one rounding a value, whatever the dtype of ``x``, so every backend must
+give these very bits: there is no fp64 truth beside them and no ``upcast`` argument.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for each row: int8 ``[..., features]`` and fp32 ``[...]`` of ``x [..., features]``."""
+    scale = (
+        scale_of(x.float().abs().amax(-1)) if x.shape[-1] else x.new_ones(x.shape[:-1], dtype=torch.float32)
+    )
+    return encode(x, scale.unsqueeze(-1)), scale
+
+
+def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale for each output channel: int8 ``[out, in]`` and fp32 ``[out]`` of ``weight [out, in]``."""
+    return quantize_per_token(weight)
+
+
+def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One scale for all of ``x``: the given (static) fp32 scalar, or amax / 127; the rest is clamped."""
+    if scale is None:
+        scale = scale_of(x.float().abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32))
+    return encode(x, scale), scale
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """``q * scale`` in fp32; a scale for each row is fp32 of ``q.shape[:-1]``, one for all a scalar."""
+    return q.float() * (scale.unsqueeze(-1) if scale.dim() else scale)
+
+
+def scale_of(amax: Tensor) -> Tensor:
+    """``amax / 127``, and 1 where that is 0, so that dividing by it is always defined: zeros give zeros."""
+    scale = amax / INT8_MAX
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def encode(x: Tensor, scale: Tensor) -> Tensor:
+    """int8 codes of ``x`` for a broadcastable ``scale``.
+
+    A group with NaN or inf in it has a NaN or inf scale, so what is dequantised from it is NaN and shows; NaN
+    itself gets code 0, since converting it to an integer is undefined.
+    """
+    codes = (x.float() / scale).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return codes.nan_to_num_(nan=0.0).to(torch.int8)

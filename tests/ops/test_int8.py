@@ -1,0 +1,174 @@
+"""int8 quantisation and matrix product: the public functions against the reference and the fp64 truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyaccel import dispatch
+from pyaccel.ops.int8_matmul import _accumulate, _pad_for_cublas, int8_matmul
+from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
+from pyaccel.reference import quantize as reference_quantize
+from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
+from tests.assertions import assert_bits_equal, assert_close_to_truth
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+BACKENDS = ["torch", "reference"]
+SIZES = [(1, 64, 32), (7, 33, 17), (16, 40, 9), (17, 384, 31), (16, 8, 8), (33, 1, 1)]
+
+
+def operands(rows: int, n_in: int, n_out: int, device: torch.device) -> list[Tensor]:
+    """Codes and scales of rows and channels of different magnitudes; where several, a row of zeros."""
+    x = torch.randn(rows, n_in, device=device) * torch.logspace(-1, 1, rows, device=device)[:, None] + 0.2
+    if rows > 2:
+        x[1] = 0
+    weight = torch.randn(n_out, n_in, device=device) * torch.logspace(-2, 0, n_out, device=device)[:, None]
+    (a, a_scale), (b, b_scale) = quantize_per_token(x), quantize_per_channel(weight)
+    return [a, b, a_scale, b_scale]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_are_the_references_bit_for_bit(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    x = ((torch.randn(6, 4, 33, device=device) + 0.3) * 3).to(dtype).transpose(0, 1)
+    x[1, 2] = 0
+    with dispatch.use_backend(backend):
+        results = [(quantize_per_token(x), reference_quantize.quantize_per_token(x))]
+        results.append((quantize_per_channel(x[0]), reference_quantize.quantize_per_channel(x[0])))
+        scale = torch.tensor(0.01, device=device)
+        results.append((quantize_per_tensor(x, scale), reference_quantize.quantize_per_tensor(x, scale)))
+    for found, expected in results:
+        for a, b in zip(found, expected, strict=True):
+            assert_bits_equal(a, b)
+    codes, scales = results[0][0]
+    assert codes.shape == x.shape
+    assert scales.shape == x.shape[:-1]
+    assert not codes[1, 2].any()
+    assert scales[1, 2] == 1
+
+
+def test_nothing_to_quantise(device: torch.device) -> None:
+    for shape in ((0, 5), (3, 0)):
+        codes, scale = quantize_per_token(torch.zeros(shape, device=device))
+        assert codes.shape == shape
+        assert scale.tolist() == [1.0] * shape[0]
+
+
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [*SIZES, (0, 8, 8), (4, 0, 4), (3, 2000, 5)])
+def test_accumulation_is_exact(rows: int, n_in: int, n_out: int, device: torch.device) -> None:
+    a = torch.randint(-128, 128, (rows, n_in), dtype=torch.int8, device=device)
+    b = torch.randint(-128, 128, (n_out, n_in), dtype=torch.int8, device=device)
+    a[:1], b[:1] = -128, -128
+    exact = (a.cpu().int() @ b.cpu().int().T).to(device)
+    assert_bits_equal(_accumulate(a, b), exact)
+    padded_a, padded_b = _pad_for_cublas(a, b)
+    assert padded_a.shape[0] > 16
+    assert {*padded_a.shape[1:], *padded_b.shape} <= {8 * n for n in range(1, 1000)}
+    assert_bits_equal(torch._int_mm(padded_a, padded_b.T)[:rows, :n_out], exact)
+
+
+EPILOGUES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bias, gelu": {"bias": F32, "activation": "gelu"},
+    "bias, gelu_tanh, bf16": {"bias": BF16, "activation": "gelu_tanh", "out_dtype": BF16},
+    "relu, residual": {"activation": "relu", "residual": F32},
+    "bias, residual, fp16": {"bias": F32, "residual": F16, "out_dtype": F16},
+    "everything": {"bias": F32, "activation": "gelu", "residual": BF16, "out_dtype": BF16},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_product_is_as_right_as_plain_torch(
+    sizes: tuple[int, int, int], epilogue: str, backend: str, device: torch.device, poison: None
+) -> None:
+    rows, _, n_out = sizes
+    options = dict(EPILOGUES[epilogue])
+    for name, shape in (("bias", (n_out,)), ("residual", (n_out, rows))):
+        if name in options:
+            term = (torch.randn(shape, device=device) * 2 + 0.5).to(options[name])
+            options[name] = term.T if term.dim() == 2 else term
+    inputs = operands(*sizes, device)
+    with dispatch.use_backend(backend):
+        out = int8_matmul(*inputs, **options)
+        codes, scale = int8_matmul(*inputs, **options, quantize_output=True)
+    truth = reference_int8_matmul(*inputs, **options)
+    naive = reference_int8_matmul(*inputs, **options, upcast=False)
+    assert_close_to_truth(out, truth, naive)
+    expected, expected_scale = reference_int8_matmul(*inputs, **options, quantize_output=True, upcast=False)
+    assert_bits_equal(codes, expected)
+    assert_bits_equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_dimensions_static_scales_and_strides(backend: str, device: torch.device) -> None:
+    a, b, a_scale, b_scale = operands(12, 20, 6, device)
+    flat = int8_matmul(a, b, a_scale, b_scale)
+    with dispatch.use_backend(backend):
+        nested = int8_matmul(a.view(3, 4, 20), b, a_scale.view(3, 4), b_scale)
+        strided = int8_matmul(a.T.contiguous().T, b.T.contiguous().T, a_scale, b_scale)
+        static = int8_matmul(a, b, torch.tensor(0.5, device=device), torch.tensor(0.25, device=device))
+        one = int8_matmul(a[3], b, a_scale[3], b_scale)
+    torch.testing.assert_close(nested, flat.view(3, 4, 6))
+    torch.testing.assert_close(strided, flat)
+    torch.testing.assert_close(one, flat[3])
+    assert torch.equal(static, (a.cpu().int() @ b.cpu().int().T).to(device) * 0.125)
+
+
+def test_arguments_are_left_alone(device: torch.device) -> None:
+    inputs = operands(5, 16, 8, device)
+    terms = {"bias": torch.randn(8, device=device), "residual": torch.randn(5, 8, device=device)}
+    before = [t.clone() for t in (*inputs, *terms.values())]
+    int8_matmul(*inputs, **terms, activation="relu")
+    for a, b in zip((*inputs, *terms.values()), before, strict=True):
+        assert_bits_equal(a, b)
+
+
+def test_autocast_and_compile_change_nothing(device: torch.device) -> None:
+    inputs = operands(7, 33, 17, device)
+
+    def quantised_linear(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+        x = int8_matmul(a, b, a_scale, b_scale, activation="gelu")
+        codes, scale = quantize_per_token(x)
+        return int8_matmul(codes, codes, scale, scale)
+
+    expected = quantised_linear(*inputs)
+    with torch.autocast(device.type, BF16):
+        assert_bits_equal(quantised_linear(*inputs), expected)
+    compiled = torch.compile(quantised_linear, fullgraph=True, backend="aot_eager")
+    assert_bits_equal(compiled(*inputs), expected)
+
+
+def test_every_reason_is_named_at_once(device: torch.device) -> None:
+    a, b, a_scale, b_scale = operands(5, 16, 8, device)
+    bias = torch.randn(8, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="int8_matmul") as info:
+        int8_matmul(a.float(), b, a_scale[:2], b_scale.double(), bias, "tanh", a, torch.int8)
+    for reason in (
+        "a must be int8", "a_scale must be float32", "b_scale must be float32", "unknown activation 'tanh'",
+        "residual must be floating point (5, 8)", "out_dtype must be", "a gradient is wanted of bias",
+    ):  # fmt: skip
+        assert reason in str(info.value)
+    with pytest.raises(ValueError, match=r"a must be \[\.\.\., in_features\]"):
+        int8_matmul(a, b[:, :3], a_scale, b_scale)
+    long = torch.zeros(1, 2**17, dtype=torch.int8, device=device)
+    with pytest.raises(ValueError, match="could overflow"):
+        int8_matmul(long, long, a_scale[:1], b_scale[:1])
+    with torch.no_grad():
+        int8_matmul(a, b, a_scale, b_scale, bias)
+
+
+def test_quantise_errors(device: torch.device) -> None:
+    x = torch.ones(3, 4, device=device)
+    for call, message in (
+        (lambda: quantize_per_token(x.int()), "must be floating point"),
+        (lambda: quantize_per_token(x[0, 0]), r"must be \[\.\.\., features\]"),
+        (lambda: quantize_per_channel(x[0]), "of 2 dimensions"),
+        (lambda: quantize_per_tensor(x, x[0]), "fp32 scalar"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
