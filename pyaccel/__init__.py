@@ -1,0 +1,61 @@
+"""pyaccel: a drop-in accelerated core for BERT-family Transformers.
+
+    import pyaccel
+
+    report = pyaccel.accelerate(model)      # a Hugging Face model, in place; needs the extra `hf`
+    print(pyaccel.explain(model))           # which backend serves which op, and why
+    pyaccel.restore(model)                  # the very same modules as before
+
+Everything is loaded on first use (PEP 562): `import pyaccel` imports none of torch, triton and transformers
+and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyaccel import dispatch, hf, models, nn, ops, packing, reference
+    from pyaccel.dispatch import use_backend
+    from pyaccel.hf import accelerate, explain, restore
+
+# The one place for the version: pyproject.toml reads it from here, so a checkout that is not installed, or
+# that is newer than what is installed, says the right thing too.
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "accelerate",
+    "dispatch",
+    "explain",
+    "hf",
+    "models",
+    "nn",
+    "ops",
+    "packing",
+    "reference",
+    "restore",
+    "use_backend",
+]
+
+_SUBMODULES = ("dispatch", "hf", "models", "nn", "ops", "packing", "reference")
+_HOMES = {
+    "accelerate": "pyaccel.hf",
+    "explain": "pyaccel.hf",
+    "restore": "pyaccel.hf",
+    "use_backend": "pyaccel.dispatch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        # An ImportError (no transformers) is for the user to see: it says which extra to install.
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,361 @@
+"""Who may import whom, read from the source; and what `import pyaccel` needs, does and costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- the direction of imports, read from the source ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the files of one part may import, besides themselves and the standard library."""
+
+    parts: tuple[str, ...] = ()  # parts of pyaccel
+    packages: tuple[str, ...] = ("torch",)  # other people's
+    lazily: tuple[str, ...] = ()  # of either kind, by full name, but only inside functions
+
+
+# kernels <- ops <- nn <- models <- hf, verify <- cli.
+# Only kernels import triton at the top of a file, and only hf transformers.
+RULES = {
+    "kernels": Rule(packages=("torch", "triton")),
+    "reference": Rule(),
+    "dispatch": Rule(),
+    "packing": Rule(),
+    "ops": Rule(("reference", "dispatch"), lazily=("pyaccel.kernels",)),
+    "nn": Rule(("reference", "dispatch", "packing", "ops")),
+    "models": Rule(
+        ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
+    ),
+    "hf": Rule(
+        ("reference", "dispatch", "packing", "ops", "nn", "models"),
+        ("torch", "transformers", "huggingface_hub"),
+    ),
+    "verify": Rule(
+        ("kernels", "reference", "dispatch", "packing", "ops", "nn", "models"),
+        lazily=("triton", "transformers"),
+    ),
+    "cli": Rule(  # the top: all of pyaccel, by its public face too
+        packages=("pyaccel", "torch", "numpy", "safetensors", "typer", "rich", "click"),
+        lazily=("triton", "transformers", "huggingface_hub", "tokenizers"),
+    ),
+    "__main__": Rule(("cli",), ()),
+    "__init__": Rule(("dispatch", "hf", "models", "nn", "ops", "packing", "reference"), ()),
+}
+
+
+def imports(tree: ast.AST, package: list[str], lazy: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(line, absolute dotted name, whether inside a function) of every import in a file of `package`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, lazy
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                yield node.lineno, ".".join([*base, alias.name]), lazy
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = (
+                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            )
+            if function in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value), lazy
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        yield from imports(node, package, lazy or inside)
+
+
+def violations(root: Path) -> list[str]:
+    """Every import under root/pyaccel (and so, through the link, root/kernels) that RULES does not allow."""
+    found = []
+    for path in python_files(root / "pyaccel"):
+        module = ["pyaccel", *path.relative_to(root / "pyaccel").with_suffix("").parts]
+        part = module[1]
+        if part not in RULES:
+            found.append(
+                f"{path.relative_to(root)}: a part of pyaccel without a rule in {Path(__file__).name}"
+            )
+            continue
+        rule = RULES[part]
+        for line, name, lazy in imports(ast.parse(path.read_text()), module[:-1]):
+            top, *rest = name.split(".")
+            if top == "pyaccel":
+                # A bare `import pyaccel` opens every part; the version belongs to nobody.
+                target = ".".join(["pyaccel", *rest[:1]])
+                within = bool(rest) and rest[0] in (part, "__version__", *rule.parts)
+                allowed = within or top in rule.packages
+            else:
+                target = top
+                allowed = top in sys.stdlib_module_names or top in rule.packages
+            if not allowed and not (lazy and target in rule.lazily):
+                hint = "; its import name is pyaccel.kernels" if top == "kernels" else ""
+                hint = " outside functions" if target in rule.lazily else hint
+                found.append(f"{path.relative_to(root)}:{line}: {part} must not import {name}{hint}")
+    return found
+
+
+def python_files(folder: Path) -> list[Path]:
+    # os.walk because Path.rglob follows links in some versions of Python only.
+    return sorted(
+        Path(base, name)
+        for base, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.endswith(".py")
+    )
+
+
+def test_imports_go_one_way():
+    assert violations(ROOT) == []
+
+
+def test_every_file_is_read():
+    read = {
+        path.relative_to(ROOT / "pyaccel").parts[0].removesuffix(".py")
+        for path in python_files(ROOT / "pyaccel")
+    }
+    assert read == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "line"),
+    [
+        ("ops/f.py", "import pyaccel.nn", 1),
+        ("ops/f.py", "from pyaccel import nn", 1),
+        ("ops/f.py", "from .. import nn", 1),
+        ("ops/f.py", "from ..nn.linear import Linear", 1),
+        ("ops/f.py", "import pyaccel", 1),
+        ("ops/f.py", "def f():\n    from pyaccel.models import bert", 2),
+        ("ops/f.py", "class A:\n    def f(self):\n        if self:\n            import pyaccel.hf", 4),
+        ("ops/f.py", "import importlib\nimportlib.import_module('pyaccel.cli')", 2),
+        ("ops/f.py", "from pyaccel.kernels import philox", 1),
+        ("ops/f.py", "try:\n    import triton\nexcept ImportError:\n    triton = None", 2),
+        ("ops/f.py", "from tests import assertions", 1),
+        ("nn/f.py", "def f():\n    import benchmarks.registry", 2),
+        ("nn/f.py", "def f():\n    from pyaccel.kernels import philox", 2),
+        ("kernels/f.py", "from pyaccel import dispatch", 1),
+        ("kernels/f.py", "from kernels import philox", 1),
+        ("cli/f.py", "def f():\n    import kernels.philox", 2),
+        ("kernels/f.py", "import numpy", 1),
+        ("reference/f.py", "from pyaccel.ops import residual_layernorm", 1),
+        ("reference/f.py", "import numpy as np", 1),
+        ("models/f.py", "from transformers import BertModel", 1),
+        ("hf/f.py", "def f():\n    import pyaccel.verify", 2),
+        ("packing.py", "from . import dispatch", 1),
+        ("newcomer/f.py", "import os", None),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, line: int | None):
+    path = tmp_path / "pyaccel" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    (found,) = violations(tmp_path)
+    assert found.startswith(f"pyaccel/{file}:{line}: " if line else f"pyaccel/{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("ops/f.py", "import torch\nfrom pyaccel import dispatch, reference\nfrom . import other"),
+        ("ops/f.py", "def f():\n    from pyaccel.kernels import philox"),
+        ("kernels/f.py", "import triton.language as tl\nfrom pyaccel.kernels.config import RowConfig"),
+        ("cli/f.py", "from pyaccel import __version__\ndef f():\n    import transformers"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path: Path, file: str, source: str):
+    path = tmp_path / "pyaccel" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    assert violations(tmp_path) == []
+
+
+# --- import pyaccel -----------------------------------------------------------------------------------------
+
+
+def python(code: str, *, executable: str | Path = sys.executable, **env: str | None) -> str:
+    """What `python -c code` prints, from the repository root; `env` is added, or with None taken away."""
+    environment = {**os.environ, **env}
+    result = subprocess.run(
+        [str(executable), "-c", code],
+        cwd=ROOT,
+        env={name: value for name, value in environment.items() if value is not None},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_loads_nothing_heavy_and_touches_no_device():
+    python(
+        "import sys, pyaccel\n"
+        "assert pyaccel.__version__\n"
+        "assert not {'triton', 'transformers', 'numpy', 'torch'} & set(sys.modules)\n"
+        "import pyaccel.ops, pyaccel.nn, pyaccel.models, pyaccel.packing, pyaccel.reference\n"
+        "import pyaccel.dispatch, pyaccel.hf, pyaccel.verify, pyaccel.cli\n"
+        "assert not {'triton', 'transformers'} & set(sys.modules)\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+
+
+def test_import_takes_under_half_a_second_beyond_torch():
+    code = (
+        "import time, torch\n"
+        "start = time.perf_counter()\n"
+        "import pyaccel\n"
+        "print(time.perf_counter() - start)\n"
+    )
+    # The best of three: other test workers share the cores.
+    assert min(float(python(code)) for _ in range(3)) < 0.5
+
+
+def test_lazy_names():
+    python(
+        "import pyaccel\n"
+        "assert set(pyaccel.__all__) <= set(dir(pyaccel))\n"
+        "for name in pyaccel.__all__:\n"
+        "    assert getattr(pyaccel, name) is not None, name\n"
+        "from pyaccel import *\n"
+        "import pyaccel.hf, pyaccel.dispatch\n"
+        "assert accelerate is pyaccel.hf.accelerate and use_backend is pyaccel.dispatch.use_backend\n"
+        "try:\n"
+        "    pyaccel.acelerate\n"
+        "except AttributeError as error:\n"
+        "    assert str(error) == \"module 'pyaccel' has no attribute 'acelerate'\"\n"
+        "else:\n"
+        "    raise AssertionError('a misspelt name was found')\n"
+    )
+
+
+def test_kernels_import_without_a_driver():
+    """Triton installed, no GPU, no interpreter: every kernel file imports, and no driver is looked for."""
+    modules = [f"pyaccel.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
+    python(
+        f"import importlib\n"
+        f"for name in {modules}:\n"
+        f"    importlib.import_module(name)\n"
+        f"import sys, torch, triton\n"
+        f"assert triton.runtime.driver._default is None\n"
+        f"assert not torch.cuda.is_initialized()\n"
+        f"assert not [name for name in sys.modules if name.split('.')[0] == 'kernels']\n",
+        TRITON_INTERPRET=None,
+        CUDA_VISIBLE_DEVICES="",
+        HIP_VISIBLE_DEVICES="",
+    )
+
+
+# --- without triton and transformers ------------------------------------------------------------------------
+
+
+def base_distributions() -> dict[str, importlib.metadata.Distribution]:
+    """What `pip install pyaccel-bert` brings: the declared dependencies, theirs, and so on; not triton."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found: dict[str, importlib.metadata.Distribution] = {}
+    todo = list(project["dependencies"])
+    while todo:
+        requirement = Requirement(todo.pop())
+        name = canonicalize_name(requirement.name)
+        # CUDA builds of torch ask for triton themselves.
+        if (
+            name in found
+            or name == "triton"
+            or (requirement.marker and not requirement.marker.evaluate({"extra": ""}))
+        ):
+            continue
+        found[name] = importlib.metadata.distribution(name)
+        todo += found[name].requires or []
+    return found
+
+
+@pytest.fixture(scope="session")
+def base_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of a real environment that has the base dependencies and nothing else, as links to ours."""
+    folder = tmp_path_factory.mktemp("base")
+    venv.create(folder, symlinks=True, with_pip=False)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    for distribution in base_distributions().values():
+        for file in distribution.files or []:
+            name = file.parts[0]
+            link = site_packages / name
+            if name not in ("..", "__pycache__") and not name.endswith(".pth") and not link.is_symlink():
+                link.symlink_to(Path(str(distribution.locate_file(name))).resolve())
+    return folder / "bin" / "python"
+
+
+def python_base(base_python: Path, code: str) -> str:
+    return python(code, executable=base_python, PYTHONPATH=None, PYTHONHOME=None, TRITON_INTERPRET=None)
+
+
+def test_base_environment_has_neither_triton_nor_transformers(base_python: Path):
+    python_base(
+        base_python,
+        "import importlib.util, sys, torch\n"
+        f"assert sys.prefix == {str(base_python.parents[1])!r}\n"
+        "for name in ('triton', 'transformers', 'tokenizers', 'huggingface_hub', 'pytest'):\n"
+        "    assert importlib.util.find_spec(name) is None, name\n",
+    )
+
+
+def test_everything_imports_without_triton_and_transformers(base_python: Path):
+    python_base(
+        base_python,
+        "import pyaccel\n"
+        "import pyaccel.ops, pyaccel.nn, pyaccel.models, pyaccel.packing, pyaccel.reference\n"
+        "import pyaccel.dispatch, pyaccel.hf, pyaccel.verify, pyaccel.cli\n",
+    )
+
+
+def test_ops_run_without_triton(base_python: Path):
+    python_base(
+        base_python,
+        "import torch, pyaccel\n"
+        "x, residual = torch.randn(2, 5, 16).unbind()\n"
+        "weight, bias = torch.randn(2, 16).unbind()\n"
+        "inputs = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]\n"
+        "out = pyaccel.ops.residual_layernorm(*inputs)\n"
+        "total = inputs[0] + inputs[1]\n"
+        "expected = torch.nn.functional.layer_norm(total, (16,), *inputs[2:], 1e-12)\n"
+        "torch.testing.assert_close(out, expected)\n"
+        "upstream = torch.randn_like(out)\n"
+        "for got, want in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (out, expected))):\n"
+        "    torch.testing.assert_close(got, want)\n",
+    )
+
+
+def test_accelerate_without_transformers_says_which_extra_is_missing(base_python: Path):
+    printed = python_base(
+        base_python,
+        "import torch, pyaccel\n"
+        "try:\n"
+        "    pyaccel.accelerate(torch.nn.Linear(2, 2))\n"
+        "except ImportError as error:\n"
+        "    print(error)\n",
+    )
+    assert "transformers" in printed
+    assert "pyaccel-bert[hf]" in printed
+
+
+def test_command_line_runs_without_triton_and_transformers(base_python: Path):
+    code = "import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module('pyaccel', run_name='__main__')"
+    assert "demo" in python_base(base_python, code)
