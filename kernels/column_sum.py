@@ -25,17 +25,11 @@ def _sum_columns(out_ptr, partial_ptr, n_partials, n_cols, BLOCK_P: tl.constexpr
 
 @triton.jit
 def column_sum_kernel(
-    out0_ptr,
-    out1_ptr,
-    out2_ptr,
-    partial0_ptr,
-    partial1_ptr,
-    partial2_ptr,
-    n_partials,
-    n_cols,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    out0_ptr, out1_ptr, out2_ptr,
+    partial0_ptr, partial1_ptr, partial2_ptr,
+    n_partials, n_cols,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Up to three sums in one launch; an output that is None isn't wanted."""
     if out0_ptr is not None:
         _sum_columns(out0_ptr, partial0_ptr, n_partials, n_cols, BLOCK_P, BLOCK_N)

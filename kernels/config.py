@@ -33,7 +33,9 @@ class RowConfig:
     def label(self) -> str:
         """A short name for tables."""
         grid = f", {self.programs_per_sm} programs an SM" if self.programs_per_sm else ""
-        return f"{self.block_rows}x{self.block_n}{' tiled' if self.tiled else ''}, {self.num_warps} warps{grid}"
+        return (
+            f"{self.block_rows}x{self.block_n}{' tiled' if self.tiled else ''}, {self.num_warps} warps{grid}"
+        )
 
 
 def _next_power_of_2(n: int) -> int:
@@ -65,8 +67,9 @@ def residual_layernorm_backward(n_cols: int) -> RowConfig:
     block_n = max(_next_power_of_2(n_cols), 64)
     if block_n > 4096:
         return RowConfig(4, 1024, num_warps=8, programs_per_sm=2, tiled=True)
-    block_rows = max(2048 // block_n, 1)
-    return RowConfig(block_rows, block_n, num_warps=max(block_n // 512, 4), programs_per_sm=2)
+    # 8 elements a thread and 16 warps an SM: row, gradients and sums then fit in registers on every part.
+    num_warps = max(block_n // 256, 4)
+    return RowConfig(max(1024 // block_n, 1), block_n, num_warps, programs_per_sm=16 // num_warps)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ def keep_scale(dropout_p: float) -> float:
 
 
 @triton.jit
-def dropout_tile(x, key_ptr, o_row, first_col, stream, threshold, scale, ROWS: tl.constexpr, COLS: tl.constexpr):
+def dropout_tile(
+    x, key_ptr, o_row, first_col, stream, threshold, scale, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """Dropout of ``x`` [ROWS, COLS], whose rows are ``o_row`` [ROWS] and whose columns begin at ``first_col``.
 
     ``first_col`` is a multiple of 4: one Philox call gives the words of 4 neighbouring columns.

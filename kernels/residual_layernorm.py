@@ -16,28 +16,12 @@ from pyaccel.kernels.philox import dropout_tile, keep_scale, threshold_bits
 
 @triton.jit(do_not_specialize=["threshold"])
 def forward_kernel(
-    out_ptr,
-    sum_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_bias_ptr,
-    key_ptr,
-    stride_x_row,
-    stride_x_col,
-    stride_residual_row,
-    stride_residual_col,
-    n_rows,
-    n_cols,
-    eps,
-    scale,
-    threshold,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    out_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, key_ptr,
+    stride_x_row, stride_x_col, stride_residual_row, stride_residual_col,
+    n_rows, n_cols, eps, scale, threshold,
+    BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """A pointer that is None stands for an input that isn't there or an output that isn't wanted."""
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     o_col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -45,7 +29,9 @@ def forward_kernel(
     m_col = o_col < n_cols
     mask = m_row[:, None] & m_col[None, :]
     row, col = o_row[:, None], o_col[None, :]
-    x = tl.load(x_ptr + row * stride_x_row + col.to(tl.int64) * stride_x_col, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * stride_x_row + col.to(tl.int64) * stride_x_col, mask=mask, other=0.0).to(
+        tl.float32
+    )
     if x_bias_ptr is not None:
         x += tl.load(x_bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     if key_ptr is not None:
@@ -94,26 +80,9 @@ def forward(
         return
     with device_guard(x):
         forward_kernel[(triton.cdiv(n_rows, config.block_rows),)](
-            out,
-            total,
-            mean,
-            rstd,
-            x,
-            residual,
-            weight,
-            bias,
-            x_bias,
-            dropout_key,
-            x.stride(0),
-            x.stride(1),
-            0 if residual is None else residual.stride(0),
-            0 if residual is None else residual.stride(1),
-            n_rows,
-            n_cols,
-            eps,
-            keep_scale(dropout_p),
-            threshold_bits(dropout_p),
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )
+            out, total, mean, rstd,
+            x, residual, weight, bias, x_bias, dropout_key,
+            x.stride(0), x.stride(1), *((0, 0) if residual is None else residual.stride()),
+            n_rows, n_cols, eps, keep_scale(dropout_p), threshold_bits(dropout_p),
+            BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        )  # fmt: skip

@@ -33,24 +33,10 @@ def _load_tile(
 
 @triton.jit
 def _store_tile(
-    dx_ptr,
-    dresidual_ptr,
-    dsum_ptr,
-    key_ptr,
-    dz,
-    o_row,
-    row,
-    o_col,
-    first_col,
-    mask,
-    stride_dsum_row,
-    stride_dsum_col,
-    n_cols,
-    threshold,
-    scale,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dx_ptr, dresidual_ptr, dsum_ptr, key_ptr, dz, o_row, row, o_col, first_col, mask,
+    stride_dsum_row, stride_dsum_col, n_cols, threshold, scale,
+    BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Add the gradient of the returned sum, write dresidual and dx, and return dx [rows, columns]."""
     col = o_col[None, :]
     if dsum_ptr is not None:
@@ -59,7 +45,9 @@ def _store_tile(
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + row * n_cols + col, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if key_ptr is not None:
-        dz = dropout_tile(dz, key_ptr, o_row, first_col, tl.to_tensor(0), threshold, scale, BLOCK_ROWS, BLOCK_N)
+        dz = dropout_tile(
+            dz, key_ptr, o_row, first_col, tl.to_tensor(0), threshold, scale, BLOCK_ROWS, BLOCK_N
+        )
     if dx_ptr is not None:
         tl.store(dx_ptr + row * n_cols + col, dz.to(dx_ptr.dtype.element_ty), mask=mask)
     return dz
@@ -67,29 +55,12 @@ def _store_tile(
 
 @triton.jit(do_not_specialize=["threshold"])
 def backward_kernel(
-    dx_ptr,
-    dresidual_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dx_bias_ptr,
-    dy_ptr,
-    dsum_ptr,
-    sum_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    key_ptr,
-    stride_dy_row,
-    stride_dy_col,
-    stride_dsum_row,
-    stride_dsum_col,
-    n_rows,
-    n_cols,
-    scale,
-    threshold,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
+    dy_ptr, dsum_ptr, sum_ptr, mean_ptr, rstd_ptr, weight_ptr, key_ptr,
+    stride_dy_row, stride_dy_col, stride_dsum_row, stride_dsum_col,
+    n_rows, n_cols, scale, threshold,
+    BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Whole rows in registers. dweight, dbias, dx_bias: fp32 partial sums [programs, n_cols]."""
     pid = tl.program_id(0)
     o_col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -106,7 +77,18 @@ def backward_kernel(
         mean = tl.load(mean_ptr + o_row, mask=m_row, other=0.0)
         rstd = tl.load(rstd_ptr + o_row, mask=m_row, other=0.0)
         dy, wdy, x_hat = _load_tile(
-            dy_ptr, sum_ptr, weight_ptr, mean, rstd, row, o_col, mask, m_col, stride_dy_row, stride_dy_col, n_cols
+            dy_ptr,
+            sum_ptr,
+            weight_ptr,
+            mean,
+            rstd,
+            row,
+            o_col,
+            mask,
+            m_col,
+            stride_dy_row,
+            stride_dy_col,
+            n_cols,
         )
         if dweight_ptr is not None:
             b_dweight += dy * x_hat
@@ -116,24 +98,9 @@ def backward_kernel(
         mean_wdy_x_hat = tl.sum(wdy * x_hat, axis=1) / n_cols
         dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]
         dx = _store_tile(
-            dx_ptr,
-            dresidual_ptr,
-            dsum_ptr,
-            key_ptr,
-            dz,
-            o_row,
-            row,
-            o_col,
-            0,
-            mask,
-            stride_dsum_row,
-            stride_dsum_col,
-            n_cols,
-            threshold,
-            scale,
-            BLOCK_ROWS,
-            BLOCK_N,
-        )
+            dx_ptr, dresidual_ptr, dsum_ptr, key_ptr, dz, o_row, row, o_col, 0, mask,
+            stride_dsum_row, stride_dsum_col, n_cols, threshold, scale, BLOCK_ROWS, BLOCK_N,
+        )  # fmt: skip
         if dx_bias_ptr is not None:
             b_dx_bias += tl.where(mask, dx, 0.0)
     o_partial = pid.to(tl.int64) * n_cols + o_col
@@ -155,29 +122,12 @@ def _add_partial(partial_ptr, o_partial, tile, m_col, first):
 
 @triton.jit(do_not_specialize=["threshold"])
 def backward_tiled_kernel(
-    dx_ptr,
-    dresidual_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    dx_bias_ptr,
-    dy_ptr,
-    dsum_ptr,
-    sum_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    key_ptr,
-    stride_dy_row,
-    stride_dy_col,
-    stride_dsum_row,
-    stride_dsum_col,
-    n_rows,
-    n_cols,
-    scale,
-    threshold,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr,
+    dy_ptr, dsum_ptr, sum_ptr, mean_ptr, rstd_ptr, weight_ptr, key_ptr,
+    stride_dy_row, stride_dy_col, stride_dsum_row, stride_dsum_col,
+    n_rows, n_cols, scale, threshold,
+    BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Long rows, walked twice in tiles of BLOCK_N columns: once for the row sums, once for the gradients."""
     pid = tl.program_id(0)
     for block in range(pid, tl.cdiv(n_rows, BLOCK_ROWS), tl.num_programs(0)):
@@ -193,7 +143,18 @@ def backward_tiled_kernel(
             m_col = o_col < n_cols
             mask = m_row[:, None] & m_col[None, :]
             _, wdy, x_hat = _load_tile(
-                dy_ptr, sum_ptr, weight_ptr, mean, rstd, row, o_col, mask, m_col, stride_dy_row, stride_dy_col, n_cols
+                dy_ptr,
+                sum_ptr,
+                weight_ptr,
+                mean,
+                rstd,
+                row,
+                o_col,
+                mask,
+                m_col,
+                stride_dy_row,
+                stride_dy_col,
+                n_cols,
             )
             b_wdy += wdy
             b_wdy_x_hat += wdy * x_hat
@@ -204,28 +165,24 @@ def backward_tiled_kernel(
             m_col = o_col < n_cols
             mask = m_row[:, None] & m_col[None, :]
             dy, wdy, x_hat = _load_tile(
-                dy_ptr, sum_ptr, weight_ptr, mean, rstd, row, o_col, mask, m_col, stride_dy_row, stride_dy_col, n_cols
+                dy_ptr,
+                sum_ptr,
+                weight_ptr,
+                mean,
+                rstd,
+                row,
+                o_col,
+                mask,
+                m_col,
+                stride_dy_row,
+                stride_dy_col,
+                n_cols,
             )
             dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]
             dx = _store_tile(
-                dx_ptr,
-                dresidual_ptr,
-                dsum_ptr,
-                key_ptr,
-                dz,
-                o_row,
-                row,
-                o_col,
-                first_col,
-                mask,
-                stride_dsum_row,
-                stride_dsum_col,
-                n_cols,
-                threshold,
-                scale,
-                BLOCK_ROWS,
-                BLOCK_N,
-            )
+                dx_ptr, dresidual_ptr, dsum_ptr, key_ptr, dz, o_row, row, o_col, first_col, mask,
+                stride_dsum_row, stride_dsum_col, n_cols, threshold, scale, BLOCK_ROWS, BLOCK_N,
+            )  # fmt: skip
             o_partial = pid.to(tl.int64) * n_cols + o_col
             first = block == pid
             if dweight_ptr is not None:
@@ -264,27 +221,9 @@ def backward(
     kernel = backward_tiled_kernel if config.tiled else backward_kernel
     with device_guard(total):
         kernel[(n_programs,)](
-            dx,
-            dresidual,
-            dweight_partial,
-            dbias_partial,
-            dx_bias_partial,
-            dy,
-            dsum,
-            total,
-            mean,
-            rstd,
-            weight,
-            dropout_key,
-            dy.stride(0),
-            dy.stride(1),
-            0 if dsum is None else dsum.stride(0),
-            0 if dsum is None else dsum.stride(1),
-            n_rows,
-            n_cols,
-            keep_scale(dropout_p),
-            threshold_bits(dropout_p),
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )
+            dx, dresidual, dweight_partial, dbias_partial, dx_bias_partial,
+            dy, dsum, total, mean, rstd, weight, dropout_key,
+            dy.stride(0), dy.stride(1), *((0, 0) if dsum is None else dsum.stride()),
+            n_rows, n_cols, keep_scale(dropout_p), threshold_bits(dropout_p),
+            BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        )  # fmt: skip

@@ -1,0 +1,227 @@
+"""What is compiled: every kernel with every launch configuration that ships, and a real call's arguments.
+
+A family adds one builder to :data:`BUILDERS`. Nothing here imports triton: the list is there
+without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyaccel.kernels import config as kernel_config
+
+# A kernel's argument as a launch has it: "*bf16" for a pointer to bfloat16, a number, or None.
+Argument = str | int | float | None
+
+# dtype label -> (x, residual and sum, parameters, output) as Triton names them.
+ROW_DTYPES = {
+    "bf16": ("bf16", "bf16", "bf16", "bf16"),
+    "fp16": ("fp16", "fp16", "fp16", "fp16"),
+    "fp32": ("fp32", "fp32", "fp32", "fp32"),
+    # As autocast gives them: a 16-bit branch, everything else in fp32.
+    "bf16 + fp32": ("bf16", "fp32", "fp32", "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel with one launch configuration and one set of argument types.
+
+    Attributes:
+        op: the op of :mod:`pyaccel.ops` that it serves.
+        name: the kernel, and which of its optional inputs it has.
+        fn: where the kernel is, ``"module:function"``.
+        signature: Triton's type of each run-time argument, such as ``"*bf16"`` or ``"i32"``.
+        constexprs: the values of all other arguments.
+        divisible: the arguments known to be divisible by 16 (pointers: aligned to 16 bytes).
+        num_warps, num_stages: launch options; None for Triton's default.
+        programs_per_sm: programs that a persistent grid has for each SM; 0 for other grids.
+        dtype: a label for the argument types.
+        config: a label for the launch configuration.
+    """
+
+    op: str
+    name: str
+    fn: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    divisible: frozenset[str]
+    num_warps: int | None
+    num_stages: int | None
+    dtype: str
+    config: str
+    programs_per_sm: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name} [{self.config}] {self.dtype}"
+
+
+def kernel_spec(
+    op: str,
+    name: str,
+    fn: str,
+    arguments: Mapping[str, Argument],
+    constexprs: Mapping[str, Any],
+    *,
+    dtype: str,
+    config: str,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+    programs_per_sm: int = 0,
+    do_not_specialize: Collection[str] = (),
+) -> KernelSpec:
+    """A :class:`KernelSpec` with the arguments specialised as Triton's JIT does it on a launch.
+
+    None and the integer 1 become constants, integers divisible by 16 and all pointers are marked as such, and
+    the arguments in ``do_not_specialize`` keep their type alone.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(constexprs)
+    divisible = set()
+    for arg, value in arguments.items():
+        if value is None:
+            constants[arg] = None
+        elif isinstance(value, str):
+            signature[arg] = value
+            divisible.add(arg)
+        elif isinstance(value, float):
+            signature[arg] = "fp32"
+        elif value == 1 and arg not in do_not_specialize:
+            constants[arg] = 1
+        else:
+            signature[arg] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and arg not in do_not_specialize:
+                divisible.add(arg)
+    return KernelSpec(
+        op=op,
+        name=name,
+        fn=fn,
+        signature=signature,
+        constexprs=constants,
+        divisible=frozenset(divisible),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        dtype=dtype,
+        config=config,
+        programs_per_sm=programs_per_sm,
+    )
+
+
+def _row_configs(heuristic: Callable[[int], Any]) -> dict[Any, int]:
+    """Every configuration that a row heuristic returns, with the longest row that has it."""
+    # The longest is a power of two: rows whose start is aligned, which is what wide accesses need.
+    return {heuristic(n_cols): n_cols for n_cols in range(1, kernel_config.MAX_ROW + 1)}
+
+
+def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
+    """The family's kernels: forward and backward, lean (inference, no dropout) and with every option."""
+    # Not a multiple of 16: packed batches have any number of rows.
+    n_rows = 4099
+    threshold = {"threshold": 429496730}
+    specs = []
+    for dtype in dtypes:
+        x, stream, parameter, out = (f"*{name}" for name in ROW_DTYPES[dtype])
+        for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_forward).items():
+            for full in (False, True):
+                specs.append(
+                    kernel_spec(
+                        "residual_layernorm",
+                        "forward, dropout" if full else "forward",
+                        "pyaccel.kernels.residual_layernorm:forward_kernel",
+                        {
+                            "out_ptr": out,
+                            "sum_ptr": stream if full else None,
+                            "mean_ptr": "*fp32",
+                            "rstd_ptr": "*fp32",
+                            "x_ptr": x,
+                            "residual_ptr": stream,
+                            "weight_ptr": parameter,
+                            "bias_ptr": parameter,
+                            "x_bias_ptr": parameter if full else None,
+                            "key_ptr": "*i64" if full else None,
+                            "stride_x_row": n_cols,
+                            "stride_x_col": 1,
+                            "stride_residual_row": n_cols,
+                            "stride_residual_col": 1,
+                            "n_rows": n_rows,
+                            "n_cols": n_cols,
+                            "eps": 1e-12,
+                            "scale": 1.1,
+                            **threshold,
+                        },
+                        {"BLOCK_ROWS": row_config.block_rows, "BLOCK_N": row_config.block_n},
+                        dtype=dtype,
+                        config=row_config.label,
+                        num_warps=row_config.num_warps,
+                        do_not_specialize=threshold,
+                    )
+                )
+        for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_backward).items():
+            kernel = "backward_tiled_kernel" if row_config.tiled else "backward_kernel"
+            for full in (False, True):
+                specs.append(
+                    kernel_spec(
+                        "residual_layernorm",
+                        "backward, dropout" if full else "backward",
+                        f"pyaccel.kernels.residual_layernorm_backward:{kernel}",
+                        {
+                            "dx_ptr": x,
+                            "dresidual_ptr": stream if full else None,
+                            "dweight_ptr": "*fp32",
+                            "dbias_ptr": "*fp32",
+                            "dx_bias_ptr": "*fp32" if full else None,
+                            "dy_ptr": out,
+                            "dsum_ptr": stream if full else None,
+                            "sum_ptr": stream,
+                            "mean_ptr": "*fp32",
+                            "rstd_ptr": "*fp32",
+                            "weight_ptr": parameter,
+                            "key_ptr": "*i64" if full else None,
+                            "stride_dy_row": n_cols,
+                            "stride_dy_col": 1,
+                            "stride_dsum_row": n_cols if full else 0,
+                            "stride_dsum_col": 1 if full else 0,
+                            "n_rows": n_rows,
+                            "n_cols": n_cols,
+                            "scale": 1.1,
+                            **threshold,
+                        },
+                        {"BLOCK_ROWS": row_config.block_rows, "BLOCK_N": row_config.block_n},
+                        dtype=dtype,
+                        config=row_config.label,
+                        num_warps=row_config.num_warps,
+                        programs_per_sm=row_config.programs_per_sm,
+                        do_not_specialize=threshold,
+                    )
+                )
+        sum_config = kernel_config.column_sum()
+        specs.append(
+            kernel_spec(
+                "residual_layernorm",
+                "column sum",
+                "pyaccel.kernels.column_sum:column_sum_kernel",
+                {
+                    **{f"out{i}_ptr": parameter for i in range(3)},
+                    **{f"partial{i}_ptr": "*fp32" for i in range(3)},
+                    "n_partials": 264,
+                    "n_cols": 768,
+                },
+                {"BLOCK_P": sum_config.block_p, "BLOCK_N": sum_config.block_n},
+                dtype=dtype,
+                config=sum_config.label,
+                num_warps=sum_config.num_warps,
+            )
+        )
+    return specs
+
+
+BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {"residual_layernorm": residual_layernorm}
+
+
+def specs(op: str | None = None) -> list[KernelSpec]:
+    """What ships: all kernels of ``op``, or of every op, with every configuration and dtype."""
+    if op is not None and op not in BUILDERS:
+        raise ValueError(f"no kernels are known for op {op!r}: expected one of {', '.join(BUILDERS)}")
+    return [spec for name, builder in BUILDERS.items() if op in (None, name) for spec in builder()]

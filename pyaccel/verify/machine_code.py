@@ -1,0 +1,423 @@
+"""Compile kernels for cards that aren't there, and read what matters out of the machine code.
+
+Triton compiles for any target on any machine: ptxas, cuobjdump and the AMD assembler come with its wheel. So
+what a launch costs in registers, spills, shared memory and occupancy, and whether it uses tensor cores and
+wide memory accesses, can be checked where there is no GPU. How fast it runs can't.
+
+    for code in compile_all(specs("residual_layernorm"), ["sm_90"]):
+        print(code.name, code.config, code.registers, code.occupancy)
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyaccel.verify.kernel_specs import KernelSpec, specs
+
+__all__ = [
+    "PARTS",
+    "CompilationError",
+    "KernelSpec",
+    "MachineCode",
+    "Part",
+    "compile_all",
+    "compile_spec",
+    "compile_tasks",
+    "specs",
+]
+
+
+class CompilationError(RuntimeError):
+    """A kernel doesn't compile for a target; the message names both and has the compiler's own words."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The limits of a GPU architecture. "SM" stands for a compute unit on AMD, "warp" for a wave.
+
+    Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD's CDNA 3
+    and CDNA 4 ISA guides; LLVM's AMDGPU usage guide.
+
+    Attributes:
+        backend, target: Triton's names for it.
+        warp_size: threads a warp.
+        warps_per_sm, blocks_per_sm: the most that an SM holds.
+        shared_per_block, shared_per_sm: bytes of shared memory (LDS).
+        shared_reserved: bytes that the system takes of each block's shared memory.
+        registers_per_scheduler: 32-bit registers of one of the SM's four schedulers, for each lane of a warp.
+        register_granule: a warp's registers a lane are rounded up to a multiple of this.
+    """
+
+    backend: str
+    target: int | str
+    warp_size: int
+    warps_per_sm: int
+    blocks_per_sm: int
+    shared_per_block: int
+    shared_per_sm: int
+    shared_reserved: int
+    registers_per_scheduler: int
+    register_granule: int = 8
+
+    def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> float:
+        """Warps that an SM holds at once, as a part of the most it can; 0 for a block that doesn't fit."""
+        granule = self.register_granule
+        registers = max(-(-registers // granule), 1) * granule
+        warps_by_registers = 4 * (self.registers_per_scheduler // registers)
+        shared = shared_bytes + self.shared_reserved
+        blocks = min(
+            self.blocks_per_sm,
+            self.warps_per_sm // num_warps,
+            warps_by_registers // num_warps,
+            self.shared_per_sm // shared if shared else self.blocks_per_sm,
+        )
+        return blocks * num_warps / self.warps_per_sm
+
+
+def _nvidia(
+    capability: int, *, warps: int, blocks: int, shared_per_block_kib: int, shared_per_sm_kib: int
+) -> Part:
+    # 64 Ki registers an SM, 16 Ki a scheduler: 512 for each of a warp's 32 lanes.
+    return Part(
+        "cuda",
+        capability,
+        32,
+        warps,
+        blocks,
+        shared_per_block_kib * 1024,
+        shared_per_sm_kib * 1024,
+        1024,
+        512,
+    )
+
+
+def _amd(target: str, *, shared_kib: int) -> Part:
+    # 8 waves for each of the 4 SIMDs, which has 512 vector registers (VGPRs and AccVGPRs) a lane. A unit
+    # takes 16 blocks of more than one wave.
+    return Part("hip", target, 64, 32, 16, shared_kib * 1024, shared_kib * 1024, 0, 512)
+
+
+PARTS: dict[str, Part] = {
+    "sm_80": _nvidia(80, warps=64, blocks=32, shared_per_block_kib=163, shared_per_sm_kib=164),
+    "sm_86": _nvidia(86, warps=48, blocks=16, shared_per_block_kib=99, shared_per_sm_kib=100),
+    "sm_89": _nvidia(89, warps=48, blocks=24, shared_per_block_kib=99, shared_per_sm_kib=100),
+    "sm_90": _nvidia(90, warps=64, blocks=32, shared_per_block_kib=227, shared_per_sm_kib=228),
+    "sm_100": _nvidia(100, warps=64, blocks=32, shared_per_block_kib=227, shared_per_sm_kib=228),
+    "gfx942": _amd("gfx942", shared_kib=64),
+    "gfx950": _amd("gfx950", shared_kib=160),
+}
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one :class:`KernelSpec` became for one architecture.
+
+    Attributes:
+        op, name, config, dtype: those of the spec.
+        arch: a key of :data:`PARTS`.
+        num_warps: warps a block.
+        registers: 32-bit registers a thread (on AMD vector registers a lane, AccVGPRs included).
+        spill_bytes: bytes a thread stores outside registers for want of registers.
+        stack_bytes: bytes of a thread's stack, spills included.
+        shared_bytes: shared memory (LDS) a block.
+        occupancy: warps resident on an SM as a part of the most it holds, 0 to 1.
+        wgmma: Hopper's warp-group matrix instructions (HGMMA, IGMMA, QGMMA) in the code.
+        mma: all other matrix instructions (HMMA, IMMA, tcgen05; MFMA on AMD).
+        load_bits, store_bits: the widest access to global memory by one thread; 0 if there is none.
+        instructions: length of the code in instructions.
+        loads, stores: how many instructions access global memory, by their width in bits.
+    """
+
+    op: str
+    name: str
+    config: str
+    dtype: str
+    arch: str
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    occupancy: float
+    wgmma: int
+    mma: int
+    instructions: int
+    loads: Mapping[int, int] = field(default_factory=dict)
+    stores: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def load_bits(self) -> int:
+        return max(self.loads, default=0)
+
+    @property
+    def store_bits(self) -> int:
+        return max(self.stores, default=0)
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name} [{self.config}] {self.dtype} on {self.arch}"
+
+
+@dataclass(frozen=True)
+class _Assembly:
+    """What the text of an assembly shows; the fields are :class:`MachineCode`'s."""
+
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    static_shared_bytes: int
+    wgmma: int
+    mma: int
+    instructions: int
+    loads: Counter[int]
+    stores: Counter[int]
+
+
+# "        /*0070*/              @!P0 LDG.E.128 R4, desc[UR14][R4.64] ;      /* 0x... */"
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_SASS_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_SASS_WGMMA = re.compile(r"[HIQB]GMMA")
+_SASS_MMA = re.compile(r"[HIQBDF]MMA|OMMA|UTC\w*MMA")
+
+
+def _sass_bits(opcode: str) -> int:
+    """Bits that one thread moves with a memory instruction, from its modifiers."""
+    for modifier in opcode.split(".")[1:]:
+        if modifier in ("64", "128", "256"):
+            return int(modifier)
+        if modifier in ("U8", "S8"):
+            return 8
+        if modifier in ("U16", "S16"):
+            return 16
+    return 32
+
+
+def parse_sass(text: str) -> _Assembly:
+    """Read the output of ``cuobjdump -sass -res-usage`` for a cubin of one kernel."""
+    usage = _SASS_USAGE.search(text)
+    if usage is None:
+        raise ValueError(f"cuobjdump printed no resource usage: {text[:200]!r}")
+    registers, stack, shared = map(int, usage.groups())
+    opcodes = _SASS.findall(text)
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    spill_bytes = wgmma = mma = 0
+    for opcode in opcodes:
+        mnemonic = opcode.split(".")[0]
+        if mnemonic in ("LDG", "LD", "LDGSTS"):
+            loads[_sass_bits(opcode)] += 1
+        elif mnemonic in ("STG", "ST"):
+            stores[_sass_bits(opcode)] += 1
+        elif mnemonic in ("UTMALDG", "UBLKCP"):
+            loads[128] += 1  # the copy engine moves whole lines; no thread does
+        elif mnemonic == "UTMASTG":
+            stores[128] += 1
+        elif mnemonic == "STL":
+            spill_bytes += _sass_bits(opcode) // 8
+        elif _SASS_WGMMA.fullmatch(mnemonic):
+            wgmma += 1
+        elif _SASS_MMA.fullmatch(mnemonic):
+            mma += 1
+    return _Assembly(registers, spill_bytes, stack, shared, wgmma, mma, len(opcodes), loads, stores)
+
+
+# "        global_load_dwordx4 v[2:5], v0, s[2:3]"
+_GCN = re.compile(r"^\s+([a-z]\w+)(?=\s)", re.MULTILINE)
+_GCN_MEMORY = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?[us]?(dwordx[234]|dword|short|byte)")
+_GCN_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
+
+
+def parse_amdgcn(text: str) -> _Assembly:
+    """Read AMD assembly with its metadata, as Triton keeps it beside the binary, for one kernel."""
+
+    def metadata(key: str) -> int:
+        found = re.search(rf"^\s*\.{key}:\s*(\d+)", text, re.MULTILINE)
+        if found is None:
+            raise ValueError(f"the AMD assembly has no .{key}")
+        return int(found.group(1))
+
+    code = text.split(".section\t.rodata")[0]
+    opcodes = _GCN.findall(code)
+    accesses: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for opcode in opcodes:
+        access = _GCN_MEMORY.match(opcode)
+        if access is not None:
+            direction, width = access.groups()
+            accesses[direction][_GCN_BITS[width]] += 1
+    return _Assembly(
+        registers=metadata("vgpr_count"),
+        spill_bytes=4 * metadata("vgpr_spill_count"),
+        stack_bytes=metadata("private_segment_fixed_size"),
+        static_shared_bytes=metadata("group_segment_fixed_size"),
+        wgmma=0,
+        mma=sum(opcode.startswith("v_mfma") for opcode in opcodes),
+        instructions=len(opcodes),
+        loads=accesses["load"],
+        stores=accesses["store"],
+    )
+
+
+def _check_arch(arch: str) -> Part:
+    if arch not in PARTS:
+        raise ValueError(f"unknown architecture {arch!r}: expected one of {', '.join(PARTS)}")
+    return PARTS[arch]
+
+
+def compile_spec(spec: KernelSpec, arch: str) -> MachineCode:
+    """Compile one kernel for one architecture, in this process.
+
+    Kernels must have been imported without TRITON_INTERPRET, which turns them into Python functions for good;
+    :func:`compile_all` sees to that.
+
+    Raises:
+        ValueError: an unknown architecture.
+        CompilationError: the kernel can't be compiled.
+        ImportError: triton isn't installed.
+    """
+    part = _check_arch(arch)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module_name, function_name = spec.fn.split(":")
+    fn = getattr(importlib.import_module(module_name), function_name)
+    if not isinstance(fn, triton.JITFunction):
+        raise CompilationError(
+            f"{spec.fn} was imported with TRITON_INTERPRET set and can't be compiled in this process: use "
+            "compile_all, which compiles in processes of its own, or unset TRITON_INTERPRET"
+        )
+    given = {*spec.signature, *spec.constexprs}
+    if given != set(fn.arg_names):
+        raise CompilationError(
+            f"the spec of {spec} doesn't fit {spec.fn}: "
+            f"missing {sorted(set(fn.arg_names) - given)}, unknown {sorted(given - set(fn.arg_names))}"
+        )
+    source = ASTSource(
+        fn, _signature(spec, fn.arg_names), dict(spec.constexprs), _attributes(spec, part, fn.arg_names)
+    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    try:
+        compiled = triton.compile(
+            source,
+            target=GPUTarget(part.backend, part.target, part.warp_size),
+            options={name: value for name, value in options.items() if value is not None},
+        )
+    except Exception as error:
+        raise CompilationError(
+            f"{spec} doesn't compile for {arch}: {type(error).__name__}: {error}"
+        ) from error
+    if part.backend == "cuda":
+        assembly = parse_sass(_disassemble(compiled.asm["cubin"]))
+        # The static part is the system's own, counted by Part.shared_reserved.
+        shared_bytes = compiled.metadata.shared
+    else:
+        assembly = parse_amdgcn(compiled.asm["amdgcn"])
+        shared_bytes = max(compiled.metadata.shared, assembly.static_shared_bytes)
+    num_warps = compiled.metadata.num_warps
+    return MachineCode(
+        op=spec.op,
+        name=spec.name,
+        config=spec.config,
+        dtype=spec.dtype,
+        arch=arch,
+        num_warps=num_warps,
+        registers=assembly.registers,
+        spill_bytes=assembly.spill_bytes,
+        stack_bytes=assembly.stack_bytes,
+        shared_bytes=shared_bytes,
+        occupancy=part.occupancy(assembly.registers, shared_bytes, num_warps),
+        wgmma=assembly.wgmma,
+        mma=assembly.mma,
+        instructions=assembly.instructions,
+        loads=dict(assembly.loads),
+        stores=dict(assembly.stores),
+    )
+
+
+def _signature(spec: KernelSpec, arg_names: list[str]) -> dict[str, str]:
+    return {name: spec.signature.get(name, "constexpr") for name in arg_names}
+
+
+def _attributes(spec: KernelSpec, part: Part, arg_names: list[str]) -> dict[tuple[int], list[list[Any]]]:
+    """Triton's hints for each argument, as its JIT gives them on a launch."""
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for name in spec.divisible:
+        hints: list[list[Any]] = [["tt.divisibility", 16]]
+        if part.backend == "hip" and spec.signature[name].startswith("*"):
+            hints.append(["tt.pointer_range", 32])  # tensors under 2 GiB, for buffer instructions
+        attributes[(arg_names.index(name),)] = hints
+    return attributes
+
+
+def _disassemble(cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CompilationError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _start_worker() -> None:
+    # Before this process imports triton: the test suite runs with TRITON_INTERPRET=1 in the environment.
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _compile_task(task: tuple[KernelSpec, str]) -> MachineCode:
+    return compile_spec(*task)
+
+
+def compile_all(
+    specs: Iterable[KernelSpec], archs: Iterable[str], workers: int | None = None
+) -> Iterator[MachineCode]:
+    """Compile every spec for every architecture, in processes of its own; yields results in that order.
+
+    Args:
+        specs: what to compile.
+        archs: keys of :data:`PARTS`.
+        workers: processes; by default as many as this process may use cores.
+
+    Triton's cache (TRITON_CACHE_DIR) is used, so that a second run takes seconds.
+
+    Raises:
+        ValueError: an unknown architecture.
+        CompilationError: a kernel can't be compiled; what hasn't begun by then is dropped.
+        ImportError: triton isn't installed.
+    """
+    archs = list(archs)
+    return compile_tasks([(spec, arch) for spec in specs for arch in archs], workers)
+
+
+def compile_tasks(
+    tasks: Sequence[tuple[KernelSpec, str]], workers: int | None = None
+) -> Iterator[MachineCode]:
+    """:func:`compile_all` for a list of (spec, arch) of one's own."""
+    for _, arch in tasks:
+        _check_arch(arch)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _results(tasks, max(1, min(workers, len(tasks))))
+
+
+def _results(tasks: Sequence[tuple[KernelSpec, str]], workers: int) -> Iterator[MachineCode]:
+    # Spawned, not forked: a fork would inherit modules, and with them kernels, that are already imported.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield from pool.map(_compile_task, tasks)
+    finally:
+        pool.shutdown(cancel_futures=True)

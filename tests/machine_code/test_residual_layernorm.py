@@ -1,0 +1,258 @@
+"""Machine code of the residual_layernorm family: every launch configuration that ships, for real GPUs.
+
+What is compiled, in about 90 s on two cores: every configuration of every kernel, lean and with all
+options,
+
+* in bf16, which is what users run, for every architecture;
+* in fp32 and in autocast's mix for sm_80 and sm_90: register demand depends on the dtypes, and the other
+  NVIDIA architectures have the register file and the instructions (for these kernels) of one of the two.
+
+fp16 is left out: it is bf16 with another conversion instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pyaccel.kernels import column_sum, config, residual_layernorm, residual_layernorm_backward
+from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
+from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
+
+# One worker compiles, and the tests of this file go to it.
+pytestmark = pytest.mark.xdist_group("machine_code_residual_layernorm")
+
+MATRIX = {
+    "bf16": tuple(PARTS),
+    "fp32": ("sm_80", "sm_90"),
+    "bf16 + fp32": ("sm_80", "sm_90"),
+}
+ROW_INPUTS = {
+    "forward": {"x_ptr", "residual_ptr"},
+    "backward": {"dy_ptr", "dsum_ptr", "sum_ptr"},
+}
+ROW_OUTPUTS = {
+    "forward": {"out_ptr", "sum_ptr"},
+    "backward": {"dx_ptr", "dresidual_ptr"},
+}
+
+Compiled = list[tuple[KernelSpec, MachineCode]]
+Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments by name, launch options
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    """Every kernel of the matrix with its machine code."""
+    tasks = [(spec, arch) for spec in specs("residual_layernorm") for arch in MATRIX.get(spec.dtype, ())]
+    return [(spec, code) for (spec, _), code in zip(tasks, compile_tasks(tasks), strict=True)]
+
+
+def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
+    """The kernels for which `broken` returns what is wrong with them."""
+    found = ((code, broken(spec, code)) for spec, code in compiled)
+    return [f"{code}: {problem}" for code, problem in found if problem]
+
+
+def test_every_kernel_dtype_and_architecture_is_there(compiled: Compiled) -> None:
+    forward = {config.residual_layernorm_forward(n) for n in range(1, config.MAX_ROW + 1)}
+    backward = {config.residual_layernorm_backward(n) for n in range(1, config.MAX_ROW + 1)}
+    kernels = 2 * len(forward) + 2 * len(backward) + 1
+    count = {
+        (dtype, arch): sum(code.dtype == dtype and code.arch == arch for _, code in compiled)
+        for dtype, archs in MATRIX.items()
+        for arch in archs
+    }
+    assert set(count.values()) == {kernels}
+    assert len(compiled) == kernels * len(count)
+    assert {code.arch for _, code in compiled} == set(PARTS)
+
+
+def test_no_spills_and_no_stack(compiled: Compiled) -> None:
+    def broken(_: KernelSpec, code: MachineCode) -> str:
+        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
+        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
+
+    assert violations(compiled, broken) == []
+
+
+def test_registers(compiled: Compiled) -> None:
+    # 255 is the most that an instruction can name; at the limit a kernel is about to spill.
+    assert violations(compiled, lambda _, code: code.registers > 232 and f"{code.registers} registers") == []
+
+
+def test_shared_memory_fits(compiled: Compiled) -> None:
+    def broken(_: KernelSpec, code: MachineCode) -> str:
+        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
+
+    assert violations(compiled, broken) == []
+    # Row sums cross warps there and little else: rows themselves stay in registers.
+    assert violations(compiled, lambda _, code: code.shared_bytes > 32 * 1024 and code.shared_bytes) == []
+
+
+def test_persistent_grids_are_resident_at_once(compiled: Compiled) -> None:
+    """A persistent grid of more programs than the device holds runs in waves, the last one mostly empty."""
+
+    def broken(spec: KernelSpec, code: MachineCode) -> str:
+        resident = round(code.occupancy * PARTS[code.arch].warps_per_sm / code.num_warps)
+        too_many = resident < max(spec.programs_per_sm, 1)
+        return f"{resident} programs fit an SM, {spec.programs_per_sm} are launched" * too_many
+
+    assert violations(compiled, broken) == []
+
+
+def test_forward_occupancy(compiled: Compiled) -> None:
+    """Memory-bound kernels hide latency with warps: 3/8 of the most, 1/4 for rows above 8192."""
+
+    def broken(spec: KernelSpec, code: MachineCode) -> str:
+        least = 0.25 if spec.constexprs["BLOCK_N"] > 8192 else 0.375
+        return f"occupancy {code.occupancy:.0%}" * (code.occupancy < least)
+
+    forward = [(spec, code) for spec, code in compiled if spec.name.startswith("forward")]
+    assert violations(forward, broken) == []
+
+
+def test_rows_move_512_bytes_a_warp(compiled: Compiled) -> None:
+    """Every tensor of rows is read and written with accesses of 512 bytes a warp, where its rows are aligned.
+
+    That is 128 bits for each of 32 lanes, the widest there is; half of it does for each of AMD's 64.
+    """
+
+    def broken(spec: KernelSpec, code: MachineCode) -> str:
+        kind = spec.name.split(",")[0]
+        wide = 512 * 8 // PARTS[code.arch].warp_size
+        if kind == "column sum":
+            return f"loads {code.load_bits} bits" * (code.load_bits < wide)
+        inputs = len(ROW_INPUTS[kind] & spec.signature.keys())
+        outputs = len(ROW_OUTPUTS[kind] & spec.signature.keys())
+        wide_loads = sum(n for bits, n in code.loads.items() if bits >= wide)
+        wide_stores = sum(n for bits, n in code.stores.items() if bits >= wide)
+        return f"loads {code.loads}, stores {code.stores}" * (wide_loads < inputs or wide_stores < outputs)
+
+    assert violations(compiled, broken) == []
+
+
+def test_no_matrix_instructions(compiled: Compiled) -> None:
+    assert violations(compiled, lambda _, code: code.wgmma + code.mma) == []
+
+
+# What is compiled above must be what the launchers launch: the same kernels, types, constants and warps.
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Every launch is recorded here instead of being run."""
+    recorded: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        named = dict(zip(self.arg_names, args, strict=False))
+        options = {key: value for key, value in kwargs.items() if key not in self.arg_names}
+        named.update({key: value for key, value in kwargs.items() if key in self.arg_names})
+        recorded.append((self, named, options))
+
+    kernels = (
+        residual_layernorm.forward_kernel,
+        residual_layernorm_backward.backward_kernel,
+        residual_layernorm_backward.backward_tiled_kernel,
+        column_sum.column_sum_kernel,
+    )
+    for kernel_class in {type(kernel) for kernel in kernels}:
+        monkeypatch.setattr(kernel_class, "run", run)
+    return recorded
+
+
+def as_spec(launch: Launch, like: KernelSpec) -> KernelSpec:
+    """The spec of a recorded launch, with the labels of another one."""
+    kernel, named, options = launch
+    module = kernel.fn.__module__
+    names = {
+        torch.bfloat16: "*bf16",
+        torch.float32: "*fp32",
+        torch.int64: "*i64",
+    }
+    values = {key: names[v.dtype] if isinstance(v, torch.Tensor) else v for key, v in named.items()}
+    constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
+    return kernel_spec(
+        like.op,
+        like.name,
+        f"{module}:{kernel.__name__}",
+        values,
+        constexprs,
+        dtype=like.dtype,
+        config=like.config,
+        programs_per_sm=like.programs_per_sm,
+        do_not_specialize=["threshold"],
+        **options,
+    )
+
+
+TORCH_DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16 + fp32": (torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lean", "all options"])
+@pytest.mark.parametrize("dtype", MATRIX)
+@pytest.mark.parametrize("n_cols", [64, 1024, 4096, 16384])
+def test_the_specs_are_what_the_launchers_launch(
+    launches: list[Launch], n_cols: int, dtype: str, full: bool
+) -> None:
+    branch, stream = TORCH_DTYPES[dtype]
+    n_rows = 5
+    x = torch.empty(n_rows, n_cols, dtype=branch)
+    residual = torch.empty(n_rows, n_cols, dtype=stream)
+    vector = torch.empty(n_cols, dtype=stream)
+    statistics = torch.empty(n_rows)
+    key = torch.zeros(2, dtype=torch.int64) if full else None
+    dropout_p = 0.1 if full else 0.0
+    forward_config = config.residual_layernorm_forward(n_cols)
+    backward_config = config.residual_layernorm_backward(n_cols)
+    partial = torch.empty(3, n_cols)
+    residual_layernorm.forward(
+        torch.empty_like(residual),
+        torch.empty_like(residual) if full else None,
+        statistics,
+        statistics,
+        x,
+        residual,
+        vector,
+        vector,
+        vector if full else None,
+        key,
+        1e-12,
+        dropout_p,
+        forward_config,
+    )
+    residual_layernorm_backward.backward(
+        torch.empty_like(x),
+        torch.empty_like(residual) if full else None,
+        partial,
+        partial,
+        partial if full else None,
+        residual,
+        residual if full else None,
+        residual,
+        statistics,
+        statistics,
+        vector,
+        key,
+        dropout_p,
+        3,
+        backward_config,
+    )
+    column_sum.column_sum((vector,) * 3, (partial,) * 3, config.column_sum())
+
+    suffix = ", dropout" if full else ""
+    labels = [
+        ("forward" + suffix, forward_config.label),
+        ("backward" + suffix, backward_config.label),
+        ("column sum", config.column_sum().label),
+    ]
+    shipped = {(s.name, s.config): s for s in specs("residual_layernorm") if s.dtype == dtype}
+    assert len(launches) == len(labels)
+    for launch, label in zip(launches, labels, strict=True):
+        assert as_spec(launch, shipped[label]) == shipped[label]

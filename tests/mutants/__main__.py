@@ -1,0 +1,226 @@
+"""``python -m tests.mutants``: plant each known bug in a copy of the tree and see whether the tests notice.
+
+Only a failing test kills. A mutant that cannot be planted, or that merely breaks an import, is an error: it
+would prove nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests import mutants
+from tests.mutants import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = ("kernels", "pyaccel", "tests", "pyproject.toml")
+WORKERS = 2
+
+# What pytest's -rfE prints for a failure; what cannot be collected has no "::test".
+FAILED = re.compile(r"^(FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
+BROKEN = re.compile(r"\b(SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError)\b")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a tree.
+
+    Attributes:
+        verdict: "killed", "survived" or "error".
+        by: the first test that failed, or what is wrong.
+        seconds: how long the tests ran.
+    """
+
+    verdict: str
+    by: str
+    seconds: float
+
+
+def families() -> dict[str, list[Mutant]]:
+    """Each family's mutants, from the MUTANTS of every module beside this one."""
+    found = {}
+    for module in pkgutil.iter_modules(mutants.__path__):
+        if module.name != "__main__":
+            found[module.name] = list(importlib.import_module(f"tests.mutants.{module.name}").MUTANTS)
+    names = [mutant.name for family in found.values() for mutant in family]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SystemExit(f"mutants of the same name: {', '.join(repeated)}")
+    return found
+
+
+def fast_tests(family: str) -> list[str]:
+    """Where the tests are that are to notice a family's bugs: those of its op, and those of kernels."""
+    return [f"tests/ops/test_{family}.py", "tests/kernels"]
+
+
+def copy_tree(destination: Path) -> None:
+    """Copy what the tests need; pyaccel/kernels stays a link to kernels."""
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, destination / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy2(source, destination / name)
+
+
+def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> Outcome:
+    """Run `tests` in `tree` until the first failure."""
+    # The tree's own pyaccel, whatever is installed; and no compiled leftovers of another mutant.
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "COLUMNS": "500",  # pytest cuts what it says of a failure to the terminal's width
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *tests,
+        "-x",
+        "-q",
+        "-rfE",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+    ]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        # A loop that no longer ends is noticed too.
+        return Outcome("killed", f"no end within {timeout:.0f} s", time.perf_counter() - start)
+    return judge(done.returncode, done.stdout + done.stderr, time.perf_counter() - start)
+
+
+def judge(returncode: int, output: str, seconds: float) -> Outcome:
+    """Read pytest's verdict: only a failing test kills; tests that can't be imported or run prove nothing."""
+    if returncode == 0:
+        return Outcome("survived", "", seconds)
+    failures = FAILED.findall(output)
+    if not failures:
+        return Outcome("error", f"pytest exited with {returncode}: {_last_line(output)}", seconds)
+    kind, where, message = failures[0]
+    _, _, test = where.partition("::")
+    if returncode != 1 or kind == "ERROR" or not test or BROKEN.search(message):
+        return Outcome("error", f"{where}: {message or 'not collected'}", seconds)
+    return Outcome("killed", test, seconds)
+
+
+def _last_line(output: str) -> str:
+    lines = output.strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def try_mutant(mutant: Mutant | None, tests: Sequence[str], timeout: float) -> Outcome:
+    """Run `tests` in a copy of the tree with `mutant` planted; with None in a plain copy."""
+    with tempfile.TemporaryDirectory(prefix="pyaccel-mutant-") as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        if mutant is not None:
+            path = tree / mutant.file
+            try:
+                mutated = mutant.apply(path.read_text())
+                if path.suffix == ".py":
+                    compile(mutated, mutant.file, "exec")
+            except (OSError, ValueError, SyntaxError) as error:
+                return Outcome("error", f"can't be planted: {error}", 0.0)
+            path.write_text(mutated)
+        return run_tests(tree, tests, timeout)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 if every mutant was killed, 1 if one survived or could not be planted."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="name the mutants and run nothing")
+    parser.add_argument("--only", action="append", metavar="NAME", help="run this mutant alone; repeatable")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        help="seconds for one run; default: 60 and 5 times what the unmutated tree takes",
+    )
+    options = parser.parse_args(arguments)
+    chosen = [(family, mutant) for family, listed in families().items() for mutant in listed]
+    if options.only:
+        unknown = sorted(set(options.only) - {mutant.name for _, mutant in chosen})
+        if unknown:
+            parser.error(f"no mutant is called {', '.join(unknown)}; --list names them")
+        chosen = [(family, mutant) for family, mutant in chosen if mutant.name in options.only]
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180  # a log has no width to fit
+    if not chosen:
+        parser.error("there are no mutants to run")
+    if options.list:
+        for family, mutant in chosen:
+            print(f"{family}: {mutant.name} ({mutant.file})")
+        return 0
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes: dict[str, Outcome] = {}
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        ThreadPoolExecutor(WORKERS) as pool,
+    ):
+        task = progress.add_task("the tree as it is", total=None)
+        timeouts: dict[str, float] = {}
+        for family in dict.fromkeys(family for family, _ in chosen):
+            healthy = try_mutant(None, fast_tests(family), options.timeout or 1800.0)
+            if healthy.verdict != "survived":
+                console.print(f"The tests of {family} fail without any mutant: {healthy.by}", markup=False)
+                return 1
+            timeouts[family] = options.timeout or 60.0 + 5.0 * healthy.seconds
+        progress.update(task, description="mutants", total=len(chosen))
+        running = {
+            pool.submit(try_mutant, mutant, fast_tests(family), timeouts[family]): mutant.name
+            for family, mutant in chosen
+        }
+        for future in as_completed(running):
+            outcomes[running[future]] = future.result()
+            progress.advance(task)
+
+    console.print(_table(chosen, outcomes))
+    alive = [name for name, outcome in outcomes.items() if outcome.verdict != "killed"]
+    console.print(f"{len(outcomes) - len(alive)} of {len(outcomes)} mutants killed")
+    return 1 if alive else 0
+
+
+def _table(chosen: list[tuple[str, Mutant]], outcomes: dict[str, Outcome]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("family", "mutant", "verdict", "by"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("seconds", justify="right")
+    for family, mutant in chosen:
+        outcome = outcomes[mutant.name]
+        colour = "green" if outcome.verdict == "killed" else "red"
+        verdict = f"[{colour}]{outcome.verdict}[/{colour}]"
+        # Brackets of a parametrised test's name are no markup.
+        by = outcome.by.replace("[", r"\[")
+        table.add_row(family, mutant.name, verdict, by, f"{outcome.seconds:.1f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

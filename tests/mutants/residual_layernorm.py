@@ -1,0 +1,72 @@
+"""Bugs that a fused LayerNorm has had somewhere, or might: each must be caught by the family's tests."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+FORWARD = "kernels/residual_layernorm.py"
+BACKWARD = "kernels/residual_layernorm_backward.py"
+COLUMN_SUM = "kernels/column_sum.py"
+PHILOX = "kernels/philox.py"
+CONFIG = "kernels/config.py"
+OP = "pyaccel/ops/residual_layernorm.py"
+
+MUTANTS = [
+    Mutant(
+        "variance: unbiased",
+        FORWARD,
+        "tl.sum(centred * centred, axis=1) / n_cols + eps",
+        "tl.sum(centred * centred, axis=1) / tl.maximum(n_cols - 1, 1) + eps",
+    ),
+    Mutant(
+        "variance: not of the centred row",
+        FORWARD,
+        "tl.sum(centred * centred, axis=1) / n_cols + eps",
+        "tl.sum(x * x, axis=1) / n_cols - mean * mean + eps",
+    ),
+    Mutant("variance: counts the columns beyond the row", FORWARD, "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]"),
+    Mutant("mean: over the block, not the row", FORWARD, "tl.sum(x, axis=1) / n_cols", "tl.sum(x, axis=1) / BLOCK_N"),
+    Mutant("eps: outside the root", FORWARD, "tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)", "1.0 / (tl.sqrt(tl.sum(centred * centred, axis=1) / n_cols) + eps)"),
+    Mutant("eps: left out", FORWARD, "/ n_cols + eps)", "/ n_cols)"),
+    Mutant(
+        "eps: torch's default for BERT's",
+        OP,
+        "    eps: float = 1e-12,\n    dropout_p: float = 0.0,\n    training: bool = False,\n    x_bias: Tensor | None = None,\n    return_sum: bool = False,\n) -> Tensor | tuple",
+        "    eps: float = 1e-5,\n    dropout_p: float = 0.0,\n    training: bool = False,\n    x_bias: Tensor | None = None,\n    return_sum: bool = False,\n) -> Tensor | tuple",
+    ),
+    Mutant("statistics: of the 16-bit sum", FORWARD, "    mean = tl.sum(x, axis=1)", "    x = x.to(out_ptr.dtype.element_ty).to(tl.float32)\n    mean = tl.sum(x, axis=1)"),
+    Mutant("weight: ignored", FORWARD, "        out *= tl.load(weight_ptr", "        out *= 1.0 + 0.0 * tl.load(weight_ptr"),
+    Mutant("bias: added before the weight", FORWARD, "    out = centred * rstd[:, None]\n", "    out = centred * rstd[:, None] + (tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :] if bias_ptr is not None else 0.0)\n"),
+    Mutant("residual: left out", FORWARD, "        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)", "        x += 0.0 * tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)"),
+    Mutant("residual: inside the dropout", FORWARD, "    if key_ptr is not None:\n        x = dropout_tile(", "    if key_ptr is not None and residual_ptr is None:\n        x = dropout_tile("),
+    Mutant("x_bias: left out", FORWARD, "        x += tl.load(x_bias_ptr + o_col", "        x += 0.0 * tl.load(x_bias_ptr + o_col"),
+    Mutant("stride of x: ignored", FORWARD, "x_ptr + row * stride_x_row", "x_ptr + row * n_cols"),
+    Mutant("column stride of the residual: ignored", FORWARD, "col.to(tl.int64) * stride_residual_col", "col.to(tl.int64)"),
+    Mutant("offsets: 32 bits", FORWARD, "tl.program_id(0).to(tl.int64) * BLOCK_ROWS", "tl.program_id(0) * BLOCK_ROWS"),
+    Mutant("row mask: left out of the store", FORWARD, "    tl.store(mean_ptr + o_row, mean, mask=m_row)", "    tl.store(mean_ptr + o_row, mean)"),
+    Mutant("column mask: left out of the store", FORWARD, "out.to(out_ptr.dtype.element_ty), mask=mask)", "out.to(out_ptr.dtype.element_ty), mask=m_row[:, None])"),
+    Mutant("dropout: mask shifted by a column", PHILOX, "first_col // 4 + tl.arange", "first_col // 4 + 1 + tl.arange"),
+    Mutant("dropout: words in another order", PHILOX, "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
+    Mutant("dropout: half of the key", PHILOX, "c3 = tl.load(key_ptr + 1).to(tl.uint32)", "c3 = (tl.load(key_ptr + 1) * 0).to(tl.uint32)"),
+    Mutant("dropout: no scale", PHILOX, "x * scale, 0.0)", "x, 0.0)"),
+    Mutant("dropout: signed comparison", PHILOX, "words >= threshold.to(tl.uint32, bitcast=True)", "words.to(tl.int32, bitcast=True) >= threshold"),
+    Mutant("dropout: the same mask for every row", PHILOX, "o_row.to(tl.uint32)[:, None]", "(o_row * 0).to(tl.uint32)[:, None]"),
+    Mutant("dropout: active in evaluation", OP, "    dropout_p = dropout_p if training else 0.0\n", ""),
+    Mutant("backward: no gradient through the mean", BACKWARD, "dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n        dx =", "dz = (wdy - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n        dx ="),
+    Mutant("backward: no gradient through the variance", BACKWARD, "dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n        dx =", "dz = (wdy - mean_wdy[:, None]) * rstd[:, None]\n        dx ="),
+    Mutant("backward, tiled: no gradient through the variance", BACKWARD, "dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n            dx =", "dz = (wdy - mean_wdy[:, None]) * rstd[:, None]\n            dx ="),
+    Mutant("backward: weight left out of dx", BACKWARD, "        wdy = dy * tl.load(", "        wdy = dy + 0.0 * tl.load("),
+    Mutant("backward: dropout mask left out of dx", BACKWARD, "    if key_ptr is not None:\n        dz = dropout_tile(", "    if key_ptr is not None and dsum_ptr is None:\n        dz = dropout_tile("),
+    Mutant("backward, tiled: dropout mask of the first tile everywhere", BACKWARD, "dz, key_ptr, o_row, first_col, tl.to_tensor(0)", "dz, key_ptr, o_row, first_col * 0, tl.to_tensor(0)"),
+    Mutant("backward: gradient of the sum left out", BACKWARD, "        dz += tl.load(dsum_ptr + offset", "        dz += 0.0 * tl.load(dsum_ptr + offset"),
+    Mutant("backward: dresidual after the dropout", BACKWARD, "    if dresidual_ptr is not None:\n        tl.store(dresidual_ptr + row * n_cols + col, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)\n    if key_ptr is not None:", "    if dresidual_ptr is not None:\n        tl.store(dresidual_ptr + row * n_cols + col, dz.to(dresidual_ptr.dtype.element_ty), mask=mask & (dz > 0))\n    if key_ptr is not None:"),
+    Mutant("backward: column stride of dy ignored", BACKWARD, "col.to(tl.int64) * stride_dy_col", "col.to(tl.int64)"),
+    Mutant("backward: dx_bias of masked columns and rows", BACKWARD, "            b_dx_bias += tl.where(mask, dx, 0.0)", "            b_dx_bias += dx"),
+    Mutant("backward: dweight without normalising", BACKWARD, "            b_dweight += dy * x_hat", "            b_dweight += dy * (x_hat / rstd[:, None])"),
+    Mutant("backward: only a program's first rows count", BACKWARD, "            b_dbias += dy", "            b_dbias = dy"),
+    Mutant("backward, tiled: partial sums start over at every block", BACKWARD, "first = block == pid", "first = block >= pid"),
+    Mutant("column sum: the last partial sums left out", COLUMN_SUM, "range(0, n_partials, BLOCK_P)", "range(0, n_partials - BLOCK_P + 1, BLOCK_P)"),
+    Mutant("column sum: two gradients exchanged", COLUMN_SUM, "_sum_columns(out1_ptr, partial1_ptr", "_sum_columns(out1_ptr, partial0_ptr"),
+    Mutant("one gradient for x and residual although their dtypes differ", OP, "same = key is None and dx is not None and dx == dresidual", "same = key is None and dx is not None"),
+    Mutant("one gradient for x and residual although x is dropped", OP, "same = key is None and dx is not None and dx == dresidual", "same = dx is not None and dx == dresidual"),
+]  # fmt: skip
