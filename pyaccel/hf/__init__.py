@@ -1,0 +1,100 @@
+"""Acceleration of Hugging Face transformers models, in place and reversible.
+
+``accelerate(model)``, ``restore(model)`` and ``explain(model)`` are the whole of it; ``register()`` makes
+``attn_implementation="pyaccel"`` known to transformers without accelerating anything.
+
+transformers is imported by the first call, not by importing this package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pyaccel.hf.report import Explanation, Report
+
+__all__ = ["Explanation", "Report", "accelerate", "explain", "register", "restore"]
+
+
+def accelerate(
+    model: nn.Module, *, packing: bool = True, backend: str = "auto", strict: bool = True
+) -> Report:
+    """Make a Hugging Face BERT faster, in place, at the same answers; :func:`restore` undoes it.
+
+    Acts on every ``BertEncoder`` and ``BertLayer`` found in ``model``, which may be a ``BertModel``, a
+    ``BertForXxx``, or anything that holds one. Only the class of these modules changes (to a subclass of
+    the same name) and the attention implementation of their config (to ``"pyaccel"``): parameters, names,
+    hooks, buffers, tied weights and optimizers stay as they are, and what is changed in the weights later
+    is seen at once. The weights of query, key and value are moved into one buffer, so that one matrix
+    product serves the three; no copy is kept.
+
+    The fast path serves evaluation. Training, autocast, a cache, ``output_attentions``, 4-D masks,
+    replaced or hooked submodules ... go to the stock modules; ``Report.fallbacks`` counts how often and
+    why.
+
+    Models that share one config object share its attention implementation: the other model stays right,
+    and runs its stock modules with pyaccel's attention. ``copy.deepcopy`` a teacher, or give it its own
+    config, to leave it alone.
+
+    Args:
+        packing: drop the padding once after the embeddings, run all layers on real tokens, and put it
+            back once. Padding positions of ``last_hidden_state`` are then 0, where the stock model
+            computes values that nothing should read; position 0 of every row is always computed, because
+            poolers read it. With False all layers run padded and padding positions are the stock model's.
+        backend: ``"auto"``, or ``"triton"``, ``"torch"`` or ``"reference"`` for every op while this model
+            runs.
+        strict: whether having nothing to swap is an error.
+
+    Returns:
+        what was swapped and what not, with reasons; it goes on counting calls. A second call with the same
+        arguments swaps what has become possible since and returns the same report.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: nothing could be swapped (and ``strict``), or unknown arguments.
+        RuntimeError: the model is accelerated with other arguments; restore it first.
+        pyaccel.dispatch.NotSupportedError: ``backend`` can't serve this model here; it names every reason.
+    """
+    return _swap().accelerate(model, packing=packing, backend=backend, strict=strict)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate` and return `model`: the same modules, classes and attention implementation.
+
+    Raises ValueError when nothing in ``model`` is accelerated.
+    """
+    return _swap().restore(model)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which backend serves each op of an accelerated ``model``, why, and how its calls went so far.
+
+    The backends are those of a dry run of one layer on 16 tokens in the model's own dtype, on its own device.
+
+    Raises ValueError when nothing in ``model`` is accelerated.
+    """
+    return _swap().explain(model)
+
+
+def register() -> None:
+    """Make ``attn_implementation="pyaccel"`` known to transformers, attention and mask function together."""
+    _swap().register()
+
+
+def _swap() -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("pyaccel.hf needs Hugging Face transformers: pip install pyaccel-bert[hf]")
+    from pyaccel.hf import swap
+
+    return swap
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Report", "Explanation"):
+        from pyaccel.hf import report
+
+        return getattr(report, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,93 @@
+"""What `accelerate` did to a model, how its calls went, and what `explain` found. Needs no transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class Report:
+    """What was swapped in a model and what not, and how often the fast path served since.
+
+    Calls are counted per layer: one forward pass of a 6-layer model is 6 calls.
+
+    Attributes:
+        swapped: name of each swapped module -> its class.
+        not_swapped: name of each module that was left alone -> why.
+        packing, backend: as given to `accelerate`.
+        fast: calls that the fast path served, by kind: "packed" (no padding) and "padded".
+        fallbacks: calls that went to the stock layer, by reason.
+        not_packed: forward passes that could not drop their padding and ran layer by layer, by reason.
+    """
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    not_swapped: dict[str, str] = field(default_factory=dict)
+    packing: bool = True
+    backend: str = "auto"
+    fast: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    not_packed: Counter[str] = field(default_factory=Counter)
+
+    def reset(self) -> None:
+        """Set all counts to 0."""
+        for counts in (self.fast, self.fallbacks, self.not_packed):
+            counts.clear()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain dicts, strings and numbers, for JSON."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        classes = Counter(self.swapped.values())
+        what = ", ".join(f"{count} {name}" for name, count in classes.items()) or "nothing"
+        how = "padding dropped once" if self.packing else "padded"
+        lines = [f"accelerated: {what} ({how}; backend {self.backend})"]
+        lines += [f"  left alone: {name}: {reason}" for name, reason in self.not_swapped.items()]
+        calls = self.fast.total() + self.fallbacks.total()
+        fast = ", ".join(f"{count} {kind}" for kind, count in self.fast.items()) or "0"
+        lines.append(f"layer calls: {calls}; on the fast path: {fast}")
+        lines += [
+            f"  {count} ran the stock layer: {reason}" for reason, count in self.fallbacks.most_common()
+        ]
+        lines += [
+            f"  {count} forward passes kept their padding: {reason}"
+            for reason, count in self.not_packed.most_common()
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
+class Explanation:
+    """Which backend serves each op of an accelerated model and why, beside its :class:`Report`.
+
+    Attributes:
+        dtype, device: the model's.
+        backends: op -> backend, for the ops of one layer.
+        reasons: op -> why that backend and no other.
+        report: the model's report.
+    """
+
+    dtype: str
+    device: str
+    backends: dict[str, str]
+    reasons: dict[str, str]
+    report: Report
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain dicts, strings and numbers, for JSON."""
+        return {
+            "dtype": self.dtype,
+            "device": self.device,
+            "backends": dict(self.backends),
+            "reasons": dict(self.reasons),
+            "report": self.report.as_dict(),
+        }
+
+    def __str__(self) -> str:
+        width = max(map(len, self.backends), default=0)
+        lines = [f"{self.dtype} on {self.device}:"]
+        lines += [f"  {op:{width}}  {name:9}  {self.reasons[op]}" for op, name in self.backends.items()]
+        return "\n".join([*lines, str(self.report)])
