@@ -52,7 +52,9 @@ class Row:
         return asdict(self)
 
 
-def measure(case: Case, dtype: torch.dtype, device: torch.device, *, quick: bool, rounds: int) -> Iterator[Row]:
+def measure(
+    case: Case, dtype: torch.dtype, device: torch.device, *, quick: bool, rounds: int
+) -> Iterator[Row]:
     """Measure each variant of ``case`` at each size; a wrong answer is a row without a time."""
     where = provenance(device)
     for label, sizes in (case.quick if quick else case.sizes).items():
@@ -79,7 +81,9 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, *, quick: bool
         for name, (note, error) in notes.items():
             taken = seconds.get(name)
             median = statistics.median(taken) if taken else None
-            low, _, high = statistics.quantiles(taken, n=4) if taken and len(taken) > 1 else (None, None, None)
+            low, _, high = (
+                statistics.quantiles(taken, n=4) if taken and len(taken) > 1 else (None, None, None)
+            )
             yield Row(
                 case=case.name,
                 size=label,

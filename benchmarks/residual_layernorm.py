@@ -34,7 +34,9 @@ def problem(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return Problem(tuple(t.to(dtype).requires_grad_() for t in tensors), normal(rows, cols).to(dtype))
 
 
-def with_gradients(function: Callable[..., Tensor], p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+def with_gradients(
+    function: Callable[..., Tensor], p: Problem, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     tensors = p.tensors if dtype is None else tuple(t.detach().to(dtype).requires_grad_() for t in p.tensors)
     out = function(*tensors)
     return (out, *torch.autograd.grad(out, tensors, p.grad.to(out.dtype)))

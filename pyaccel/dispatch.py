@@ -95,6 +95,7 @@ def op_names() -> tuple[str, ...]:
         "varlen_attention",
         "quantize_per_token",
         "quantize_per_channel",
+        "quantize_per_tensor",
         "int8_matmul",
     )
 

@@ -14,7 +14,9 @@ def test_an_error_like_plain_torchs_passes_and_a_larger_one_does_not() -> None:
     naive = truth.bfloat16()
     assert_close_to_truth(naive, truth, naive)
     with pytest.raises(AssertionError, match=r"worst at \(7, 3\)"):
-        assert_close_to_truth(naive.index_put((torch.tensor(7), torch.tensor(3)), torch.tensor(9.0).bfloat16()), truth, naive)
+        assert_close_to_truth(
+            naive.index_put((torch.tensor(7), torch.tensor(3)), torch.tensor(9.0).bfloat16()), truth, naive
+        )
     # Everywhere a little off: the maximum is fine, the root mean square is not.
     biased = (truth + 0.015).float().bfloat16()
     verdict = judge(biased, truth, naive)

@@ -18,7 +18,10 @@ def test_own_choice() -> None:
     assert "too wide; too deep" in choice.reason
     assert "no implementation" in dispatch.choose("residual_layernorm", {"torch": []}).reason
     assert dispatch.choose("residual_layernorm", ALL, "torch", "measured").reason == "measured"
-    assert dispatch.choose("residual_layernorm", {**ALL, "torch": ["no"]}, "torch", "measured").backend == "triton"
+    assert (
+        dispatch.choose("residual_layernorm", {**ALL, "torch": ["no"]}, "torch", "measured").backend
+        == "triton"
+    )
     with pytest.raises(dispatch.NotSupportedError, match="no backend can serve"):
         dispatch.choose("residual_layernorm", {"torch": ["broken"], "reference": []})
 

@@ -36,7 +36,7 @@ class ResidualLayerNorm(nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.dropout_p = dropout_p
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         residual: Tensor | None = None,

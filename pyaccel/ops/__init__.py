@@ -3,7 +3,7 @@
 from pyaccel.ops.attention import scaled_dot_product_attention, varlen_attention
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
-from pyaccel.ops.quantize import quantize_per_channel, quantize_per_token
+from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "linear_activation",
     "linear_residual_layernorm",
     "quantize_per_channel",
+    "quantize_per_tensor",
     "quantize_per_token",
     "residual_layernorm",
     "scaled_dot_product_attention",

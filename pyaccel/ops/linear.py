@@ -1,9 +1,9 @@
 """Linear layers with what follows them: bias and activation, or bias, residual and LayerNorm.
 
 On a CPU the matrix product runs in oneDNN, which takes bias, erf GELU and residual into its epilogue and, on
-plain row-major weights, is 2.2 to 2.4 times as fast as ``F.linear`` in fp32 and 1.0 to 1.2 times in bf16
-(384 hidden, 128 to 2048 tokens, two cores with AVX-512). A weight reordered beforehand would gain another 2 to 20 %, but it is
-a copy that goes stale when the weight changes: none is kept.
+plain row-major weights, is 2.0 to 2.4 times as fast as ``F.linear`` in fp32 and 1.0 to 1.2 times in bf16 (384
+hidden, 128 to 2048 tokens, two cores with AVX-512). A weight reordered beforehand would gain another 2 to 20 %,
+but it is a copy that goes stale when the weight changes: none is kept.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]
     return reasons
 
 
-def not_supported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> list[str]:
+def not_supported_reasons(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> list[str]:
     """Every reason why these arguments of :func:`linear_activation` make no sense; empty if they do."""
     reasons = _linear_reasons(x, weight, bias)
     if activation not in ACTIVATIONS:
@@ -82,7 +84,9 @@ def not_supported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None, activa
     return reasons
 
 
-def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
     """``activation(x @ weight.T + bias)``.
 
     Args:
@@ -102,7 +106,11 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None = None, act
     declined = _onednn_reasons(x, weight, bias)
     if activation not in _ONEDNN_ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
-    why = "F.linear, then the activation: " + "; ".join(declined) if declined else "oneDNN, bias and activation fused"
+    why = (
+        "F.linear, then the activation: " + "; ".join(declined)
+        if declined
+        else "oneDNN, bias and activation fused"
+    )
     choice = dispatch.choose("linear_activation", {"torch": [], "reference": []}, "torch", why)
     if choice.backend == "reference" or declined:
         return reference.activation(F.linear(x, weight, bias), activation)
@@ -147,7 +155,9 @@ def linear_residual_layernorm(
         and not _onednn_reasons(x, weight, bias, residual, ln_weight, ln_bias)
     )
     if fused:
-        dispatch.choose("residual_layernorm", {"torch": []}, "torch", "on the CPU; oneDNN adds bias and residual")
+        dispatch.choose(
+            "residual_layernorm", {"torch": []}, "torch", "on the CPU; oneDNN adds bias and residual"
+        )
         total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return F.layer_norm(total, (total.shape[-1],), ln_weight, ln_bias, eps)
     return residual_layernorm(

@@ -106,16 +106,23 @@ def backward_op(
     from pyaccel.kernels.device import device_info
 
     dtypes = (dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
-    grads = _backward_outputs(total, dtypes)
+    grads = _backward_outputs(total, *dtypes)
     n_rows, n_cols = total.shape
     row_config = config.residual_layernorm_backward(n_cols)
     n_programs = config.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
-    dx, dresidual, *column_grads = (g if d is not None else None for g, d in zip(grads, dtypes, strict=True))
-    partials = [None if g is None else g.new_empty(n_programs, n_cols, dtype=torch.float32) for g in column_grads]
+    dx, dresidual, dweight, dbias, dx_bias = (
+        grad if dtype is not None else None for grad, dtype in zip(grads, dtypes, strict=True)
+    )
+    dweight_partial, dbias_partial, dx_bias_partial = (
+        None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
+        for grad in (dweight, dbias, dx_bias)
+    )
     residual_layernorm_backward.backward(
         dx,
         dresidual,
-        *partials,
+        dweight_partial,
+        dbias_partial,
+        dx_bias_partial,
         dy,
         dsum,
         total,
@@ -127,19 +134,34 @@ def backward_op(
         n_programs,
         row_config,
     )
-    column_sum.column_sum(tuple(column_grads), tuple(partials), config.column_sum())
+    column_sum.column_sum(
+        (dweight, dbias, dx_bias), (dweight_partial, dbias_partial, dx_bias_partial), config.column_sum()
+    )
     return grads
 
 
 def _backward_outputs(
-    total: Tensor, dtypes: tuple[torch.dtype | None, ...]
+    total: Tensor,
+    dx_dtype: torch.dtype | None,
+    dresidual_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    dx_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, n_cols = total.shape
-    dx_dtype, dresidual_dtype, *column_dtypes = dtypes
+
+    def matrix(dtype: torch.dtype | None) -> Tensor:
+        return total.new_empty(0 if dtype is None else n_rows, n_cols, dtype=dtype)
+
+    def vector(dtype: torch.dtype | None) -> Tensor:
+        return total.new_empty(0 if dtype is None else n_cols, dtype=dtype)
+
     return (
-        total.new_empty(0 if dx_dtype is None else n_rows, n_cols, dtype=dx_dtype),
-        total.new_empty(0 if dresidual_dtype is None else n_rows, n_cols, dtype=dresidual_dtype),
-        *(total.new_empty(0 if dtype is None else n_cols, dtype=dtype) for dtype in column_dtypes),
+        matrix(dx_dtype),
+        matrix(dresidual_dtype),
+        vector(dweight_dtype),
+        vector(dbias_dtype),
+        vector(dx_bias_dtype),
     )
 
 
@@ -159,7 +181,7 @@ def _(
     dbias_dtype: torch.dtype | None,
     dx_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward_outputs(total, (dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype))
+    return _backward_outputs(total, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------
@@ -235,7 +257,9 @@ def not_supported_reasons(
         reasons.append(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         if vector is not None and vector.shape != (x.shape[-1],):
-            reasons.append(f"{name} must be [{x.shape[-1]}], the last dimension of x, got {tuple(vector.shape)}")
+            reasons.append(
+                f"{name} must be [{x.shape[-1]}], the last dimension of x, got {tuple(vector.shape)}"
+            )
     for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         if tensor is not None and tensor.device != x.device:
             reasons.append(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
@@ -270,6 +294,19 @@ def residual_layernorm(
     x_bias: Tensor | None = ...,
     return_sum: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def residual_layernorm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float = ...,
+    dropout_p: float = ...,
+    training: bool = ...,
+    x_bias: Tensor | None = ...,
+    return_sum: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def residual_layernorm(
     x: Tensor,
     residual: Tensor | None,

@@ -67,12 +67,11 @@ def keep_mask(key: Tensor, rows: Tensor, cols: Tensor, p: float, stream: int | T
         ``Philox(key[0], (col // 4, row, stream, key[1] mod 2**32))`` and is kept where that word is at least
         ``round(p * 2**32)``; where p is 1 nothing is kept.
     """
-    rows, cols = rows.long(), cols.long()
-    stream = torch.as_tensor(stream, dtype=torch.int64, device=rows.device)
-    rows, cols, stream = torch.broadcast_tensors(rows, cols, stream)
+    streams = torch.as_tensor(stream, dtype=torch.int64, device=rows.device)
+    rows, cols, streams = torch.broadcast_tensors(rows.long(), cols.long(), streams)
     if p >= 1.0:
         return torch.zeros_like(rows, dtype=torch.bool)
-    words = torch.stack(philox(key[0], cols // 4, rows, stream, key[1] & _LOW), dim=-1)
+    words = torch.stack(philox(key[0], cols // 4, rows, streams, key[1] & _LOW), dim=-1)
     word = words.gather(-1, (cols % 4).unsqueeze(-1)).squeeze(-1)
     return word >= drop_threshold(p)
 

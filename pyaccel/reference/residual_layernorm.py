@@ -49,10 +49,10 @@ def residual_layernorm(
         out_dtype: dtype of the output where ``upcast`` is False; that of the sum by default.
     """
     if upcast:
-        x, residual, weight, bias, x_bias = (
-            None if t is None else t.double() for t in (x, residual, weight, bias, x_bias)
+        x, out_dtype = x.double(), torch.float64
+        residual, weight, bias, x_bias = (
+            None if t is None else t.double() for t in (residual, weight, bias, x_bias)
         )
-        out_dtype = torch.float64
     hidden = x.shape[-1]
     branch = x if x_bias is None else x + x_bias.to(x.dtype)
     if dropout_p > 0.0:
@@ -61,8 +61,10 @@ def residual_layernorm(
         branch = dropout(branch.reshape(-1, hidden), dropout_key, dropout_p).reshape(branch.shape)
     total = branch if residual is None else branch + residual
     # LayerNorm in fp32 for a 16-bit sum with fp32 parameters, as autocast runs it.
-    wide = total if weight is None or weight.dtype == total.dtype else total.to(
-        torch.promote_types(total.dtype, weight.dtype)
+    wide = (
+        total
+        if weight is None or weight.dtype == total.dtype
+        else total.to(torch.promote_types(total.dtype, weight.dtype))
     )
     weight = None if weight is None else weight.to(wide.dtype)
     bias = None if bias is None else bias.to(wide.dtype)

@@ -59,7 +59,9 @@ def test_forward_and_backward_write_all_of_their_outputs_and_nothing_else(
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(37, 100), (41, 4200)])
-def test_any_number_of_programs_gives_the_same_row_gradients(rows: int, cols: int, device: torch.device) -> None:
+def test_any_number_of_programs_gives_the_same_row_gradients(
+    rows: int, cols: int, device: torch.device
+) -> None:
     """Rows beyond a program's first block: the persistent loop takes several turns, or many programs take one."""
     total, dy, dsum = torch.randn(3, rows, cols, device=device).unbind()
     mean, rstd = total.mean(-1), total.var(-1, correction=0).rsqrt()
@@ -70,10 +72,24 @@ def test_any_number_of_programs_gives_the_same_row_gradients(rows: int, cols: in
         dx = torch.full((rows, cols), float("nan"), device=device)
         partials = torch.full((3, n_programs, cols), float("nan"), device=device)
         residual_layernorm_backward.backward(
-            dx, None, *partials.unbind(), dy, dsum, total, mean, rstd, weight, None, 0.0, n_programs, row_config
+            dx,
+            None,
+            *partials.unbind(),
+            dy,
+            dsum,
+            total,
+            mean,
+            rstd,
+            weight,
+            None,
+            0.0,
+            n_programs,
+            row_config,
         )
         results.append((dx, partials.sum(1)))
-    truth = torch.stack([(dy.double() * (total.double() - mean[:, None]) * rstd[:, None]).sum(0), dy.double().sum(0)])
+    truth = torch.stack(
+        [(dy.double() * (total.double() - mean[:, None]) * rstd[:, None]).sum(0), dy.double().sum(0)]
+    )
     naive = torch.stack([(dy * (total - mean[:, None]) * rstd[:, None]).sum(0), dy.sum(0)])
     for dx, sums in results:
         assert_bits_equal(dx, results[0][0])

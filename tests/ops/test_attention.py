@@ -249,6 +249,24 @@ def test_padding_mask_is_never_expanded(monkeypatch: pytest.MonkeyPatch, device:
     assert masks[1] in (None, (B, 1, 1, L))
 
 
+@pytest.mark.parametrize("case", ["key padding", "bool mask", "float mask", "window, longer queries"])
+def test_torch_is_never_handed_a_query_without_keys(
+    case: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """What its backends make of such a row differs, and what this CPU's does proves nothing for others."""
+    sdpa, masks = F.scaled_dot_product_attention, []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **kwargs: Any) -> Tensor:
+        masks.append(attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf)
+        return sdpa(q, k, v, attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    shape, options = CASES[case]
+    scaled_dot_product_attention(*padded_inputs(shape, F32, device), **options(device))
+    assert masks[0].any(-1).all()
+    assert not masks[0].all()
+
+
 def test_dropout_replays_under_checkpointing_and_by_seed(device: torch.device) -> None:
     inputs = [leaf(t) for t in padded_inputs("", F32, device)]
 
@@ -442,6 +460,33 @@ def test_long_bf16_sequences_take_matrix_products(
     assert len(calls) == matmuls
 
 
+def test_packed_keys_beyond_the_causal_reach_are_not_read(path: str, device: torch.device) -> None:
+    inputs, args = packed_inputs([3, 9, 1], [5, 9, 4], F32, device)
+    results = []
+    for bad in (1.0, NAN):
+        with torch.no_grad():
+            for t in inputs[1:]:
+                t[3:5] = bad  # keys 3 and 4 of a sequence of 3 queries
+                t[15:18] = bad
+        leaves = [leaf(t) for t in inputs]
+        out = varlen_attention(*leaves, *args, is_causal=True)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for name, a, b in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_bits_equal(a + 0.0, b + 0.0, name=name)
+
+
+def test_a_nan_stays_in_its_sequence(path: str, device: torch.device) -> None:
+    inputs, args = packed_inputs([3, 9, 2], [], F32, device)
+    inputs = [t.clone() for t in inputs]
+    for t in inputs:
+        t[0] = NAN
+    leaves = [leaf(t) for t in inputs]
+    out = varlen_attention(*leaves, *args)
+    assert out[:3].isnan().all()
+    for t in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert t[3:].isfinite().all()
+
+
 def test_a_sequence_does_not_depend_on_its_neighbours(path: str, device: torch.device) -> None:
     inputs, args = packed_inputs([5, 5, 3, 0, 7], [], F32, device)
     out = varlen_attention(*inputs, *args)
@@ -495,7 +540,8 @@ def test_packed_errors_say_what_is_wrong(change: dict[str, Callable[[Any], Any]]
 # --- compiled -----------------------------------------------------------------------------------------------
 
 
-def test_compiled_equals_eager(device: torch.device) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(dynamic: bool, device: torch.device) -> None:
     padded = [leaf(t) for t in padded_inputs("", F32, device)]
     mask = lengths_mask([19, 7, 0], L, device)
     rows, args = packed_inputs([5, 5, 3, 0, 7], [], F32, device)
@@ -507,7 +553,7 @@ def test_compiled_equals_eager(device: torch.device) -> None:
             varlen_attention(*packed, *args, is_causal=True),
         )
 
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     results = []
     for function in (both, compiled):
         torch.manual_seed(2)

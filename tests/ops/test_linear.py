@@ -22,18 +22,26 @@ def test_linear_activation(
     shape: tuple[int, ...], dtype: torch.dtype, activation: str | None, backend: str, device: torch.device
 ) -> None:
     x = (torch.randn(shape, device=device) + 0.5).to(dtype)
-    weight, bias = (torch.randn(24, 40, device=device) * 0.3).to(dtype), torch.randn(24, device=device).to(dtype)
+    weight, bias = (
+        (torch.randn(24, 40, device=device) * 0.3).to(dtype),
+        torch.randn(24, device=device).to(dtype),
+    )
     for b in (bias, None):
         with dispatch.use_backend(backend):
             out = ops.linear_activation(x, weight, b, activation)
-        truth = apply_activation(F.linear(x.double(), weight.double(), None if b is None else b.double()), activation)
+        truth = apply_activation(
+            F.linear(x.double(), weight.double(), None if b is None else b.double()), activation
+        )
         assert_close_to_truth(out, truth, apply_activation(F.linear(x, weight, b), activation))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
 def test_linear_residual_layernorm(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    x, residual = torch.randn(2, 7, 40, device=device).to(dtype), torch.randn(2, 7, 24, device=device).to(dtype) + 1
+    x, residual = (
+        torch.randn(2, 7, 40, device=device).to(dtype),
+        torch.randn(2, 7, 24, device=device).to(dtype) + 1,
+    )
     weight = (torch.randn(24, 40, device=device) * 0.3).to(dtype)
     bias, ln_weight, ln_bias = torch.randn(3, 24, device=device).to(dtype).unbind()
     with dispatch.use_backend(backend, ops=["residual_layernorm"]), dispatch.record() as choices:
@@ -55,7 +63,9 @@ def test_gradients_are_recorded_where_they_are_wanted(device: torch.device) -> N
         tensors = [t.detach().to(dtype).requires_grad_() for t in given]
         x, w, b, r, lw, lb = tensors
         if not results:
-            out = ops.linear_residual_layernorm(ops.linear_activation(x, torch.eye(40), None, "gelu"), w, b, r, lw, lb)
+            out = ops.linear_residual_layernorm(
+                ops.linear_activation(x, torch.eye(40), None, "gelu"), w, b, r, lw, lb
+            )
         else:
             out = F.layer_norm(F.linear(F.gelu(x), w, b) + r, (24,), lw, lb, 1e-12)
         results.append((out, *torch.autograd.grad(out, tensors, given[3].to(dtype))))
@@ -70,7 +80,9 @@ def test_the_product_follows_every_change_of_its_weight() -> None:
         before = ops.linear_activation(x, weight, bias)
         weight.data.mul_(2.0)
         after = ops.linear_activation(x, weight, bias)
-    assert_close_to_truth(after, F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias))
+    assert_close_to_truth(
+        after, F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias)
+    )
     assert not torch.equal(before, after)
 
 

@@ -27,7 +27,11 @@ def test_opcheck_residual_layernorm(dtype: torch.dtype, full: bool, device: torc
         forward = (x, None, None, None, None, None, 1e-5, 0.0, F32, False)
     torch.library.opcheck(forward_op, forward)
     _, total, mean, rstd = forward_op(*forward[:-1], True)
-    grads = (dy, dsum, total, mean, rstd, weight, key, 0.2) if full else (dy, None, total, mean, rstd, None, None, 0.0)
+    grads = (
+        (dy, dsum, total, mean, rstd, weight, key, 0.2)
+        if full
+        else (dy, None, total, mean, rstd, None, None, 0.0)
+    )
     dtypes = (dtype, F32, F32, F32, F32) if full else (None, dtype, None, None, None)
     torch.library.opcheck(backward_op, (*grads, *dtypes))
 

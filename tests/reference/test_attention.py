@@ -113,8 +113,7 @@ def test_every_mask_holds_at_once() -> None:
         q, k, v, torch.tensor([True, True, False, True, True]), is_causal=True, key_padding_mask=padding,
         window_size=(3, 5), return_probs=True,
     )  # fmt: skip
-    # Causal: keys 0..i. Window: keys i-1..; the mask takes key 2, the padding of the second sequence keys 0
-    # and 4.
+    # Causal: keys 0..i. Window: keys i-1 on. The mask takes key 2, the second sequence's padding keys 0 and 4.
     expected = [["10000", "11000", "01000"], ["00000", "01000", "01000"]]
     for b, rows in enumerate(expected):
         seen = torch.tensor([[c == "1" for c in row] for row in rows])

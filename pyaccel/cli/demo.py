@@ -1,0 +1,343 @@
+"""``pyaccel demo``: a real BERT checkpoint on real text, stock beside accelerated, answers checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pyaccel.cli.inputs import load_model, read_passages, real_passages, resolve_device, resolve_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pyaccel.hf.report import Explanation
+    from pyaccel.verify.policy import Verdict
+
+# Both models on the same few batches, in fp64 and in the plain dtype too: enough to judge, and seconds not minutes.
+JUDGED_BATCHES = 4
+
+Batch = dict[str, "Tensor"]
+
+
+@dataclass
+class Timing:
+    """Seconds of each batch, a list of rounds a batch."""
+
+    seconds: list[list[float]]
+
+    def per_batch(self) -> list[float]:
+        """The median of each batch."""
+        return [statistics.median(rounds) for rounds in self.seconds]
+
+
+@dataclass
+class Errors:
+    """How far the accelerated answers are from the stock fp32 ones, over real tokens and sentences."""
+
+    max_abs: float = 0.0
+    sum_squares: float = 0.0
+    count: int = 0
+    min_cosine: float = 1.0
+    finite: bool = True
+
+    @property
+    def rms(self) -> float:
+        return (self.sum_squares / max(self.count, 1)) ** 0.5
+
+    def add(self, expected: Tensor, got: Tensor, mask: Tensor) -> None:
+        """Token states ``[batch, seq, hidden]`` of both, and the mask ``[batch, seq]`` of real tokens."""
+        import torch
+
+        expected, got = expected.double(), got.double()
+        error = (got - expected)[mask]
+        self.finite &= bool(got.isfinite().all())
+        self.max_abs = max(self.max_abs, error.abs().max().item())
+        self.sum_squares += error.square().sum().item()
+        self.count += error.numel()
+        cosine = torch.cosine_similarity(mean_pool(expected, mask), mean_pool(got, mask))
+        self.min_cosine = min(self.min_cosine, cosine.min().item())
+
+
+@dataclass
+class Result:
+    """Everything that the demo measured."""
+
+    passages: int
+    batch_size: int
+    dtype: str
+    device: str
+    stock: Timing
+    accelerated: Timing
+    padding_removed: float
+    truncated: int
+    errors: Errors
+    verdict: Verdict
+    explanation: Explanation
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        return self.errors.finite and self.verdict.right
+
+    def as_dict(self) -> dict[str, Any]:
+        """The ``--json`` file."""
+
+        def speed(timing: Timing) -> dict[str, float]:
+            total = sum(timing.per_batch())
+            return {
+                "sentences_per_second": self.passages / total,
+                "ms_per_batch": 1e3 * total / len(timing.seconds),
+            }
+
+        stock, accelerated = speed(self.stock), speed(self.accelerated)
+        return {
+            "speedup": accelerated["sentences_per_second"] / stock["sentences_per_second"],
+            "stock": stock,
+            "accelerated": accelerated,
+            "padding_removed": self.padding_removed,
+            "max_abs_error": self.errors.max_abs,
+            "rms_error": self.errors.rms,
+            "min_cosine": self.errors.min_cosine,
+            "within_policy": self.right,
+            "policy": {
+                "max_error": self.verdict.max_error,
+                "max_allowed": self.verdict.max_allowed,
+                "rms_error": self.verdict.rms_error,
+                "rms_allowed": self.verdict.rms_allowed,
+            },
+            "backends": {
+                op: {"backend": backend, "reason": self.explanation.reasons[op]}
+                for op, backend in self.explanation.backends.items()
+            },
+            "passages": self.passages,
+            "truncated": self.truncated,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "device": self.device,
+            "versions": self.versions,
+        }
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A Hugging Face BERT: its folder, or a hub id. Default: all-MiniLM-L6-v2."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text file, one passage a line. Default: 256 real English paragraphs."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the accelerated model: fp32, bf16 or fp16.")] = "fp32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Passages a batch.")] = 16,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds over all batches; medians count.")] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file too.")
+    ] = None,
+) -> None:
+    """Encode real text with a stock Hugging Face BERT (fp32, SDPA) and the accelerated one, in turn, and compare.
+
+    Exits with 1 where the accelerated answers are outside the numerics policy, with 2 for bad input.
+    """
+    console = Console(stderr=False)
+    target = resolve_device(device)
+    wanted = resolve_dtype(dtype, target)
+    passages = None if text is None else read_passages(text)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars = Console(stderr=True)
+    with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
+        result = run(model, passages, wanted, batch_size, target, rounds, progress)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+    show(result, console)
+    if not result.right:
+        raise typer.Exit(1)
+
+
+def run(
+    model: str | None,
+    passages: list[str] | None,
+    dtype: torch.dtype,
+    batch_size: int,
+    device: torch.device,
+    rounds: int,
+    progress: Progress,
+) -> Result:
+    """Load, encode, time in turn, compare, judge."""
+    import torch
+
+    import pyaccel
+    from pyaccel.verify.policy import judge
+
+    loading = progress.add_task("loading the model", total=None)
+    tokenizer, stock, _ = load_model(model, device)
+    progress.remove_task(loading)
+    limit = min(stock.config.max_position_embeddings, 512)
+
+    def count_tokens(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+
+    if passages is None:
+        passages = real_passages(count_tokens, high=min(256, limit))
+    truncated = sum(n > limit for n in count_tokens(passages))
+    batches = [
+        dict(
+            tokenizer(
+                passages[i : i + batch_size],
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                return_tensors="pt",
+            )
+        )
+        for i in range(0, len(passages), batch_size)
+    ]
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    masks = [batch["attention_mask"].bool() for batch in batches]
+
+    naive = stock if dtype == torch.float32 else copy.deepcopy(stock).to(dtype)
+    accelerated = copy.deepcopy(naive)
+    pyaccel.accelerate(accelerated)
+
+    def forward(of: Any) -> Callable[[Batch], Tensor]:
+        return lambda batch: of(**batch).last_hidden_state
+
+    with torch.inference_mode():
+        errors = Errors()
+        comparing = progress.add_task("comparing answers", total=len(batches))
+        for batch, mask in zip(batches, masks, strict=True):  # warms both models up as well
+            errors.add(forward(stock)(batch), forward(accelerated)(batch), mask)
+            progress.advance(comparing)
+        stock_timing, accelerated_timing = time_in_turn(
+            (forward(stock), forward(accelerated)), batches, rounds, device, progress
+        )
+        judged = progress.add_task("judging by the fp64 truth", total=min(JUDGED_BATCHES, len(batches)))
+        truth_model = copy.deepcopy(stock).double()
+        states: list[tuple[Tensor, ...]] = []
+        for batch, mask in zip(batches[:JUDGED_BATCHES], masks, strict=False):
+            states.append(tuple(forward(m)(batch)[mask] for m in (accelerated, truth_model, naive)))
+            progress.advance(judged)
+        verdict = judge(*(torch.cat(parts) for parts in zip(*states, strict=True)))
+
+    slots = sum(mask.numel() for mask in masks)
+    return Result(
+        passages=len(passages),
+        batch_size=batch_size,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device_name(device),
+        stock=stock_timing,
+        accelerated=accelerated_timing,
+        padding_removed=1 - sum(int(mask.sum()) for mask in masks) / slots,
+        truncated=truncated,
+        errors=errors,
+        verdict=verdict,
+        explanation=pyaccel.explain(accelerated),
+        versions=versions(),
+    )
+
+
+def time_in_turn(
+    contenders: tuple[Callable[[Batch], Tensor], ...],
+    batches: list[Batch],
+    rounds: int,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[Timing, ...]:
+    """Time the contenders batch by batch in turn: what slows the machine down for a while slows each of them."""
+    import torch
+
+    timings = tuple(Timing([[] for _ in batches]) for _ in contenders)
+    task = progress.add_task("timing", total=rounds * len(batches))
+    for _ in range(rounds):
+        for index, batch in enumerate(batches):
+            for contender, timing in zip(contenders, timings, strict=True):
+                start = time.perf_counter()
+                contender(batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                timing.seconds[index].append(time.perf_counter() - start)
+            progress.advance(task)
+    return timings
+
+
+def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
+    """Sentence embeddings ``[batch, hidden]``: the mean of the real tokens' states, as all-MiniLM's pooling."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the CPU's architecture and how many threads torch uses."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import pyaccel
+
+    found = {"pyaccel": pyaccel.__version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def show(result: Result, console: Console) -> None:
+    """Print the tables."""
+    if not sys.stdout.isatty():
+        console.width = max(console.width, 120)  # a pipe has no width to fit
+    figures = result.as_dict()
+    table = Table(
+        title=f"{result.passages} passages, batches of {result.batch_size}, {result.device}",
+        title_justify="left",
+    )
+    for heading in ("model", "dtype", "sentences/s", "ms a batch", "speed"):
+        table.add_column(heading, justify="left" if heading in ("model", "dtype") else "right")
+    for name, dtype, speed in (
+        ("stock Hugging Face, SDPA", "float32", 1.0),
+        ("accelerated", result.dtype, figures["speedup"]),
+    ):
+        row = figures["stock" if name.startswith("stock") else "accelerated"]
+        table.add_row(
+            name, dtype, f"{row['sentences_per_second']:.1f}", f"{row['ms_per_batch']:.2f}", f"{speed:.2f}x"
+        )
+    console.print(table)
+    if result.truncated:
+        console.print(f"{result.truncated} passages were truncated to the model's length")
+    console.print(f"padding removed: {result.padding_removed:.1%} of all positions")
+    console.print(
+        f"against stock fp32: max error {figures['max_abs_error']:.3g}, RMS {figures['rms_error']:.3g} of the token "
+        f"states; smallest cosine of sentence embeddings {figures['min_cosine']:.6f}"
+    )
+    verdict = "[green]within[/green]" if result.right else "[red]OUTSIDE[/red]"
+    console.print(f"{verdict} the numerics policy, against an fp64 truth: {result.verdict}")
+    backends = Table(title="which backend served which op, and why", title_justify="left")
+    for heading in ("op", "backend", "why"):
+        backends.add_column(heading)
+    for op, backend in result.explanation.backends.items():
+        backends.add_row(op, backend, result.explanation.reasons[op])
+    console.print(backends)

