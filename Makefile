@@ -20,7 +20,7 @@ demo: $(ENV)     ## the main job: a real checkpoint, stock beside accelerated
 
 # One thread a worker: two workers, and kernels under the interpreter gain nothing from more.
 test: lint       ## lint, then every test that needs no GPU, kernels under Triton's interpreter
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-gpu: $(ENV) ## the same tests and those that need a GPU, kernels compiled and run on it
 	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: torch sees no GPU")'

@@ -9,6 +9,7 @@ from pyaccel.verify.policy import judge
 
 # Saved statistics are fp32 numbers whatever the dtype of the data: a 16-bit bound would hide a wrong variance.
 STATISTIC_EPS = 32.0
+EQUIVALENT_EPS = 16.0
 
 
 def assert_close_to_truth(out: Tensor, truth: Tensor, naive: Tensor, *, name: str = "") -> None:
@@ -53,3 +54,16 @@ def assert_bits_equal(a: Tensor, b: Tensor, *, name: str = "") -> None:
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     different = a.detach().contiguous().view(width) != b.detach().contiguous().view(width)
     assert not different.any(), f"{name}: {int(different.sum())} of {a.numel()} elements differ in their bits"
+
+
+def assert_equivalent(out: Tensor, expected: Tensor, *, name: str = "") -> None:
+    """The same computation by other ops: equal but for a few roundings of the dtype at the largest magnitude.
+
+    For what a guard lets through or sends elsewhere. Whether a path is as right as it should be is judged by
+    :func:`assert_close_to_truth`.
+    """
+    assert out.dtype == expected.dtype, f"{name}: {out.dtype} against {expected.dtype}"
+    assert out.shape == expected.shape, f"{name}: {tuple(out.shape)} against {tuple(expected.shape)}"
+    bound = EQUIVALENT_EPS * torch.finfo(out.dtype).eps * expected.abs().max().item()
+    error = (out.detach().double() - expected.detach().double()).abs().max().item()
+    assert error <= bound, f"{name or 'result'}: differs by {error:.3g}, over {bound:.3g}"

@@ -15,9 +15,6 @@ import pytest
 
 import pyaccel
 
-# One worker builds, and the tests of this file go to it.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {
     path.relative_to(ROOT).as_posix()

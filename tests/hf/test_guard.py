@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel, DynamicCache
 
 import pyaccel
-from tests.assertions import assert_bits_equal
+from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.hf.models import Truth, batch_of, read, tiny
 
 LAYERS = 3
@@ -146,7 +146,7 @@ def test_changed_modules(
     expected = stock(**batch).last_hidden_state
     out = model(**batch).last_hidden_state
     assert (expected - plain)[read(batch["attention_mask"])].abs().max() > 1e-2, "the change must show"
-    assert torch.allclose(out, expected, atol=1e-5), "a guard let something through"
+    assert_equivalent(out, expected, name="a guard let something through")
     assert report.fallbacks == {reason: count}
     assert [r.split(": ", 1)[1] for r in report.not_packed] == [reason]
     assert report.fast == {"padded": LAYERS - count}
@@ -198,7 +198,7 @@ def test_hooks_on_all_modules() -> None:
         out, expected = model(**batch), stock(**batch)
     finally:
         handle.remove()
-    assert torch.allclose(out.last_hidden_state, expected.last_hidden_state, atol=1e-5)
+    assert_equivalent(out.last_hidden_state, expected.last_hidden_state)
     assert report.fallbacks == {"hooks on all modules": 3}
 
 
@@ -233,7 +233,7 @@ def test_a_replaced_layer() -> None:
     model(**batch)
     for m in (model, stock):
         m.encoder.layer[1] = Identity()
-    assert torch.allclose(model(**batch).last_hidden_state, stock(**batch).last_hidden_state, atol=1e-5)
+    assert_equivalent(model(**batch).last_hidden_state, stock(**batch).last_hidden_state)
     assert report.not_packed == {"layer.1: it is a Identity, not a BertLayer": 1}
     for m in (model, stock):
         m.encoder.layer = m.encoder.layer[:1]
@@ -255,7 +255,7 @@ def test_dropout_at_inference() -> None:
     out = model(**batch).last_hidden_state
     torch.manual_seed(2)
     expected = stock(**batch).last_hidden_state
-    assert torch.allclose(out, expected, atol=1e-5)
+    assert_equivalent(out, expected)
     assert report.fallbacks == {"dropout set to training mode alone": 3}
 
 
@@ -266,7 +266,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out, expected = model(**batch), stock(**batch)
     assert out.last_hidden_state.dtype == expected.last_hidden_state.dtype
-    assert torch.allclose(out.last_hidden_state, expected.last_hidden_state, atol=0.05)
+    assert_equivalent(out.last_hidden_state, expected.last_hidden_state)
     assert report.fallbacks == {"autocast": 3}
 
 
@@ -319,7 +319,7 @@ def test_several_dtypes() -> None:
     pyaccel.restore(stock)
     for m in (model, stock):
         m.encoder.layer[1].output.LayerNorm.float()
-    assert torch.allclose(model(**batch).pooler_output, stock(**batch).pooler_output, atol=0.05)
+    assert_equivalent(model(**batch).pooler_output, stock(**batch).pooler_output)
     assert report.fallbacks == {"its parameters are of several dtypes": 1}
 
 
@@ -337,7 +337,7 @@ def test_a_cache_in_an_encoder() -> None:
             cache.update(key, value, index)
         return model(**batch, past_key_values=cache).last_hidden_state
 
-    assert torch.allclose(run(model), run(stock), atol=1e-5)
+    assert_equivalent(run(model), run(stock))
     assert report.fallbacks == {"a key/value cache": 3}
 
 
@@ -366,7 +366,7 @@ def test_input_packed_by_the_caller() -> None:
         max_length_q=7,
         max_length_k=7,
     ).last_hidden_state
-    assert torch.allclose(out, torch.cat(expected, 1), atol=1e-5)
+    assert_equivalent(out, torch.cat(expected, 1))
     assert report.fallbacks == {"input packed by the caller": 3}
 
 
@@ -396,8 +396,9 @@ def test_compiled_in_one_graph(dynamic: bool) -> None:
     out.square().sum().backward()
     expected = stock.naive(**batch).pooler_output
     expected.square().sum().backward()
-    for ours, theirs in zip(model.parameters(), stock.naive.parameters(), strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, atol=1e-3)
+    # All in one: the gradient of a key's bias is 0 but for rounding, and has no scale of its own.
+    ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, stock.naive))
+    assert_equivalent(ours, theirs)
     assert not report.fallbacks
     model(**batch)
     assert report.fast == {"packed": 3}, "what is compiled isn't counted, what is not compiled is"
@@ -426,7 +427,7 @@ def test_traced(kind: str) -> None:
         for kind in ("left", "right", "none"):  # other masks than the traced one
             batch = batch_of(kind)
             out = traced(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])[0]
-            assert torch.allclose(out, stock(**batch)[0], atol=1e-5)
+            assert_equivalent(out, stock(**batch)[0])
 
 
 def test_functional_call_and_vmap() -> None:
@@ -437,11 +438,11 @@ def test_functional_call_and_vmap() -> None:
     stock = tiny()
     stock.load_state_dict(parameters, strict=False)
     out = torch.func.functional_call(model, parameters, kwargs=batch).pooler_output
-    assert torch.allclose(out, stock(**batch).pooler_output, atol=1e-5)
+    assert_equivalent(out, stock(**batch).pooler_output)
     embeds = torch.randn(2, 5, 12, 32)
     out = torch.func.vmap(lambda e: model(inputs_embeds=e).pooler_output)(embeds)
     expected = torch.stack([model(inputs_embeds=e).pooler_output for e in embeds])
-    assert torch.allclose(out, expected, atol=1e-5)
+    assert_equivalent(out, expected)
 
 
 def test_inference_mode() -> None:

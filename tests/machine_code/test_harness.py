@@ -16,8 +16,6 @@ from pyaccel.verify import machine_code
 from pyaccel.verify.kernel_specs import BUILDERS, KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_all, compile_spec
 
-pytestmark = pytest.mark.xdist_group("machine_code_harness")
-
 
 def toy(name: str, arguments, constexprs, num_warps: int = 4, **kwargs) -> KernelSpec:
     fn = f"tests.machine_code.toy_kernels:{name}_kernel"
