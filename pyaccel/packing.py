@@ -76,6 +76,8 @@ def layout(attention_mask: Tensor, *, sort_by_length: bool = False, keep_first: 
     """
     keys = _tokens(attention_mask)
     batch_size, seq_len = keys.shape
+    if keys.device.type == "cpu" and bool(keys.all()):
+        return _full(batch_size, seq_len)
     queries = keys
     if keep_first and seq_len:
         queries = keys.clone()
@@ -153,7 +155,10 @@ def pack(padded: Tensor, layout: PackedLayout) -> Tensor:
             f"pyaccel.packing.pack: the layout is of [{layout.batch_size}, {layout.seq_len}, ...], "
             f"got a tensor {tuple(padded.shape)}"
         )
-    return _Gather.apply(padded.flatten(0, 1), layout.indices)
+    rows = padded.flatten(0, 1)
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return _Gather.apply(rows, layout.indices)
+    return rows.index_select(0, layout.indices)
 
 
 def unpack(packed: Tensor, layout: PackedLayout) -> Tensor:
@@ -192,6 +197,22 @@ class _Gather(torch.autograd.Function):
 
 def _scatter(source: Tensor, indices: Tensor, rows: int) -> Tensor:
     return source.new_zeros(rows, *source.shape[1:]).index_copy_(0, indices, source)
+
+
+def _full(batch_size: int, seq_len: int) -> PackedLayout:
+    """The layout of a batch without padding: there is nothing to look for."""
+    offsets = torch.arange(batch_size + 1, dtype=torch.int32) * seq_len
+    longest = seq_len if batch_size else 0
+    return PackedLayout(
+        indices=torch.arange(batch_size * seq_len),
+        cu_seqlens=offsets,
+        max_seqlen=longest,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        key_indices=None,
+        cu_seqlens_k=offsets,
+        max_seqlen_k=longest,
+    )
 
 
 def _cumulated(lengths: Tensor) -> Tensor:

@@ -496,15 +496,15 @@ def _concatenated(tensors: list[Tensor]) -> Tensor:
 
 
 def _are_adjacent(tensors: list[Tensor]) -> bool:
-    first, end = tensors[0], tensors[0].storage_offset()
+    first, end = tensors[0], tensors[0].data_ptr()
     for t in tensors:
         plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
-        same = t.dtype == first.dtype and t.device == first.device and t.shape[1:] == first.shape[1:]
-        if not (plain and same and t.storage_offset() == end):
+        if not (plain and t.dtype == first.dtype and t.shape[1:] == first.shape[1:] and t.data_ptr() == end):
             return False
-        end += t.numel()
-    storages = {t.untyped_storage().data_ptr() for t in tensors}
-    return len(storages) == 1
+        end += t.nbytes
+    # Neighbours in memory by chance would lie outside the first one's storage.
+    storage = first.untyped_storage()
+    return end <= storage.data_ptr() + storage.nbytes()
 
 
 # ---- helpers of BertModel ----

@@ -252,8 +252,9 @@ def varlen_attention(
             seed,
             return_lse,
         )
-    lens_q = _lengths("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
-    lens_k = _lengths("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    lens_q = lens_k = _lengths("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+    if cu_seqlens_k is not cu_seqlens_q or (key.shape[0], max_seqlen_k) != (query.shape[0], max_seqlen_q):
+        lens_k = _lengths("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     if backend == "torch" and seed is None and not return_lse:
         return _varlen_by_group(query, key, value, lens_q, lens_k, is_causal, scale, window_size)
     return reference.varlen_attention(

@@ -44,13 +44,14 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
         return ["the graph is traced"]
     given = [t for t in tensors if t is not None]
     x = given[0]
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return ["not on the CPU"]
     reasons = []
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         reasons.append("gradients are recorded")
-    if any(t.dtype != x.dtype for t in given) or x.dtype not in _onednn_dtypes():
-        names = sorted({str(t.dtype).removeprefix("torch.") for t in given})
+    dtypes = {t.dtype for t in given}
+    if len(dtypes) > 1 or not dtypes <= _onednn_dtypes():
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
         reasons.append(f"oneDNN is not used for {', '.join(names)} here")
     if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast is on")
@@ -68,8 +69,8 @@ def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]
         )
     elif bias is not None and bias.shape != weight.shape[:1]:
         reasons.append(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
-    devices = {t.device for t in (x, weight, bias) if t is not None}
-    if len(devices) > 1:
+    if x.device != weight.device or (bias is not None and bias.device != weight.device):
+        devices = {t.device for t in (x, weight, bias) if t is not None}
         reasons.append(f"the tensors are on {', '.join(sorted(map(str, devices)))}: move them to one device")
     return reasons
 
