@@ -19,12 +19,12 @@ from pyaccel.kernels.philox import dropout_tile, keep_scale, threshold_bits
 def _load_tile(
     dy_ptr, sum_ptr, weight_ptr, mean, rstd, row, o_col, mask, m_col, stride_dy_row, stride_dy_col, n_cols
 ):
-    """dy, w * dy and the normalised input of a tile, [rows, columns] each, in fp32, 0 where masked."""
+    """dy, w * dy (0 where masked) and the normalised input of a tile, [rows, columns] each, in fp32."""
     col = o_col[None, :]
     dy = tl.load(dy_ptr + row * stride_dy_row + col.to(tl.int64) * stride_dy_col, mask=mask, other=0.0)
     dy = dy.to(tl.float32)
     z = tl.load(sum_ptr + row * n_cols + col, mask=mask, other=0.0).to(tl.float32)
-    x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+    x_hat = (z - mean[:, None]) * rstd[:, None]
     wdy = dy
     if weight_ptr is not None:
         wdy = dy * tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
@@ -102,7 +102,7 @@ def backward_kernel(
             stride_dsum_row, stride_dsum_col, n_cols, threshold, scale, BLOCK_ROWS, BLOCK_N,
         )  # fmt: skip
         if dx_bias_ptr is not None:
-            b_dx_bias += tl.where(mask, dx, 0.0)
+            b_dx_bias += dx  # rows beyond the last add 0: their dy and rstd are 0
     o_partial = pid.to(tl.int64) * n_cols + o_col
     if dweight_ptr is not None:
         tl.store(dweight_ptr + o_partial, tl.sum(b_dweight, axis=0), mask=m_col)
@@ -190,7 +190,7 @@ def backward_tiled_kernel(
             if dbias_ptr is not None:
                 _add_partial(dbias_ptr, o_partial, dy, m_col, first)
             if dx_bias_ptr is not None:
-                _add_partial(dx_bias_ptr, o_partial, tl.where(mask, dx, 0.0), m_col, first)
+                _add_partial(dx_bias_ptr, o_partial, dx, m_col, first)
 
 
 def backward(

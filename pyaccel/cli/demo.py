@@ -8,6 +8,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pyaccel.hf.report import Explanation
+    from pyaccel.dispatch import Choice
+    from pyaccel.hf.report import Report
     from pyaccel.verify.policy import Verdict
 
 # Both models on the same few batches, in fp64 and in the plain dtype too: enough to judge, and seconds not minutes.
@@ -86,7 +88,8 @@ class Result:
     truncated: int
     errors: Errors
     verdict: Verdict
-    explanation: Explanation
+    choices: Counter[Choice]
+    report: Report
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -120,9 +123,10 @@ class Result:
                 "rms_allowed": self.verdict.rms_allowed,
             },
             "backends": {
-                op: {"backend": backend, "reason": self.explanation.reasons[op]}
-                for op, backend in self.explanation.backends.items()
+                choice.op: {"backend": choice.backend, "reason": choice.reason, "calls": calls}
+                for choice, calls in self.choices.items()
             },
+            "report": self.report.as_dict(),
             "passages": self.passages,
             "truncated": self.truncated,
             "batch_size": self.batch_size,
@@ -183,6 +187,7 @@ def run(
     import torch
 
     import pyaccel
+    from pyaccel import dispatch
     from pyaccel.verify.policy import judge
 
     loading = progress.add_task("loading the model", total=None)
@@ -213,27 +218,30 @@ def run(
 
     naive = stock if dtype == torch.float32 else copy.deepcopy(stock).to(dtype)
     accelerated = copy.deepcopy(naive)
-    pyaccel.accelerate(accelerated)
+    report = pyaccel.accelerate(accelerated)
 
     def forward(of: Any) -> Callable[[Batch], Tensor]:
         return lambda batch: of(**batch).last_hidden_state
 
     with torch.inference_mode():
-        errors = Errors()
+        errors, choices = Errors(), Counter[dispatch.Choice]()
         comparing = progress.add_task("comparing answers", total=len(batches))
         for batch, mask in zip(batches, masks, strict=True):  # warms both models up as well
-            errors.add(forward(stock)(batch), forward(accelerated)(batch), mask)
+            with dispatch.record() as recorded:
+                states = forward(accelerated)(batch)
+            choices.update(recorded)
+            errors.add(forward(stock)(batch), states, mask)
             progress.advance(comparing)
         stock_timing, accelerated_timing = time_in_turn(
             (forward(stock), forward(accelerated)), batches, rounds, device, progress
         )
         judged = progress.add_task("judging by the fp64 truth", total=min(JUDGED_BATCHES, len(batches)))
         truth_model = copy.deepcopy(stock).double()
-        states: list[tuple[Tensor, ...]] = []
+        judged_states: list[tuple[Tensor, ...]] = []
         for batch, mask in zip(batches[:JUDGED_BATCHES], masks, strict=False):
-            states.append(tuple(forward(m)(batch)[mask] for m in (accelerated, truth_model, naive)))
+            judged_states.append(tuple(forward(m)(batch)[mask] for m in (accelerated, truth_model, naive)))
             progress.advance(judged)
-        verdict = judge(*(torch.cat(parts) for parts in zip(*states, strict=True)))
+        verdict = judge(*(torch.cat(parts) for parts in zip(*judged_states, strict=True)))
 
     slots = sum(mask.numel() for mask in masks)
     return Result(
@@ -247,7 +255,8 @@ def run(
         truncated=truncated,
         errors=errors,
         verdict=verdict,
-        explanation=pyaccel.explain(accelerated),
+        choices=choices,
+        report=report,
         versions=versions(),
     )
 
@@ -336,8 +345,9 @@ def show(result: Result, console: Console) -> None:
     verdict = "[green]within[/green]" if result.right else "[red]OUTSIDE[/red]"
     console.print(f"{verdict} the numerics policy, against an fp64 truth: {result.verdict}")
     backends = Table(title="which backend served which op, and why", title_justify="left")
-    for heading in ("op", "backend", "why"):
-        backends.add_column(heading)
-    for op, backend in result.explanation.backends.items():
-        backends.add_row(op, backend, result.explanation.reasons[op])
+    for heading in ("op", "backend", "calls", "why"):
+        backends.add_column(heading, justify="right" if heading == "calls" else "left")
+    for choice, calls in result.choices.items():
+        backends.add_row(choice.op, choice.backend, str(calls), choice.reason)
     console.print(backends)
+    console.print(str(result.report))

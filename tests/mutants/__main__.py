@@ -12,6 +12,7 @@ import os
 import pkgutil
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,8 @@ def families() -> dict[str, list[Mutant]]:
 
 def fast_tests(family: str) -> list[str]:
     """Where the tests are that are to notice a family's bugs: those of its op, and those of kernels."""
-    return [f"tests/ops/test_{family}.py", "tests/kernels"]
+    # Guard bands first: a stray store should fail a test there before it corrupts the process elsewhere.
+    return ["tests/kernels", f"tests/ops/test_{family}.py"]
 
 
 def copy_tree(destination: Path) -> None:
@@ -116,15 +118,21 @@ def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> Outcome:
 
 
 def judge(returncode: int, output: str, seconds: float) -> Outcome:
-    """Read pytest's verdict: only a failing test kills; tests that can't be imported or run prove nothing."""
+    """Read pytest's verdict: a failing test kills, and so does memory so corrupted that the tests' process dies.
+
+    Tests that can't be imported or run prove nothing. A test's own ERROR is a fixture that found something, such
+    as a guard band that was written to.
+    """
     if returncode == 0:
         return Outcome("survived", "", seconds)
+    if returncode < 0:
+        return Outcome("killed", f"a crash: {signal.Signals(-returncode).name}", seconds)
     failures = FAILED.findall(output)
     if not failures:
         return Outcome("error", f"pytest exited with {returncode}: {_last_line(output)}", seconds)
-    kind, where, message = failures[0]
+    _, where, message = failures[0]
     _, _, test = where.partition("::")
-    if returncode != 1 or kind == "ERROR" or not test or BROKEN.search(message):
+    if returncode != 1 or not test or BROKEN.search(message):
         return Outcome("error", f"{where}: {message or 'not collected'}", seconds)
     return Outcome("killed", test, seconds)
 

@@ -340,7 +340,7 @@ def test_every_reason_is_named_at_once(device: torch.device) -> None:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both torch implementations: in groups on the host, and padded on the device, which runs here too."""
     if request.param == "device":
-        monkeypatch.setattr(module, "_on_host", lambda x: False)
+        monkeypatch.setattr(module.torch_backend, "on_host", lambda x: False)
     return request.param
 
 

@@ -1,0 +1,229 @@
+"""The torch backend of attention: stock PyTorch ops, chosen and guarded so that masks mean what they should.
+
+Padded, on any device; packed on a CPU, by groups of sequences of equal lengths; packed elsewhere and in graphs, padded
+on the device. Arguments are checked by :mod:`pyaccel.ops.attention`, which calls this.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyaccel.reference import attention as reference
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether reading a value of ``x`` costs neither a device sync nor a graph break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def may_hold(condition: Tensor) -> bool:
+    """False only where it is known, at next to no cost, that ``condition`` holds nowhere."""
+    return not on_host(condition) or bool(condition.any())
+
+
+# --- the torch backend, padded ------------------------------------------------------------------------------
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention``, made safe for what a mask leaves unread.
+
+    Args:
+        allowed, bias: from :func:`pyaccel.reference.attention.combine_masks`.
+        is_causal: in place of the two.
+    """
+    # By a branch: in a graph with dynamic shapes the comparison itself isn't the bool that PyTorch wants.
+    gqa = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
+    if allowed is None:
+        if is_causal:  # keys that no query sees may hold anything
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
+        )
+    if gqa and allowed.shape[1] > 1:  # whether a key is read then differs between the heads that share it
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        gqa = False
+    # PyTorch multiplies what is masked by 0, which makes NaN of NaN and inf; and what its backends make of a
+    # row without keys differs. So unread keys are cleared, and an unread query sees all and is cleared later.
+    idle_rows, idle_keys = reference.unread(allowed)
+    has_idle_rows = may_hold(idle_rows)
+    key, value = _cleared(key, idle_keys), _cleared(value, idle_keys)
+    if has_idle_rows:
+        query = _cleared(query, idle_rows)
+    if bias is None:
+        mask = allowed | idle_rows if has_idle_rows else allowed
+    else:
+        if query.device.type != "cpu" and bias.dtype != query.dtype:
+            # A GPU's kernels want query's dtype. A huge negative number must not become -inf, which masks.
+            bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        mask = bias.masked_fill(~allowed, -math.inf).masked_fill(idle_rows, 0.0)
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=gqa)
+    return out.masked_fill(idle_rows, 0.0) if has_idle_rows else out
+
+
+def _cleared(x: Tensor, idle: Tensor) -> Tensor:
+    """``x`` with 0 where ``idle``; ``x`` itself where it is known to be finite and so can't leak anything."""
+    # A sum is finite only if all of x is; on a CPU it takes a thirtieth (fp32) of the time of masked_fill.
+    if on_host(x) and math.isfinite(x.detach().sum().item()):
+        return x
+    return x.masked_fill(idle, 0.0)
+
+
+# --- the torch backend, packed, on the host -----------------------------------------------------------------
+
+# Lengths at which two batched products and a softmax beat PyTorch's flash kernel in bf16 on a CPU (two cores
+# with AVX512_BF16, head_dim 32 and 64): 1.05 times as fast at 64, 1.5 at 96, 1.8 at 128, 2 at 256, 2.2 to 2.6
+# at 512; 1.5 to 1.7 on a batch of 20 to 256 tokens. Below 64 they are slower (0.2 to 0.6). The scores are
+# rounded to bf16, as in Hugging Face's eager attention: twice flash's RMS error, inside the numerics policy.
+# Beyond 1024 scores and weights would take over 48 MB at 12 heads. In fp32 flash stays.
+_BF16_MATMUL_LENGTHS = range(96, 1025)
+
+
+def varlen_by_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lens_q: list[int],
+    lens_k: list[int],
+    is_causal: bool,
+    scale: float | None,
+    window_size: tuple[int, int] | None,
+) -> Tensor:
+    """One call for each run of neighbouring sequences of equal lengths, on views; one copy, of the result."""
+    heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[2]
+    pairs = zip(lens_q, lens_k, strict=True)
+    groups = [(len_q, len_k, len(list(run))) for (len_q, len_k), run in itertools.groupby(pairs)]
+    # split, not a slice for each group: its backward is one concatenation, a slice's a full-size tensor.
+    *queries, rest = _split(query, [len_q * count for len_q, _, count in groups])
+    *keys, _ = _split(key, [len_k * count for _, len_k, count in groups])
+    *values, _ = _split(value, [len_k * count for _, len_k, count in groups])
+    recording = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    by_matmul = {
+        (len_q, len_k)
+        for len_q, len_k, _ in groups
+        if len_q in _BF16_MATMUL_LENGTHS and len_k in _BF16_MATMUL_LENGTHS
+        if query.dtype == torch.bfloat16 and heads == kv_heads and not recording
+        if not is_causal and window_size is None
+    }
+    # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in anew.
+    scratch = query.new_empty(2, heads * max((len_q * len_k for len_q, len_k in by_matmul), default=0))
+    parts = []
+    for (len_q, len_k, count), q, k, v in zip(groups, queries, keys, values, strict=True):
+        if len_q == 0 or len_k == 0:
+            parts.append(reference.zero_output(q, value_dim))
+        elif (len_q, len_k) in by_matmul:
+            sequences = zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True)
+            parts.extend(_bf16_matmul_attention(*sequence, scale, scratch) for sequence in sequences)
+        else:
+            q = q.view(count, len_q, heads, -1).transpose(1, 2)
+            k = k.view(count, len_k, kv_heads, -1).transpose(1, 2)
+            v = v.view(count, len_k, kv_heads, value_dim).transpose(1, 2)
+            if window_size is None:
+                out = sdpa(q, k, v, None, None, scale, is_causal=is_causal)
+            else:
+                out = sdpa(q, k, v, *reference.combine_masks(q, k, None, None, is_causal, window_size), scale)
+            # The flash kernel lays its result out as [batch, seq, heads, head_dim], so this is a view.
+            parts.append(out.transpose(1, 2).reshape(count * len_q, heads, value_dim))
+    if rest.shape[0] or not parts:
+        parts.append(reference.zero_output(rest, value_dim))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _split(packed: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+    """Runs of that many rows, and the rest."""
+    return packed.split([*rows, packed.shape[0] - sum(rows)])
+
+
+def _bf16_matmul_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, scratch: Tensor
+) -> Tensor:
+    """Attention of one sequence, ``[seq, heads, head_dim]``, without gradient; ``scratch`` is overwritten."""
+    len_q, heads, head_dim = query.shape
+    len_k = key.shape[0]
+    scores, weights = (s[: heads * len_q * len_k].view(heads, len_q, len_k) for s in scratch)
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    q, k = query.transpose(0, 1), key.permute(1, 2, 0)
+    torch.baddbmm(scores, q, k, beta=0.0, alpha=scale, out=scores)  # beta 0: what is in scratch isn't read
+    torch.softmax(scores, -1, out=weights)
+    return torch.bmm(weights, value.transpose(0, 1)).transpose(0, 1)
+
+
+# --- the torch backend, packed, on other devices and in graphs ----------------------------------------------
+
+
+def _slots(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Packed row of each slot of the padded batch, int64 ``[batch, max_seqlen]``; whether it is in use."""
+    rows = cu_seqlens[:-1, None].long() + torch.arange(max_seqlen, device=cu_seqlens.device)
+    in_use = rows < cu_seqlens[1:, None]
+    return rows.masked_fill(~in_use, 0), in_use
+
+
+def varlen_padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    scale: float | None,
+    window_size: tuple[int, int] | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pad, attend under a key mask, pack again: nothing leaves the device."""
+    total, heads, _ = query.shape
+    batch = cu_seqlens_q.shape[0] - 1
+    if 0 in (batch, total, key.shape[0], max_seqlen_q, max_seqlen_k):
+        out = reference.zero_output(query, value.shape[2])
+        lse = torch.full(
+            (heads, total), -math.inf, dtype=reference.lse_dtype(query.dtype), device=query.device
+        )
+        return (out, lse) if return_lse else out
+    rows_q, real_q = _slots(cu_seqlens_q, max_seqlen_q)
+    rows_k, real_k = _slots(cu_seqlens_k, max_seqlen_k)
+    # Indexing, not index_select: its backward sums in a fixed order on a GPU. Unused slots repeat row 0.
+    q, k, v = query[rows_q], key[rows_k], value[rows_k]  # [batch, max_seqlen, heads, head_dim]
+    q = q.masked_fill(~real_q[..., None, None], 0.0)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    # A key that only unused slots would read counts as unread: what it holds must not leak.
+    allowed = (real_k & real_q.any(-1, keepdim=True))[:, None, None, :]
+    shift = (cu_seqlens_k.diff() - cu_seqlens_q.diff())[:, None, None, None]
+    band = reference.band_mask(max_seqlen_q, max_seqlen_k, is_causal, window_size, query.device, shift)
+    if band is not None:
+        allowed = allowed & band & real_q[:, None, :, None]
+    if seed is None and not return_lse:
+        out = sdpa(q, k, v, allowed, None, scale)
+    else:
+        repeats = heads // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        out, lse, _ = reference.masked_attention(
+            q, k, v, allowed, None, scale, dropout_p, dropout_key=seed, return_lse=return_lse, upcast=False
+        )
+    tokens = torch.arange(total, device=query.device, dtype=cu_seqlens_q.dtype)
+    # The number of sequences that end at a token or before it is the index of its own.
+    sequence = torch.searchsorted(cu_seqlens_q[1:], tokens, right=True)
+    real = sequence < batch
+    sequence = sequence.clamp(max=batch - 1)
+    position = (tokens - cu_seqlens_q[sequence]).masked_fill(~real, 0)
+    out = out.transpose(1, 2)[sequence, position].masked_fill(~real[:, None, None], 0.0)
+    if not return_lse:
+        return out
+    return out, lse.transpose(1, 2)[sequence, position].masked_fill(~real[:, None], -math.inf).T
