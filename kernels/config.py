@@ -65,11 +65,11 @@ def residual_layernorm_backward(n_cols: int) -> RowConfig:
     """
     _check_row(n_cols)
     block_n = max(_next_power_of_2(n_cols), 64)
-    if block_n > 4096:
-        return RowConfig(4, 1024, num_warps=8, programs_per_sm=2, tiled=True)
     # 8 elements a thread and 16 warps an SM: row, gradients and sums then fit in registers on every part.
-    num_warps = max(block_n // 256, 4)
-    return RowConfig(max(1024 // block_n, 1), block_n, num_warps, programs_per_sm=16 // num_warps)
+    if block_n > 4096:
+        return RowConfig(4, 1024, num_warps=16, programs_per_sm=1, tiled=True)
+    num_warps = max(block_n // 256, 8)
+    return RowConfig(max(2048 // block_n, 1), block_n, num_warps, programs_per_sm=16 // num_warps)
 
 
 @dataclass(frozen=True)
