@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import shutil
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import load_model, read_passages, real_passages, resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Result:
     verdict: Verdict
     choices: Counter[Choice]
     report: Report
+    compiled: Timing | None = None  # torch.compile of the stock model in the accelerated one's dtype
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -111,6 +114,7 @@ class Result:
             "speedup": accelerated["sentences_per_second"] / stock["sentences_per_second"],
             "stock": stock,
             "accelerated": accelerated,
+            **({} if self.compiled is None else {"compiled": speed(self.compiled)}),
             "padding_removed": self.padding_removed,
             "max_abs_error": self.errors.max_abs,
             "rms_error": self.errors.rms,
@@ -151,6 +155,9 @@ def demo(
         str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds over all batches; medians count.")] = 3,
+    against_compile: Annotated[
+        bool, typer.Option(help="Time torch.compile of the stock model too; compiling takes a minute.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,
@@ -163,10 +170,14 @@ def demo(
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
     passages = None if text is None else read_passages(text)
+    if against_compile and target.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise BadInputError(
+            "torch.compile needs a C++ compiler on a CPU: install g++, or leave --against-compile out"
+        )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars = Console(stderr=True)
     with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
-        result = run(model, passages, wanted, batch_size, target, rounds, progress)
+        result = run(model, passages, wanted, batch_size, target, rounds, against_compile, progress)
     if json_file is not None:
         json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
     show(result, console)
@@ -181,6 +192,7 @@ def run(
     batch_size: int,
     device: torch.device,
     rounds: int,
+    against_compile: bool,
     progress: Progress,
 ) -> Result:
     """Load, encode, time in turn, compare, judge."""
@@ -232,8 +244,15 @@ def run(
             choices.update(recorded)
             errors.add(forward(stock)(batch), states, mask)
             progress.advance(comparing)
-        stock_timing, accelerated_timing = time_in_turn(
-            (forward(stock), forward(accelerated)), batches, rounds, device, progress
+        contenders = [forward(stock), forward(accelerated)]
+        if against_compile:
+            contenders.append(forward(torch.compile(copy.deepcopy(naive), dynamic=True)))
+            compiling = progress.add_task("compiling the stock model", total=len(batches))
+            for batch in batches:
+                contenders[-1](batch)
+                progress.advance(compiling)
+        stock_timing, accelerated_timing, *compiled_timing = time_in_turn(
+            contenders, batches, rounds, device, progress
         )
         judged = progress.add_task("judging by the fp64 truth", total=min(JUDGED_BATCHES, len(batches)))
         truth_model = copy.deepcopy(stock).double()
@@ -251,6 +270,7 @@ def run(
         device=device_name(device),
         stock=stock_timing,
         accelerated=accelerated_timing,
+        compiled=compiled_timing[0] if compiled_timing else None,
         padding_removed=1 - sum(int(mask.sum()) for mask in masks) / slots,
         truncated=truncated,
         errors=errors,
@@ -262,7 +282,7 @@ def run(
 
 
 def time_in_turn(
-    contenders: tuple[Callable[[Batch], Tensor], ...],
+    contenders: Sequence[Callable[[Batch], Tensor]],
     batches: list[Batch],
     rounds: int,
     device: torch.device,
@@ -326,14 +346,13 @@ def show(result: Result, console: Console) -> None:
     )
     for heading in ("model", "dtype", "sentences/s", "ms a batch", "speed"):
         table.add_column(heading, justify="left" if heading in ("model", "dtype") else "right")
-    for name, dtype, speed in (
-        ("stock Hugging Face, SDPA", "float32", 1.0),
-        ("accelerated", result.dtype, figures["speedup"]),
-    ):
-        row = figures["stock" if name.startswith("stock") else "accelerated"]
-        table.add_row(
-            name, dtype, f"{row['sentences_per_second']:.1f}", f"{row['ms_per_batch']:.2f}", f"{speed:.2f}x"
-        )
+    rows = [("stock Hugging Face, SDPA", "float32", "stock"), ("accelerated", result.dtype, "accelerated")]
+    if result.compiled is not None:
+        rows.insert(1, ("torch.compile of the stock model", result.dtype, "compiled"))
+    for name, dtype, key in rows:
+        per_second, ms = figures[key]["sentences_per_second"], figures[key]["ms_per_batch"]
+        ratio = per_second / figures["stock"]["sentences_per_second"]
+        table.add_row(name, dtype, f"{per_second:.1f}", f"{ms:.2f}", f"{ratio:.2f}x")
     console.print(table)
     if result.truncated:
         console.print(f"{result.truncated} passages were truncated to the model's length")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -70,6 +71,20 @@ def test_own_model_and_text_with_truncation(tiny_bert: Path, passages: Path, tmp
     assert figures["padding_removed"] > 0
 
 
+def test_the_rival_torch_compile(
+    tiny_bert: Path, passages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager")
+    )  # no C++ compiler
+    file = tmp_path / "figures.json"
+    demo(
+        model=str(tiny_bert), text=passages, device="cpu", batch_size=3, rounds=1, against_compile=True, json_file=file
+    )  # fmt: skip
+    figures = json.loads(file.read_text())
+    assert figures["compiled"]["sentences_per_second"] > 0
+
+
 def test_wrong_answers_exit_with_1(
     tiny_bert: Path, passages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +107,7 @@ def test_wrong_answers_exit_with_1(
             batch_size=4,
             device="cpu",
             rounds=1,
+            against_compile=False,
             json_file=None,
         )
     assert info.value.exit_code == 1
