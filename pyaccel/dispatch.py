@@ -161,6 +161,21 @@ def record() -> Iterator[list[Choice]]:
         _recorder = outer
 
 
+def summary(choices: Iterable[Choice]) -> dict[str, Choice]:
+    """One :class:`Choice` for each op; where calls of one op differ, their backends and reasons are all named."""
+    by_op: dict[str, list[Choice]] = {}
+    for choice in dict.fromkeys(choices):
+        by_op.setdefault(choice.op, []).append(choice)
+    return {
+        op: Choice(
+            op,
+            ", ".join(dict.fromkeys(choice.backend for choice in same)),
+            "; or ".join(dict.fromkeys(choice.reason for choice in same)),
+        )
+        for op, same in by_op.items()
+    }
+
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found without importing it
 
 

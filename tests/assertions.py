@@ -9,7 +9,7 @@ from pyaccel.verify.policy import judge
 
 # Saved statistics are fp32 numbers whatever the dtype of the data: a 16-bit bound would hide a wrong variance.
 STATISTIC_EPS = 32.0
-EQUIVALENT_EPS = 16.0
+EQUIVALENT_EPS = 4.0
 
 
 def assert_close_to_truth(out: Tensor, truth: Tensor, naive: Tensor, *, name: str = "") -> None:

@@ -79,6 +79,14 @@ def test_recording_nests() -> None:
     assert [c.op for c in outer] == ["residual_layernorm", "int8_matmul"]
 
 
+def test_a_summary_loses_nothing() -> None:
+    a, b = dispatch.Choice("int8_matmul", "torch", "x"), dispatch.Choice("int8_matmul", "triton", "y")
+    other = dispatch.Choice("residual_layernorm", "torch", "z")
+    summary = dispatch.summary([a, other, b, a])
+    assert summary["residual_layernorm"] == other
+    assert summary["int8_matmul"] == dispatch.Choice("int8_matmul", "torch, triton", "x; or y")
+
+
 def test_triton_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

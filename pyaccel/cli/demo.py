@@ -101,6 +101,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """The ``--json`` file."""
+        from pyaccel import dispatch
 
         def speed(timing: Timing) -> dict[str, float]:
             total = sum(timing.per_batch())
@@ -127,8 +128,8 @@ class Result:
                 "rms_allowed": self.verdict.rms_allowed,
             },
             "backends": {
-                choice.op: {"backend": choice.backend, "reason": choice.reason, "calls": calls}
-                for choice, calls in self.choices.items()
+                op: {"backend": choice.backend, "reason": choice.reason}
+                for op, choice in dispatch.summary(self.choices).items()
             },
             "report": self.report.as_dict(),
             "passages": self.passages,
@@ -166,7 +167,7 @@ def demo(
 
     Exits with 1 where the accelerated answers are outside the numerics policy, with 2 for bad input.
     """
-    console = Console(stderr=False)
+    console = Console()
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
     passages = None if text is None else read_passages(text)

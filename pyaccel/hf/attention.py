@@ -157,9 +157,6 @@ def _packed_attention(
             f"row of packed tokens with cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, no mask"
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
-    if k.shape[1] != q.shape[1]:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     context = ops.varlen_attention(
         q,
         k,

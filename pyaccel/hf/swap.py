@@ -103,12 +103,12 @@ def explain(model: nn.Module) -> Explanation:
     layer = _layers(_swapped(model)[0])[0]
     with dispatch.record() as choices:
         _dry_run(layer, accelerations[0])
-    weight = layer.attention.self.query.weight
+    weight, summary = layer.attention.self.query.weight, dispatch.summary(choices)
     return Explanation(
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
-        backends={choice.op: choice.backend for choice in choices},
-        reasons={choice.op: choice.reason for choice in choices},
+        backends={op: choice.backend for op, choice in summary.items()},
+        reasons={op: choice.reason for op, choice in summary.items()},
         report=accelerations[0].report,
     )
 
