@@ -1,4 +1,8 @@
-"""How it is measured: answers first, then rounds in which the contenders take turns, beside a copy's speed."""
+"""How it is measured: answers first, then rounds in which the contenders take turns, beside what the machine can do.
+
+The floor of a case is the time that its bytes take to be copied or, where that is longer, its operations to be done
+by a large matrix product in the same dtype, both measured in the very rounds that time the contenders.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,30 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case
+from benchmarks.registry import Case, Variant
 from pyaccel.verify.policy import judge
 
 ROOT = Path(__file__).resolve().parents[1]
+COPY, MATMUL = "copy", "matmul"  # contenders beside a case's variants
+MESSAGE_CHARACTERS = 200  # of an error, in a row
+# Of a GPU's memory. A variant that takes more makes the allocator give memory back and fetch it anew in each round,
+# in the time of whoever comes next.
+LARGEST_SHARE = 0.6
 
 
 @dataclass(frozen=True)
 class Row:
     """One measurement, a line of the tall CSV.
 
-    ``microseconds`` is a median over rounds, and ``low`` and ``high`` its quartiles; ``of_floor`` is the time that a
-    copy of the case's bytes would take at the speed measured in this run, over the time it took.
+    ``microseconds`` is a median over rounds, and ``low`` and ``high`` its quartiles; ``host_microseconds`` is how long
+    the call kept the host, where the device works on its own. ``of_floor`` is ``floor_microseconds`` over
+    ``microseconds``, and ``floor_of`` says which of bytes and FLOPs bounds the case. ``peak_megabytes`` is the memory
+    of a GPU that the call held at most, its outputs among it and its inputs not.
     """
 
     case: str
@@ -37,9 +49,16 @@ class Row:
     microseconds: float | None
     low: float | None
     high: float | None
+    host_microseconds: float | None
     gigabytes_per_second: float | None
+    teraflops_per_second: float | None
+    copy_gigabytes_per_second: float
+    matmul_teraflops_per_second: float | None
+    floor_microseconds: float
+    floor_of: str
     of_floor: float | None
     max_error: float | None
+    peak_megabytes: float | None
     device: str
     torch: str
     triton: str
@@ -52,85 +71,213 @@ class Row:
         return asdict(self)
 
 
+class Taken(NamedTuple):
+    """Seconds that a call took, and for how many of them it kept the host (None where that is the same)."""
+
+    seconds: float
+    host: float | None
+
+
 def measure(
     case: Case, dtype: torch.dtype, device: torch.device, *, quick: bool, rounds: int
 ) -> Iterator[Row]:
-    """Measure each variant of ``case`` at each size; a wrong answer is a row without a time."""
+    """Measure each variant of ``case`` at each size; a wrong answer or an error is a row without a time."""
     where = provenance(device)
-    for label, sizes in (case.quick if quick else case.sizes).items():
-        problem = case.problem(sizes, dtype, device)
-        truth, naive = case.truth(problem), case.naive(problem)
-        moved = case.bytes_moved(problem)
-        contenders: dict[str, Callable[[], object]] = {"copy": _copy(moved, device)}
-        notes: dict[str, tuple[str, float | None]] = {}
-        for variant in case.variants:
-            reason = variant.missing(device)
+    for label, sizes in case.sweep(device, quick=quick).items():
+        # What torch.compile made of another size would make it give up: each size is compiled for itself.
+        torch.compiler.reset()
+        yield from _measure_size(case, label, sizes, dtype, device, where, quick=quick, rounds=rounds)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure_size(
+    case: Case,
+    label: str,
+    sizes: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    where: dict[str, str],
+    *,
+    quick: bool,
+    rounds: int,
+) -> Iterator[Row]:
+    problem = case.problem(sizes, dtype, device)
+    truth, naive = case.truth(problem), case.naive(problem)
+    moved, flops = case.bytes_moved(problem), case.flops(problem) if case.flops is not None else None
+    contenders: dict[str, Callable[[], object]] = {COPY: _copy(moved, device)}
+    n = _matmul_size(dtype, device, quick=quick)
+    if flops is not None:
+        contenders[MATMUL] = _matmul(n, dtype, device)
+    notes: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    for variant in case.variants:
+        try:
+            reason = variant.missing(problem)
             if reason is not None:
-                notes[variant.name] = (f"missing: {reason}", None)
+                notes[variant.name] = f"missing: {reason}"
                 continue
             call = variant.prepare(problem)
-            verdicts = [judge(o, t, n) for o, t, n in zip(call(), truth, naive, strict=True)]
-            error = max(v.max_error for v in verdicts)
-            if all(v.right for v in verdicts):
-                notes[variant.name] = ("", error)
-                contenders[variant.name] = call
-            else:
-                notes[variant.name] = ("wrong: outside the numerics policy, not timed", error)
-        seconds = time_in_turn(contenders, rounds, device)
-        floor = statistics.median(seconds["copy"])
-        for name, (note, error) in notes.items():
-            taken = seconds.get(name)
-            median = statistics.median(taken) if taken else None
-            low, _, high = (
-                statistics.quantiles(taken, n=4) if taken and len(taken) > 1 else (None, None, None)
+            before = _memory(device)
+            given = call()
+            if before is not None:
+                peaks[variant.name] = torch.cuda.max_memory_allocated(device) - before
+            right, errors[variant.name] = _check(variant, problem, given, truth, naive)
+            del given
+        except Exception as error:  # whatever a rival raises is a finding, and the others go on
+            notes[variant.name] = _message(error)
+            continue
+        if not right:
+            notes[variant.name] = "wrong: outside the numerics policy, not timed"
+        elif variant.name in peaks and peaks[variant.name] > LARGEST_SHARE * _capacity(device):
+            notes[variant.name] = (
+                "missing: it takes so much of the GPU's memory that it would slow the others"
             )
-            yield Row(
-                case=case.name,
-                size=label,
-                dtype=str(dtype).removeprefix("torch."),
-                variant=name,
-                note=note,
-                microseconds=None if median is None else median * 1e6,
-                low=None if low is None else low * 1e6,
-                high=None if high is None else high * 1e6,
-                gigabytes_per_second=None if median is None else moved / median / 1e9,
-                of_floor=None if median is None else floor / median,
-                max_error=error,
-                **where,
-            )
+        else:
+            contenders[variant.name] = call
+    taken, failed = time_in_turn(contenders, rounds, device)
+    for name in (COPY, MATMUL):
+        if name in failed:  # without them there is no floor, and nothing can be said
+            raise failed[name]
+    notes |= {name: _message(error) for name, error in failed.items()}
+    copy_speed = moved / _median(taken[COPY])
+    floor, floor_of = moved / copy_speed, "bytes"
+    matmul_speed = None
+    if flops is not None:
+        matmul_speed = 2 * n**3 / _median(taken[MATMUL])
+        if flops / matmul_speed > floor:
+            floor, floor_of = flops / matmul_speed, "flops"
+    for variant in case.variants:
+        name = variant.name
+        timed = taken.get(name)
+        median = low = high = host = None
+        if timed:
+            median = _median(timed)
+            if len(timed) > 1:
+                low, _, high = statistics.quantiles([t.seconds for t in timed], n=4)
+            hosts = [t.host for t in timed if t.host is not None]
+            host = statistics.median(hosts) if hosts else None
+        yield Row(
+            case=case.name,
+            size=label,
+            dtype=str(dtype).removeprefix("torch."),
+            variant=name,
+            note=notes.get(name, ""),
+            microseconds=_scaled(median, 1e6),
+            low=_scaled(low, 1e6),
+            high=_scaled(high, 1e6),
+            host_microseconds=_scaled(host, 1e6),
+            gigabytes_per_second=None if median is None else moved / median / 1e9,
+            teraflops_per_second=None if median is None or flops is None else flops / median / 1e12,
+            copy_gigabytes_per_second=copy_speed / 1e9,
+            matmul_teraflops_per_second=_scaled(matmul_speed, 1e-12),
+            floor_microseconds=floor * 1e6,
+            floor_of=floor_of,
+            of_floor=None if median is None else floor / median,
+            max_error=errors.get(name),
+            peak_megabytes=_scaled(peaks.get(name), 1e-6),
+            **where,
+        )
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes in use, on a GPU, from which its peak now counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _capacity(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _check(
+    variant: Variant,
+    problem: Any,
+    given: tuple[Tensor, ...],
+    truth: tuple[Tensor, ...],
+    naive: tuple[Tensor, ...],
+) -> tuple[bool, float]:
+    """Whether the outputs are within the numerics policy, and the largest error of any."""
+    outputs = variant.outputs(problem, given)
+    verdicts = [judge(o, t, n) for o, t, n in zip(outputs, truth, naive, strict=True)]
+    return all(v.right for v in verdicts), max(v.max_error for v in verdicts)
+
+
+def _message(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"error: {type(error).__name__}: {text[:MESSAGE_CHARACTERS]}"
+
+
+def _median(taken: list[Taken]) -> float:
+    return statistics.median(t.seconds for t in taken)
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def time_in_turn(
     contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; they take turns, so that a slow moment of the machine hits all."""
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
-    for _ in range(rounds):
+) -> tuple[dict[str, list[Taken]], dict[str, Exception]]:
+    """Times of each contender in each round; they take turns, so that a slow moment of the machine hits all.
+
+    One that raises is out, and its error comes second.
+    """
+    taken: dict[str, list[Taken]] = {name: [] for name in contenders}
+    failed: dict[str, Exception] = {}
+    for i in range(-1, rounds):  # the first one, which isn't counted, warms up
         for name, call in contenders.items():
-            taken[name].append(_seconds(call, device))
-    return taken
+            if name in failed:
+                continue
+            try:
+                time_of_call = _time(call, device)
+            except Exception as error:
+                failed[name] = error.with_traceback(None)  # whose frames hold on to tensors
+                del taken[name]
+                continue
+            if i >= 0:
+                taken[name].append(time_of_call)
+    return taken, failed
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _time(call: Callable[[], object], device: torch.device) -> Taken:
     if device.type != "cuda":
         start = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return Taken(time.perf_counter() - start, None)
     # Inputs of a round must come from memory: the cache is overwritten before each call.
     torch.empty(256 * 2**20, dtype=torch.int8, device=device).zero_()
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start_event.record()
+    start = time.perf_counter()
     call()
+    host = time.perf_counter() - start
     end_event.record()
     torch.cuda.synchronize(device)
-    return start_event.elapsed_time(end_event) / 1e3
+    return Taken(start_event.elapsed_time(end_event) / 1e3, host)
 
 
 def _copy(moved: int, device: torch.device) -> Callable[[], Tensor]:
     source, target = torch.empty(2, max(moved // 2, 1), dtype=torch.int8, device=device).unbind()
     return lambda: target.copy_(source)
+
+
+def _matmul_size(dtype: torch.dtype, device: torch.device, *, quick: bool) -> int:
+    """Of a square product that reaches the machine's best speed within a few milliseconds (a CPU: some tens)."""
+    if quick:
+        return 128
+    if device.type == "cpu":
+        return 1024
+    return 8192 if dtype.itemsize == 2 else 4096
+
+
+def _matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    # Random numbers: of zeros a GPU, short of power, multiplies more in the same time.
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    return lambda: a @ b.mT
 
 
 def provenance(device: torch.device) -> dict[str, str]:

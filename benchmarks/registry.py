@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CASES = ("residual_layernorm",)  # modules of this package, each with a CASE
+from pyaccel import dispatch
+
+CASES = ("residual_layernorm", "attention", "varlen_attention")  # modules of this package, each with a CASE
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,17 @@ class Variant:
 
     Attributes:
         name: as it stands in tables; ours begin with "pyaccel".
-        prepare: problem -> a function without arguments that computes the case's outputs.
-        missing: why it can't run here, or None; a missing rival is shown as missing, never left out.
+        prepare: problem -> a function without arguments that computes the case's outputs. What a user would do once
+            for many calls belongs into prepare: it isn't timed.
+        missing: problem -> why it can't run, or None; a missing rival is shown as missing, never left out.
+        outputs: problem, what the function gave -> the case's outputs, where a rival lays them out in its own way.
+            It isn't timed.
     """
 
     name: str
     prepare: Callable[[Any], Callable[[], tuple[Tensor, ...]]]
-    missing: Callable[[torch.device], str | None] = lambda device: None
+    missing: Callable[[Any], str | None] = lambda problem: None
+    outputs: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda problem, given: given
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,26 @@ class Case:
         naive: problem -> what plain PyTorch gives in the dtype itself.
         bytes_moved: problem -> the bytes that can't be avoided: each input read and each output written once.
         variants: problem -> the contenders.
+        flops: problem -> the operations that can't be avoided, where they may bound it as well as the bytes.
+        cpu_sizes: the sweep on a CPU, where `sizes` would take too long there.
     """
 
     name: str
-    sizes: dict[str, tuple[int, ...]]
-    quick: dict[str, tuple[int, ...]]
-    problem: Callable[[tuple[int, ...], torch.dtype, torch.device], Any]
+    sizes: dict[str, Any]
+    quick: dict[str, Any]
+    problem: Callable[[Any, torch.dtype, torch.device], Any]
     truth: Callable[[Any], tuple[Tensor, ...]]
     naive: Callable[[Any], tuple[Tensor, ...]]
     bytes_moved: Callable[[Any], int]
     variants: tuple[Variant, ...]
+    flops: Callable[[Any], int] | None = None
+    cpu_sizes: dict[str, Any] | None = None
+
+    def sweep(self, device: torch.device, *, quick: bool) -> dict[str, Any]:
+        """Label -> sizes of what is measured there."""
+        if quick:
+            return self.quick
+        return self.cpu_sizes if device.type == "cpu" and self.cpu_sizes is not None else self.sizes
 
 
 def cases(names: Iterable[str] | None = None) -> list[Case]:
@@ -63,3 +79,10 @@ def cases(names: Iterable[str] | None = None) -> list[Case]:
     if unknown:
         raise ValueError(f"unknown case {', '.join(unknown)}: expected one of {', '.join(CASES)}")
     return [importlib.import_module(f"benchmarks.{name}").CASE for name in wanted]
+
+
+def no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels can't be timed there, or None."""
+    if device.type != "cuda":
+        return "Triton's kernels need a GPU"
+    return None if dispatch.has_triton() else "triton is not installed"

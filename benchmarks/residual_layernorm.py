@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Variant
+from benchmarks.registry import Case, Variant, no_triton
 from pyaccel import dispatch, ops, reference
 
 EPS = 1e-12
@@ -74,14 +74,8 @@ def prepare_ours(backend: str) -> Callable[[Problem], Callable[[], tuple[Tensor,
     return prepare
 
 
-def no_triton(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "Triton's kernels need a GPU"
-    return None if dispatch.has_triton() else "triton is not installed"
-
-
 def prepare_compiled(p: Problem) -> Callable[[], tuple[Tensor, ...]]:
-    compiled = torch.compile(plain)
+    compiled = torch.compile(plain, dynamic=False)
     return lambda: with_gradients(compiled, p)
 
 
@@ -94,7 +88,7 @@ CASE = Case(
     naive=lambda p: with_gradients(plain, p),
     bytes_moved=bytes_moved,
     variants=(
-        Variant("pyaccel triton", prepare_ours("triton"), no_triton),
+        Variant("pyaccel triton", prepare_ours("triton"), lambda p: no_triton(p.grad.device)),
         Variant("pyaccel torch", prepare_ours("torch")),
         Variant("eager", lambda p: lambda: with_gradients(plain, p)),
         Variant("torch.compile", prepare_compiled),

@@ -18,20 +18,28 @@ def keep_scale(dropout_p: float) -> float:
 
 
 @triton.jit
-def dropout_tile(
-    x, key_ptr, o_row, first_col, stream, threshold, scale, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Dropout of ``x`` [ROWS, COLS], whose rows are ``o_row`` [ROWS] and whose columns begin at ``first_col``.
+def keep_tile(key_ptr, o_row, first_col, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which elements of a tile [ROWS, COLS] dropout keeps, whose rows are ``o_row`` [ROWS] and whose columns
+    begin at ``first_col``. ``stream`` is a scalar or [ROWS].
 
     ``first_col`` is a multiple of 4: one Philox call gives the words of 4 neighbouring columns.
     """
     seed = tl.load(key_ptr)
     c3 = tl.load(key_ptr + 1).to(tl.uint32)
     o_quad = (first_col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)
-    c0 = tl.broadcast_to(o_quad[None, :], (ROWS, COLS // 4))
-    c1 = tl.broadcast_to(o_row.to(tl.uint32)[:, None], (ROWS, COLS // 4))
     zero = tl.zeros((ROWS, COLS // 4), dtype=tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + stream.to(tl.uint32), zero + c3)
+    c0 = zero + o_quad[None, :]
+    c1 = zero + o_row.to(tl.uint32)[:, None]
+    c2 = zero + (stream + tl.zeros((ROWS,), tl.int32)).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, zero + c3)
     # [ROWS, COLS / 4] x 4 words -> [ROWS, COLS], word i of quad j at column 4 j + i
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLS))
-    return tl.where(words >= threshold.to(tl.uint32, bitcast=True), x * scale, 0.0)
+    return words >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def dropout_tile(
+    x, key_ptr, o_row, first_col, stream, threshold, scale, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Dropout of ``x`` [ROWS, COLS] by :func:`keep_tile`."""
+    return tl.where(keep_tile(key_ptr, o_row, first_col, stream, threshold, ROWS, COLS), x * scale, 0.0)

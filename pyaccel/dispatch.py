@@ -30,6 +30,14 @@ class NotSupportedError(RuntimeError):
     """A backend that was asked for by name can't serve the call; the message names every reason."""
 
 
+class InvalidArgumentError(ValueError, RuntimeError):
+    """Arguments that no backend can make sense of; the message names every reason.
+
+    A ``ValueError``, and a ``RuntimeError`` too: that is what PyTorch's own functions raise for bad input, and code
+    that catches it from them must catch it from what replaces them one for one.
+    """
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend that serves a call of ``op``, and why it and no other."""
@@ -93,6 +101,7 @@ def op_names() -> tuple[str, ...]:
         "linear_activation",
         "scaled_dot_product_attention",
         "varlen_attention",
+        "attention_probs",
         "quantize_per_token",
         "quantize_per_channel",
         "quantize_per_tensor",
@@ -211,6 +220,6 @@ def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
 
 
 def invalid(op: str, reasons: Sequence[str]) -> None:
-    """Raise one ``ValueError`` that names every reason why the arguments of ``op`` make no sense."""
+    """Raise one :class:`InvalidArgumentError` that names every reason why the arguments of ``op`` make no sense."""
     if reasons:
-        raise ValueError(f"pyaccel.ops.{op}: {'; '.join(reasons)}")
+        raise InvalidArgumentError(f"pyaccel.ops.{op}: {'; '.join(reasons)}")

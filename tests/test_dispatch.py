@@ -97,3 +97,17 @@ def test_triton_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "on meta" in dispatch.triton_reasons(x.to("meta"))[0]
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert "pip install" in dispatch.triton_reasons(x)[0]
+
+
+def test_bad_arguments_are_one_error_of_ours_and_of_pytorchs() -> None:
+    dispatch.invalid("varlen_attention", [])
+    for base in (dispatch.InvalidArgumentError, ValueError, RuntimeError):
+        with pytest.raises(base, match="varlen_attention: a; b"):
+            dispatch.invalid("varlen_attention", ["a", "b"])
+    assert not issubclass(dispatch.InvalidArgumentError, dispatch.NotSupportedError)
+    assert not issubclass(dispatch.NotSupportedError, ValueError)
+
+
+def test_every_op_that_dispatches_is_public() -> None:
+    for name in dispatch.op_names():
+        assert callable(getattr(pyaccel.ops, name))

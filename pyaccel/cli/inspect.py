@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pyaccel.verify.kernel_specs import KernelSpec, specs
-from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_all
+from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_tasks, tasks
 
 JSON_FIELDS = (
     "op",
@@ -55,17 +55,18 @@ def inspect(
     Needs triton and no GPU. Exits with 1 where a kernel doesn't compile, with 2 for bad options or no triton.
     """
     try:
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
         wanted = specs() if op is None else [spec for name in op for spec in specs(name)]
         if dtype is not None:
             wanted = _select_dtypes(wanted, dtype)
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
-        results = compile_all(wanted, arch or ["sm_90"], workers)
+        todo = tasks(wanted, arch or ["sm_90"])
+        results = compile_tasks(todo, workers)
     except ValueError as error:
         typer.echo(f"pyaccel inspect: {error}", err=True)
         raise typer.Exit(2) from None
     try:
-        codes = _with_progress(results, len(wanted) * len(arch or ["sm_90"]))
+        codes = _with_progress(results, len(todo))
     except CompilationError as error:
         typer.echo(f"pyaccel inspect: {error}", err=True)
         raise typer.Exit(1) from None

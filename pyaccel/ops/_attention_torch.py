@@ -1,19 +1,26 @@
 """The torch backend of attention: stock PyTorch ops, chosen and guarded so that masks mean what they should.
 
-Padded, on any device; packed on a CPU, by groups of sequences of equal lengths; packed elsewhere and in graphs, padded
-on the device. Arguments are checked by :mod:`pyaccel.ops.attention`, which calls this.
+Padded, on any device; packed on a CPU, by groups of sequences of equal lengths; packed elsewhere and in graphs, by
+PyTorch's own kernel for packed batches where it serves, else padded on the device. Arguments are checked by
+:mod:`pyaccel.ops.attention`, which calls this.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+# Bound once: whoever puts our function in the place of torch.nn.functional's must not find it calling itself.
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
 from pyaccel.reference import attention as reference
+
+Window = tuple[int, int]
 
 
 def on_host(x: Tensor) -> bool:
@@ -24,6 +31,10 @@ def on_host(x: Tensor) -> bool:
 def may_hold(condition: Tensor) -> bool:
     """False only where it is known, at next to no cost, that ``condition`` holds nowhere."""
     return not on_host(condition) or bool(condition.any())
+
+
+def _records(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 # --- the torch backend, padded ------------------------------------------------------------------------------
@@ -50,9 +61,7 @@ def sdpa(
     if allowed is None:
         if is_causal:  # keys that no query sees may hold anything
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
-        )
+        return torch_sdpa(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa)
     if gqa and allowed.shape[1] > 1:  # whether a key is read then differs between the heads that share it
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -71,7 +80,7 @@ def sdpa(
             # A GPU's kernels want query's dtype. A huge negative number must not become -inf, which masks.
             bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         mask = bias.masked_fill(~allowed, -math.inf).masked_fill(idle_rows, 0.0)
-    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=gqa)
+    out = torch_sdpa(query, key, value, mask, scale=scale, enable_gqa=gqa)
     return out.masked_fill(idle_rows, 0.0) if has_idle_rows else out
 
 
@@ -101,7 +110,7 @@ def varlen_by_group(
     lens_k: list[int],
     is_causal: bool,
     scale: float | None,
-    window_size: tuple[int, int] | None,
+    window_size: Window | None,
 ) -> Tensor:
     """One call for each run of neighbouring sequences of equal lengths, on views; one copy, of the result."""
     heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[2]
@@ -111,7 +120,7 @@ def varlen_by_group(
     *queries, rest = _split(query, [len_q * count for len_q, _, count in groups])
     *keys, _ = _split(key, [len_k * count for _, len_k, count in groups])
     *values, _ = _split(value, [len_k * count for _, len_k, count in groups])
-    recording = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    recording = _records(query, key, value)
     by_matmul = {
         (len_q, len_k)
         for len_q, len_k, _ in groups
@@ -166,6 +175,176 @@ def _bf16_matmul_attention(
 # --- the torch backend, packed, on other devices and in graphs ----------------------------------------------
 
 
+def varlen_on_device(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    scale: float | None,
+    window_size: Window | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """By ``varlen_attn`` where it serves, else padded: nothing leaves the device."""
+    total, heads, _ = query.shape
+    if 0 in (cu_seqlens_q.shape[0] - 1, total, key.shape[0], max_seqlen_q, max_seqlen_k):
+        out = reference.zero_output(query, value.shape[2])
+        lse = torch.full(
+            (heads, total), -math.inf, dtype=reference.lse_dtype(query.dtype), device=query.device
+        )
+        return (out, lse) if return_lse else out
+    args = (
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal,
+        scale,
+        window_size,
+    )
+    if varlen_attn_reasons(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, window_size, dropout_p, return_lse
+    ):
+        return varlen_padded(*args, dropout_p, seed, return_lse)
+    return varlen_by_varlen_attn(*args, return_lse)
+
+
+def varlen_attn_reasons(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    window_size: Window | None,
+    dropout_p: float,
+    return_lse: bool,
+) -> list[str]:
+    """Why ``torch.nn.attention.varlen.varlen_attn`` can't serve this call as :mod:`pyaccel.reference` defines it."""
+    if query.device.type != "cuda":
+        return [f"it is for CUDA, not {query.device.type}"]
+    reasons = []
+    if not _has_flash_kernels(query.device):
+        reasons.append("its kernels are for NVIDIA GPUs of compute capability 8.0 and up")
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"it takes fp16 and bf16, not {query.dtype}")
+    head_dim = query.shape[2]
+    if not head_dim == key.shape[2] == value.shape[2] or head_dim % 8 or head_dim > 256:
+        reasons.append("it takes one head_dim, a multiple of 8, for query, key and value, of up to 256")
+    if any(t.stride(2) != 1 for t in (query, key, value)):
+        reasons.append("it wants a last dimension of stride 1")
+    if dropout_p > 0.0:
+        reasons.append("it has no dropout")
+    banded = is_causal or window_size is not None
+    if banded and cu_seqlens_q is not cu_seqlens_k:
+        # Its causal is aligned at the bottom right, and a key that no query sees, NaN say, may lie in a tile of
+        # those that one does. With equal lengths the alignments agree and every key is seen.
+        reasons.append("is_causal and window_size need keys as long as queries: one tensor as both offsets")
+    if return_lse and _records(query, key, value):
+        reasons.append("its LSE has no gradient")
+    needed = {
+        "scale": scale is not None,
+        "window_size": banded,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "return_aux": return_lse,
+    }
+    missing = {name for name, need in needed.items() if need} - set(_varlen_attn_parameters())
+    if missing:
+        reasons.append(f"this PyTorch's has no {', '.join(sorted(missing))}")
+    return reasons
+
+
+def _has_flash_kernels(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major >= 8
+
+
+_parameters: tuple[str, ...] | None = None  # of varlen_attn; () without one
+
+
+def _varlen_attn_parameters() -> tuple[str, ...]:
+    """Looked up once, and late: importing that module takes a second. Not functools.cache, of which dynamo warns."""
+    global _parameters
+    if _parameters is None:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            _parameters = ()
+        else:
+            _parameters = tuple(inspect.signature(varlen_attn).parameters)
+    return _parameters
+
+
+def varlen_by_varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    scale: float | None,
+    window_size: Window | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``torch.nn.attention.varlen.varlen_attn``, and what it leaves undefined: rows that see, or serve, nothing.
+
+    It doesn't write rows beyond the last offset, and says +inf for the LSE of a row without keys.
+    """
+    from torch.nn.attention import varlen
+
+    idle_q, idle_k = _idle_rows(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+    if _records(query, key, value):  # gradients of idle rows aren't written either
+        query = query.masked_fill(idle_q[:, None, None], 0.0)
+        key, value = (t.masked_fill(idle_k[:, None, None], 0.0) for t in (key, value))
+    options: dict[str, Any] = {}
+    if scale is not None:
+        options["scale"] = scale
+    if is_causal or window_size is not None:
+        left, right = window_size or (-1, -1)
+        options["window_size"] = (left, 0 if is_causal else right)
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True
+    if return_lse:
+        options["return_aux"] = varlen.AuxRequest(lse=True)
+    result: Any = varlen.varlen_attn(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
+    )
+    if not return_lse:
+        return result.masked_fill(idle_q[:, None, None], 0.0)
+    out, lse = result  # [heads, total_q]
+    return out.masked_fill(idle_q[:, None, None], 0.0), lse.masked_fill(idle_q | (lse == math.inf), -math.inf)
+
+
+def _idle_rows(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
+) -> tuple[Tensor, Tensor]:
+    """Queries without a key and keys without a query, bool ``[total_q]`` and ``[total_k]``."""
+    idle = []
+    for own, other, total in ((cu_seqlens_q, cu_seqlens_k, total_q), (cu_seqlens_k, cu_seqlens_q, total_k)):
+        _, sequence, real = _sequence_of(own, total)
+        idle.append(~real | (other.diff()[sequence] == 0))
+    return idle[0], idle[1]
+
+
+def _sequence_of(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each packed row: its index, its sequence (the last one if none) and whether it has one."""
+    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    # The number of sequences that end at a row or before it is the index of its own.
+    sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)
+    real = sequence < cu_seqlens.shape[0] - 1
+    return rows, sequence.clamp(max=cu_seqlens.shape[0] - 2), real
+
+
 def _slots(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """Packed row of each slot of the padded batch, int64 ``[batch, max_seqlen]``; whether it is in use."""
     rows = cu_seqlens[:-1, None].long() + torch.arange(max_seqlen, device=cu_seqlens.device)
@@ -183,20 +362,13 @@ def varlen_padded(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float | None,
-    window_size: tuple[int, int] | None,
+    window_size: Window | None,
     dropout_p: float,
     seed: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Pad, attend under a key mask, pack again: nothing leaves the device."""
     total, heads, _ = query.shape
-    batch = cu_seqlens_q.shape[0] - 1
-    if 0 in (batch, total, key.shape[0], max_seqlen_q, max_seqlen_k):
-        out = reference.zero_output(query, value.shape[2])
-        lse = torch.full(
-            (heads, total), -math.inf, dtype=reference.lse_dtype(query.dtype), device=query.device
-        )
-        return (out, lse) if return_lse else out
     rows_q, real_q = _slots(cu_seqlens_q, max_seqlen_q)
     rows_k, real_k = _slots(cu_seqlens_k, max_seqlen_k)
     # Indexing, not index_select: its backward sums in a fixed order on a GPU. Unused slots repeat row 0.
@@ -217,12 +389,8 @@ def varlen_padded(
         out, lse, _ = reference.masked_attention(
             q, k, v, allowed, None, scale, dropout_p, dropout_key=seed, return_lse=return_lse, upcast=False
         )
-    tokens = torch.arange(total, device=query.device, dtype=cu_seqlens_q.dtype)
-    # The number of sequences that end at a token or before it is the index of its own.
-    sequence = torch.searchsorted(cu_seqlens_q[1:], tokens, right=True)
-    real = sequence < batch
-    sequence = sequence.clamp(max=batch - 1)
-    position = (tokens - cu_seqlens_q[sequence]).masked_fill(~real, 0)
+    rows, sequence, real = _sequence_of(cu_seqlens_q, total)
+    position = (rows - cu_seqlens_q[sequence]).masked_fill(~real, 0)
     out = out.transpose(1, 2)[sequence, position].masked_fill(~real[:, None, None], 0.0)
     if not return_lse:
         return out

@@ -1,12 +1,15 @@
-"""Scaled-dot-product attention over padded and packed batches: the public functions and their torch backend.
+"""Scaled-dot-product attention over padded and packed batches: the public functions.
 
-What masks mean is written once, in :mod:`pyaccel.reference.attention`. Two more things hold for both
-functions:
+What masks mean is written once, in :mod:`pyaccel.reference.attention`, what arguments may be in
+:mod:`pyaccel.ops._attention_arguments`. More that holds for every function here:
 
 * query, key and value share one dtype. Under autocast they (fp64 aside) are cast to its dtype first, as
   ``F.scaled_dot_product_attention`` does, so there they may differ; the output has that dtype.
-* Both trace under ``torch.compile(fullgraph=True)``. What reads values on the host (the offsets of a packed
+* They trace under ``torch.compile(fullgraph=True)``. What reads values on the host (the offsets of a packed
   batch, whether a mask masks anything) is done on CPUs in eager mode only, where it costs no device sync.
+* Triton serves fp16, bf16 and fp32 and head dims of up to 256 on GPUs; on a CPU torch is preferred.
+* Bad arguments raise :class:`pyaccel.dispatch.InvalidArgumentError` (a ``ValueError`` and a ``RuntimeError``) that
+  names every reason at once, those of the Triton kernels too where they were asked for.
 """
 
 from __future__ import annotations
@@ -20,28 +23,61 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.ops import _attention_arguments as arguments
 from pyaccel.ops import _attention_torch as torch_backend
-from pyaccel.ops._dropout import dropout_key, dropout_reasons
+from pyaccel.ops import _attention_triton as triton_backend
+from pyaccel.ops._attention_arguments import Window
+from pyaccel.ops._dropout import dropout_key
 from pyaccel.reference import attention as reference
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BACKENDS: dict[str, list[str]] = {"torch": [], "reference": []}  # both serve every valid call
-Window = tuple[int, int]
+SERVE_ALL: dict[str, list[str]] = {"triton": [], "torch": [], "reference": []}
 Attention = TypeVar("Attention", bound=Callable[..., Any])
 
 
-def _cast_under_autocast(function: Attention) -> Attention:
-    @functools.wraps(function)
-    def wrapper(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kind = query.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            return function(query, key, value, *args, **kwargs)
-        dtype = torch.get_autocast_dtype(kind)
-        given = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
-        with torch.autocast(kind, enabled=False):
-            return function(*given, *args, **kwargs)
+def _cast_under_autocast(*names: str) -> Callable[[Attention], Attention]:
+    """Call the function with its first arguments, of these names, in autocast's dtype, and with autocast off."""
 
-    return cast(Attention, wrapper)
+    def decorator(function: Attention) -> Attention:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            query = args[0] if args else kwargs.get("query")
+            kind = query.device.type if isinstance(query, Tensor) else "cpu"
+            if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+                return function(*args, **kwargs)
+            dtype = torch.get_autocast_dtype(kind)
+            count = len(names)
+            args = (*(_to_autocast(x, dtype) for x in args[:count]), *args[count:])
+            kwargs = {name: _to_autocast(x, dtype) if name in names else x for name, x in kwargs.items()}
+            with torch.autocast(kind, enabled=False):
+                return function(*args, **kwargs)
+
+        return cast(Attention, wrapper)
+
+    return decorator
+
+
+def _to_autocast(x: Any, dtype: torch.dtype) -> Any:
+    narrows = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if narrows else x
+
+
+def _refuse(op: str, reasons: list[str], query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise for ``reasons``, and for those of the Triton kernels beside them if they were asked for."""
+    if dispatch.requested(op) == "triton" and all(isinstance(t, Tensor) for t in (query, key, value)):
+        reasons = list(dict.fromkeys([*reasons, *triton_backend.not_supported_reasons(query, key, value)]))
+    dispatch.invalid(op, reasons)
+
+
+def _choose(op: str, query: Tensor, key: Tensor, value: Tensor, more_reasons: list[str] | None = None) -> str:
+    """The backend. ``more_reasons`` are those for which Triton can't serve this very call."""
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and dispatch.requested(op) != "triton":  # then nobody asks for the reasons of the kernels
+        return dispatch.choose(op, SERVE_ALL, "torch", "on the CPU").backend
+    triton = triton_backend.not_supported_reasons(query, key, value) + (more_reasons or [])
+    return dispatch.choose(op, {**SERVE_ALL, "triton": triton}).backend
+
+
+# --- padded -------------------------------------------------------------------------------------------------
 
 
 @overload
@@ -74,7 +110,7 @@ def scaled_dot_product_attention(
     window_size: Window | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
-@_cast_under_autocast
+@_cast_under_autocast("query", "key", "value")
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -93,25 +129,29 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``[batch, heads, seq_q, head_dim]``, any strides; ``key`` ``[batch, kv_heads, seq_k,
-            head_dim]``, ``value`` ``[batch, kv_heads, seq_k, value_dim]``; fp16, bf16, fp32 or fp64.
+            head_dim]``, ``value`` ``[batch, kv_heads, seq_k, value_dim]``; fp16, bf16, fp32 or fp64. As in
+            PyTorch, ``batch``, or it and ``heads``, may be left out, and either may be 1 in some of the three
+            and n in others.
         attn_mask: broadcastable to ``[batch, heads, seq_q, seq_k]``; bool, True = attend, or float (fp32 or
             query's dtype), added to the scores, where -inf masks. A float mask may need a gradient.
+            ``torch.nn.attention.bias``'s causal masks are taken too.
         dropout_p: probability of dropping a weight. Always acts: pass 0 in evaluation.
         is_causal: query ``i`` sees keys ``j <= i`` (aligned top left, as in PyTorch).
         scale: ``1 / sqrt(head_dim)`` by default.
-        enable_gqa: ``heads`` may be a multiple of ``kv_heads``.
-        key_padding_mask: bool ``[batch, seq_k]``, True = a real key. It is never expanded over queries,
-            unless it meets another mask that has them.
+        enable_gqa: ``heads`` may be a multiple of ``kv_heads``; without it ``kv_heads`` is ``heads`` or 1.
+        key_padding_mask: bool ``[batch, seq_k]`` (batch 1 where query has none), True = a real key. It is
+            never expanded over queries, unless it meets another mask that has them.
         window_size: ``(left, right)`` keys around the query's own (aligned bottom right, as in
             FlashAttention); -1 leaves a side open.
         return_lse: also return the natural log-sum-exp of the scores, fp32 ``[batch, heads, seq_q]`` (fp64
-            for fp64 inputs).
+            for fp64 inputs). It has a gradient.
 
     Returns:
-        ``[batch, heads, seq_q, value_dim]`` in query's dtype, or ``(output, lse)``.
+        ``[batch, heads, seq_q, value_dim]`` in query's dtype, or ``(output, lse)``; without the dimensions that
+        query, key and value have none of.
 
     Raises:
-        ValueError: naming everything that is wrong with the arguments.
+        pyaccel.dispatch.InvalidArgumentError: naming everything that is wrong with the arguments.
         pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
 
     The torch backend is ``F.scaled_dot_product_attention``. With dropout, or where the LSE is asked for, it
@@ -119,41 +159,137 @@ def scaled_dot_product_attention(
     memory: PyTorch's own kernels neither take our dropout mask nor return the LSE through a public function.
     """
     op = "scaled_dot_product_attention"
-    dispatch.invalid(
-        op,
-        not_supported_reasons(
-            query, key, value, attn_mask, dropout_p, enable_gqa, key_padding_mask, window_size
-        ),
+    reasons = arguments.padded_reasons(
+        query, key, value, attn_mask, dropout_p, scale, enable_gqa, key_padding_mask, window_size
     )
-    backend = dispatch.choose(op, BACKENDS).backend
+    if reasons:
+        _refuse(op, reasons, query, key, value)
+    absent = 0 if query.dim() == 4 else 4 - max(query.dim(), key.dim(), value.dim())
+    query, key, value = arguments.padded_views(query, key, value)
+    attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
+    backend = _choose(op, query, key, value)
     seed = dropout_key(query.device) if dropout_p > 0.0 else None
-    if key_padding_mask is not None and not torch_backend.may_hold(~key_padding_mask):
-        key_padding_mask = None
-    if backend == "torch" and seed is None and not return_lse:
-        if is_causal and attn_mask is None and key_padding_mask is None and window_size is None:
-            return torch_backend.sdpa(query, key, value, None, None, scale, is_causal=True)
-        allowed, bias = reference.combine_masks(
-            query, key, attn_mask, key_padding_mask, is_causal, window_size
-        )
-        return torch_backend.sdpa(query, key, value, allowed, bias, scale)
-    return cast(
-        "Tensor | tuple[Tensor, Tensor]",
-        reference.scaled_dot_product_attention(
+    result: Tensor | tuple[Tensor, Tensor]
+    if backend == "triton":
+        result = triton_backend.padded(
             query,
             key,
             value,
             attn_mask,
+            key_padding_mask,
             dropout_p,
             is_causal,
             scale,
-            enable_gqa,
+            window_size,
+            seed,
+            return_lse,
+        )
+        return _without_leading(result, absent) if absent else result
+    if key_padding_mask is not None and not torch_backend.may_hold(~key_padding_mask):
+        key_padding_mask = None
+    if backend == "torch" and seed is None and not return_lse:
+        if is_causal and attn_mask is None and key_padding_mask is None and window_size is None:
+            result = torch_backend.sdpa(query, key, value, None, None, scale, is_causal=True)
+        else:
+            allowed, bias = reference.combine_masks(
+                query, key, attn_mask, key_padding_mask, is_causal, window_size
+            )
+            result = torch_backend.sdpa(query, key, value, allowed, bias, scale)
+    else:
+        result = cast(
+            "Tensor | tuple[Tensor, Tensor]",
+            reference.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale,
+                query.shape[1] != key.shape[1],
+                key_padding_mask=key_padding_mask,
+                window_size=window_size,
+                dropout_key=seed,
+                return_lse=return_lse,
+                upcast=False,
+            ),
+        )
+    return _without_leading(result, absent) if absent else result
+
+
+def _without_leading(result: Tensor | tuple[Tensor, Tensor], dims: int) -> Tensor | tuple[Tensor, Tensor]:
+    """The result without the leading dimensions of size 1 that query, key and value came without."""
+    first = (0,) * dims
+    return (result[0][first], result[1][first]) if isinstance(result, tuple) else result[first]
+
+
+@_cast_under_autocast("query", "key")
+def attention_probs(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    window_size: Window | None = None,
+) -> Tensor:
+    """The softmax weights before dropout, rebuilt from the log-sum-exp: ``exp(scores - lse)``.
+
+    Args:
+        lse: ``[batch, heads, seq_q]`` fp32 (fp64 for fp64 inputs), as :func:`scaled_dot_product_attention`
+            returned it with ``return_lse=True`` for the same query, key, masks and scale.
+
+    The other arguments, and what is raised, are as in :func:`scaled_dot_product_attention`; the output has the
+    gradients of query, key, lse and a float ``attn_mask``.
+
+    Returns:
+        ``[batch, heads, seq_q, seq_k]`` in query's dtype, without the dimensions that query and key have none of;
+        0 where masked, and for a query that may attend to no key (LSE -inf).
+
+    The Triton kernel has no gradient: where one is needed, torch serves the call.
+    """
+    op = "attention_probs"
+    reasons = arguments.probs_reasons(
+        query, key, lse, attn_mask, scale, enable_gqa, key_padding_mask, window_size
+    )
+    if reasons:
+        _refuse(op, reasons, query, key, key)
+    absent = 4 - max(query.dim(), key.dim())
+    query, key, _ = arguments.padded_views(query, key, key)
+    lse = lse[(None,) * absent]
+    attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
+    no_kernel = []
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, key, lse, attn_mask)
+    ):
+        no_kernel.append(
+            "the kernel has no gradient, and one is needed: detach the inputs or use torch.no_grad()"
+        )
+    backend = _choose(op, query, key, key, no_kernel)
+    if backend == "triton":
+        probs = triton_backend.probs(
+            query, key, lse, attn_mask, key_padding_mask, is_causal, scale, window_size
+        )
+    else:
+        probs = reference.attention_probs(
+            query,
+            key,
+            lse,
+            attn_mask,
+            is_causal,
+            scale,
+            query.shape[1] != key.shape[1],
             key_padding_mask=key_padding_mask,
             window_size=window_size,
-            dropout_key=seed,
-            return_lse=return_lse,
             upcast=False,
-        ),
-    )
+        )
+    return cast(Tensor, _without_leading(probs, absent)) if absent else probs
+
+
+# --- packed -------------------------------------------------------------------------------------------------
 
 
 @overload
@@ -188,7 +324,7 @@ def varlen_attention(
     window_size: Window | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
-@_cast_under_autocast
+@_cast_under_autocast("query", "key", "value")
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -222,21 +358,30 @@ def varlen_attention(
         ``[total_q, heads, value_dim]`` in query's dtype, or ``(output, lse)`` with lse ``[heads, total_q]``.
 
     On CPUs the torch backend calls ``F.scaled_dot_product_attention`` once for each run of neighbouring
-    sequences of equal lengths (so sort a batch by length), on views of the packed tensors. Elsewhere, and
-    under ``torch.compile``, it pads to ``[batch, heads, max_seqlen, head_dim]`` on the device, with no host
-    sync.
+    sequences of equal lengths (so sort a batch by length), on views of the packed tensors. On GPUs it is
+    ``torch.nn.attention.varlen.varlen_attn`` where that serves the call. Else, and on CPUs under
+    ``torch.compile``, it pads to ``[batch, heads, max_seqlen, head_dim]`` on the device, with no host sync.
     """
     op = "varlen_attention"
-    dispatch.invalid(
-        op,
-        varlen_not_supported_reasons(
-            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, window_size
-        ),
+    reasons = arguments.packed_reasons(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        scale,
+        window_size,
     )
-    backend = dispatch.choose(op, BACKENDS).backend
+    if reasons:
+        _refuse(op, reasons, query, key, value)
+    backend = _choose(op, query, key, value)
     seed = dropout_key(query.device) if dropout_p > 0.0 else None
-    if backend == "torch" and not torch_backend.on_host(query):
-        return torch_backend.varlen_padded(
+    on_host = torch_backend.on_host(query)
+    if backend == "torch" and not on_host:
+        return torch_backend.varlen_on_device(
             query,
             key,
             value,
@@ -251,9 +396,28 @@ def varlen_attention(
             seed,
             return_lse,
         )
-    lens_q = lens_k = _lengths("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
-    if cu_seqlens_k is not cu_seqlens_q or (key.shape[0], max_seqlen_k) != (query.shape[0], max_seqlen_q):
-        lens_k = _lengths("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    lens_q: list[int] = []
+    lens_k: list[int] = []
+    if on_host or backend == "reference":
+        lens_q = lens_k = _lengths("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+        if cu_seqlens_k is not cu_seqlens_q or (key.shape[0], max_seqlen_k) != (query.shape[0], max_seqlen_q):
+            lens_k = _lengths("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+    if backend == "triton":
+        return triton_backend.packed(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            is_causal,
+            scale,
+            window_size,
+            seed,
+            return_lse,
+        )
     if backend == "torch" and seed is None and not return_lse:
         return torch_backend.varlen_by_group(query, key, value, lens_q, lens_k, is_causal, scale, window_size)
     return reference.varlen_attention(
@@ -272,114 +436,6 @@ def varlen_attention(
         return_lse=return_lse,
         upcast=False,
     )
-
-
-# --- arguments ---------------------------------------------------------------------------------------------
-
-
-def not_supported_reasons(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    enable_gqa: bool = False,
-    key_padding_mask: Tensor | None = None,
-    window_size: Window | None = None,
-) -> list[str]:
-    """Why :func:`scaled_dot_product_attention` can't take these arguments; empty if it can."""
-    reasons = _qkv_reasons(query, key, value, "[batch, heads, seq, head_dim]")
-    reasons += dropout_reasons(dropout_p) + _window_reasons(window_size)
-    if any(t.dim() != 4 for t in (query, key, value)):
-        return reasons
-    batch, heads, seq_q, _ = query.shape
-    seq_k = key.shape[2]
-    if key.shape[0] != batch:
-        reasons.append(f"query has batch {batch}, key {key.shape[0]}")
-    if heads != key.shape[1] and not enable_gqa:
-        reasons.append(f"query has {heads} heads, key {key.shape[1]}: pass enable_gqa=True if that is meant")
-    if attn_mask is not None:
-        shape = tuple(attn_mask.shape)
-        full = (batch, heads, seq_q, seq_k)
-        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            reasons.append(
-                f"attn_mask must be bool (True = attend), or float32 or query's {query.dtype} (added to the "
-                f"scores), got {attn_mask.dtype}"
-            )
-        if len(shape) > 4 or any(m not in (1, n) for m, n in zip(shape[::-1], full[::-1], strict=False)):
-            reasons.append(f"attn_mask {shape} can't be broadcast to [batch, heads, seq_q, seq_k] = {full}")
-    if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            reasons.append(
-                f"key_padding_mask must be bool, True = a real key, got {key_padding_mask.dtype}: use .bool()"
-            )
-        if tuple(key_padding_mask.shape) != (batch, seq_k):
-            shape = tuple(key_padding_mask.shape)
-            reasons.append(f"key_padding_mask must be [batch, seq_k] = {(batch, seq_k)}, got {shape}")
-    for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
-        if mask is not None and mask.device != query.device:
-            reasons.append(f"{name} is on {mask.device}, query on {query.device}")
-    return reasons
-
-
-def varlen_not_supported_reasons(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    window_size: Window | None = None,
-) -> list[str]:
-    """Why :func:`varlen_attention` can't take these arguments, by shapes and dtypes; empty if it can."""
-    reasons = _qkv_reasons(query, key, value, "[total_tokens, heads, head_dim]")
-    reasons += dropout_reasons(dropout_p) + _window_reasons(window_size)
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dtype != torch.int32 or cu.dim() != 1 or len(cu) == 0:
-            reasons.append(f"{name} must be int32 [batch + 1], got {cu.dtype} {tuple(cu.shape)}")
-        if cu.device != query.device:
-            reasons.append(f"{name} is on {cu.device}, query on {query.device}")
-    q_shape, k_shape = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
-    if q_shape != k_shape:
-        got = f"{q_shape} and {k_shape}"
-        reasons.append(f"cu_seqlens_q and cu_seqlens_k must count the same sequences, got {got}")
-    if max_seqlen_q < 0 or max_seqlen_k < 0:
-        reasons.append(
-            f"max_seqlen_q and max_seqlen_k must not be negative, got {max_seqlen_q}, {max_seqlen_k}"
-        )
-    return reasons
-
-
-def _qkv_reasons(query: Tensor, key: Tensor, value: Tensor, layout: str) -> list[str]:
-    reasons = []
-    dtype, device = query.dtype, query.device
-    if not (dtype == key.dtype == value.dtype and dtype in DTYPES):
-        got = f"{dtype}, {key.dtype}, {value.dtype}"
-        reasons.append(f"query, key and value must share one dtype, fp16, bf16, fp32 or fp64; got {got}")
-    if not device == key.device == value.device:
-        got = f"{device}, {key.device}, {value.device}"
-        reasons.append(f"query, key and value must be on one device, got {got}")
-    q_shape, k_shape, v_shape = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-    if not len(q_shape) == len(k_shape) == len(v_shape) == layout.count(",") + 1:
-        return [*reasons, f"query, key and value must be {layout}, got {q_shape}, {k_shape}, {v_shape}"]
-    heads, kv_heads, head_dim = q_shape[1], k_shape[1], q_shape[-1]
-    if not (heads and kv_heads and head_dim):
-        reasons.append(f"there must be a head and head_dim must not be 0, got query {q_shape}")
-    elif heads % kv_heads:
-        reasons.append(f"query's {heads} heads must be a multiple of key's {kv_heads}")
-    if k_shape[-1] != head_dim:
-        reasons.append(f"query has head_dim {head_dim}, key {k_shape[-1]}")
-    if v_shape[:-1] != k_shape[:-1]:
-        reasons.append(f"value {v_shape} must match key {k_shape} in all but the last dimension")
-    return reasons
-
-
-def _window_reasons(window_size: Window | None) -> list[str]:
-    if window_size is not None and (len(window_size) != 2 or min(window_size) < -1):
-        return [f"window_size must be (left, right), each -1 or more, got {window_size}"]
-    return []
 
 
 def _lengths(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[int]:

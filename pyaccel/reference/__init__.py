@@ -1,7 +1,7 @@
 """The definition of every op in plain torch: what the kernels are judged against. Imports torch alone."""
 
 from pyaccel.reference.activation import activation
-from pyaccel.reference.attention import scaled_dot_product_attention, varlen_attention
+from pyaccel.reference.attention import attention_probs, scaled_dot_product_attention, varlen_attention
 from pyaccel.reference.int8_matmul import int8_matmul
 from pyaccel.reference.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
 from pyaccel.reference.residual_layernorm import ResidualLayerNormOutput, residual_layernorm
@@ -9,6 +9,7 @@ from pyaccel.reference.residual_layernorm import ResidualLayerNormOutput, residu
 __all__ = [
     "ResidualLayerNormOutput",
     "activation",
+    "attention_probs",
     "int8_matmul",
     "quantize_per_channel",
     "quantize_per_tensor",

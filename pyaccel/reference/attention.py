@@ -152,6 +152,52 @@ def varlen_attention(
     return torch.cat(outs), torch.cat([*lses, no_lse], dim=2).squeeze(0)
 
 
+def attention_probs(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    window_size: Window | None = None,
+    upcast: bool = True,
+) -> Tensor:
+    """The softmax weights before dropout, ``exp(scores - lse)``, rebuilt from the log-sum-exp.
+
+    Args:
+        lse: ``[batch, heads, seq_q]``, as :func:`scaled_dot_product_attention` returns it for the same arguments.
+
+    The other arguments, ``upcast`` included, are those of :func:`scaled_dot_product_attention`; the scores are
+    computed in the precision of ``lse``, or the weights of a query would not add up to 1.
+
+    Returns:
+        ``[batch, heads, seq_q, seq_k]`` in query's dtype (fp64 where ``upcast``): 0 where a mask says so, and for
+        queries whose LSE is -inf.
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    allowed, bias = combine_masks(query, key, attn_mask, key_padding_mask, is_causal, window_size)
+    dtype = torch.float64 if upcast else query.dtype
+    wide = lse_dtype(dtype)
+    idle_rows = (lse == -math.inf).unsqueeze(-1)
+    if allowed is not None:
+        no_keys, idle_keys = unread(allowed)
+        idle_rows = idle_rows | no_keys
+        key = key.masked_fill(idle_keys, 0.0)
+    query, lse = query.masked_fill(idle_rows, 0.0), lse.unsqueeze(-1).masked_fill(idle_rows, 0.0)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    scores = (query.to(wide) @ key.to(wide).mT) * scale  # [batch, heads, seq_q, seq_k]
+    if bias is not None:
+        scores = scores + bias.to(wide)
+    unseen = idle_rows if allowed is None else idle_rows | ~allowed
+    # Before exp, which may overflow where a mask keeps the score out of the LSE: exp(-inf) has gradient 0.
+    return (scores - lse.to(wide)).masked_fill(unseen, -math.inf).exp().to(dtype)
+
+
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, softmax and LSE where the data has ``dtype``: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

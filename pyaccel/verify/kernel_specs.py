@@ -1,7 +1,6 @@
 """What is compiled: every kernel with every launch configuration that ships, and a real call's arguments.
 
-A family adds one builder to :data:`BUILDERS`. Nothing here imports triton: the list is there
-without it.
+A family adds one builder to :data:`BUILDERS`. Importing this needs no triton.
 """
 
 from __future__ import annotations
@@ -12,8 +11,12 @@ from typing import Any
 
 from pyaccel.kernels import config as kernel_config
 
-# A kernel's argument as a launch has it: "*bf16" for a pointer to bfloat16, a number, or None.
-Argument = str | int | float | None
+# A kernel's argument as a launch has it: "*bf16" for a pointer to bfloat16, a number, None, or a tuple of integers.
+Argument = str | int | float | None | tuple[int, ...]
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+
+Name = str | tuple[str, int]  # of an argument, or of an element of one that is a tuple
 
 # dtype label -> (x, residual and sum, parameters, output) as Triton names them.
 ROW_DTYPES = {
@@ -33,26 +36,28 @@ class KernelSpec:
         op: the op of :mod:`pyaccel.ops` that it serves.
         name: the kernel, and which of its optional inputs it has.
         fn: where the kernel is, ``"module:function"``.
-        signature: Triton's type of each run-time argument, such as ``"*bf16"`` or ``"i32"``.
-        constexprs: the values of all other arguments.
+        signature: Triton's type of each run-time argument, such as ``"*bf16"`` or ``"i32"``; of a tuple, a tuple.
+        constexprs: the values of all other arguments; ``(name, i)`` is an element of a tuple.
         divisible: the arguments known to be divisible by 16 (pointers: aligned to 16 bytes).
         num_warps, num_stages: launch options; None for Triton's default.
         programs_per_sm: programs that a persistent grid has for each SM; 0 for other grids.
         dtype: a label for the argument types.
         config: a label for the launch configuration.
+        archs: the architectures that have this configuration; None for all.
     """
 
     op: str
     name: str
     fn: str
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    divisible: frozenset[str]
+    signature: Mapping[str, str | tuple[str, ...]]
+    constexprs: Mapping[Name, Any]
+    divisible: frozenset[Name]
     num_warps: int | None
     num_stages: int | None
     dtype: str
     config: str
     programs_per_sm: int = 0
+    archs: frozenset[str] | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.name} [{self.config}] {self.dtype}"
@@ -71,15 +76,25 @@ def kernel_spec(
     num_stages: int | None = None,
     programs_per_sm: int = 0,
     do_not_specialize: Collection[str] = (),
+    archs: frozenset[str] | None = None,
 ) -> KernelSpec:
     """A :class:`KernelSpec` with the arguments specialised as Triton's JIT does it on a launch.
 
     None and the integer 1 become constants, integers divisible by 16 and all pointers are marked as such, and
     the arguments in ``do_not_specialize`` keep their type alone.
     """
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(constexprs)
-    divisible = set()
+    signature: dict[str, str | tuple[str, ...]] = {}
+    constants: dict[Name, Any] = {name: value for name, value in constexprs.items()}  # noqa: C416
+    divisible: set[Name] = set()
+
+    def integer(name: Name, value: int) -> str:
+        if value == 1 and name not in do_not_specialize:
+            constants[name] = 1
+            return "constexpr"
+        if value % 16 == 0 and name not in do_not_specialize:
+            divisible.add(name)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for arg, value in arguments.items():
         if value is None:
             constants[arg] = None
@@ -88,12 +103,12 @@ def kernel_spec(
             divisible.add(arg)
         elif isinstance(value, float):
             signature[arg] = "fp32"
-        elif value == 1 and arg not in do_not_specialize:
-            constants[arg] = 1
+        elif isinstance(value, tuple):
+            signature[arg] = tuple(integer((arg, i), v) for i, v in enumerate(value))
         else:
-            signature[arg] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and arg not in do_not_specialize:
-                divisible.add(arg)
+            kind = integer(arg, value)
+            if kind != "constexpr":
+                signature[arg] = kind
     return KernelSpec(
         op=op,
         name=name,
@@ -106,6 +121,7 @@ def kernel_spec(
         dtype=dtype,
         config=config,
         programs_per_sm=programs_per_sm,
+        archs=archs,
     )
 
 
@@ -217,7 +233,17 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
     return specs
 
 
-BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {"residual_layernorm": residual_layernorm}
+def attention() -> list[KernelSpec]:
+    """The family's kernels; this list needs triton to be installed."""
+    from pyaccel.verify import attention_specs
+
+    return attention_specs.attention()
+
+
+BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
+    "residual_layernorm": residual_layernorm,
+    "attention": attention,
+}
 
 
 def specs(op: str | None = None) -> list[KernelSpec]:

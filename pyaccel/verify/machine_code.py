@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyaccel.verify.kernel_specs import KernelSpec, specs
+from pyaccel.verify.kernel_specs import KernelSpec, Name, specs
 
 __all__ = [
     "PARTS",
@@ -35,6 +35,7 @@ __all__ = [
     "compile_spec",
     "compile_tasks",
     "specs",
+    "tasks",
 ]
 
 
@@ -134,6 +135,7 @@ class MachineCode:
         occupancy: warps resident on an SM as a part of the most it holds, 0 to 1.
         wgmma: Hopper's warp-group matrix instructions (HGMMA, IGMMA, QGMMA) in the code.
         mma: all other matrix instructions (HMMA, IMMA, tcgen05; MFMA on AMD).
+        tma: instructions of Hopper's copy engine (UTMALDG, UTMASTG).
         load_bits, store_bits: the widest access to global memory by one thread; 0 if there is none.
         instructions: length of the code in instructions.
         loads, stores: how many instructions access global memory, by their width in bits.
@@ -152,6 +154,7 @@ class MachineCode:
     occupancy: float
     wgmma: int
     mma: int
+    tma: int
     instructions: int
     loads: Mapping[int, int] = field(default_factory=dict)
     stores: Mapping[int, int] = field(default_factory=dict)
@@ -178,6 +181,7 @@ class _Assembly:
     static_shared_bytes: int
     wgmma: int
     mma: int
+    tma: int
     instructions: int
     loads: Counter[int]
     stores: Counter[int]
@@ -211,7 +215,7 @@ def parse_sass(text: str) -> _Assembly:
     opcodes = _SASS.findall(text)
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
-    spill_bytes = wgmma = mma = 0
+    spill_bytes = wgmma = mma = tma = 0
     for opcode in opcodes:
         mnemonic = opcode.split(".")[0]
         if mnemonic in ("LDG", "LD", "LDGSTS"):
@@ -220,15 +224,17 @@ def parse_sass(text: str) -> _Assembly:
             stores[_sass_bits(opcode)] += 1
         elif mnemonic in ("UTMALDG", "UBLKCP"):
             loads[128] += 1  # the copy engine moves whole lines; no thread does
+            tma += 1
         elif mnemonic == "UTMASTG":
             stores[128] += 1
+            tma += 1
         elif mnemonic == "STL":
             spill_bytes += _sass_bits(opcode) // 8
         elif _SASS_WGMMA.fullmatch(mnemonic):
             wgmma += 1
         elif _SASS_MMA.fullmatch(mnemonic):
             mma += 1
-    return _Assembly(registers, spill_bytes, stack, shared, wgmma, mma, len(opcodes), loads, stores)
+    return _Assembly(registers, spill_bytes, stack, shared, wgmma, mma, tma, len(opcodes), loads, stores)
 
 
 # "        global_load_dwordx4 v[2:5], v0, s[2:3]"
@@ -261,6 +267,7 @@ def parse_amdgcn(text: str) -> _Assembly:
         static_shared_bytes=metadata("group_segment_fixed_size"),
         wgmma=0,
         mma=sum(opcode.startswith("v_mfma") for opcode in opcodes),
+        tma=0,
         instructions=len(opcodes),
         loads=accesses["load"],
         stores=accesses["store"],
@@ -296,15 +303,14 @@ def compile_spec(spec: KernelSpec, arch: str) -> MachineCode:
             f"{spec.fn} was imported with TRITON_INTERPRET set and can't be compiled in this process: use "
             "compile_all, which compiles in processes of its own, or unset TRITON_INTERPRET"
         )
-    given = {*spec.signature, *spec.constexprs}
+    given = {*spec.signature, *(name for name in spec.constexprs if isinstance(name, str))}
     if given != set(fn.arg_names):
         raise CompilationError(
             f"the spec of {spec} doesn't fit {spec.fn}: "
             f"missing {sorted(set(fn.arg_names) - given)}, unknown {sorted(given - set(fn.arg_names))}"
         )
-    source = ASTSource(
-        fn, _signature(spec, fn.arg_names), dict(spec.constexprs), _attributes(spec, part, fn.arg_names)
-    )
+    constants = {_path(name, fn.arg_names): value for name, value in spec.constexprs.items()}
+    source = ASTSource(fn, _signature(spec, fn.arg_names), constants, _attributes(spec, part, fn.arg_names))
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     try:
         compiled = triton.compile(
@@ -338,24 +344,30 @@ def compile_spec(spec: KernelSpec, arch: str) -> MachineCode:
         occupancy=part.occupancy(assembly.registers, shared_bytes, num_warps),
         wgmma=assembly.wgmma,
         mma=assembly.mma,
+        tma=assembly.tma,
         instructions=assembly.instructions,
         loads=dict(assembly.loads),
         stores=dict(assembly.stores),
     )
 
 
-def _signature(spec: KernelSpec, arg_names: list[str]) -> dict[str, str]:
+def _signature(spec: KernelSpec, arg_names: list[str]) -> dict[str, str | tuple[str, ...]]:
     return {name: spec.signature.get(name, "constexpr") for name in arg_names}
 
 
-def _attributes(spec: KernelSpec, part: Part, arg_names: list[str]) -> dict[tuple[int], list[list[Any]]]:
+def _path(name: Name, arg_names: list[str]) -> tuple[int, ...]:
+    """Where Triton finds an argument, or an element of one that is a tuple."""
+    return (arg_names.index(name),) if isinstance(name, str) else (arg_names.index(name[0]), name[1])
+
+
+def _attributes(spec: KernelSpec, part: Part, arg_names: list[str]) -> dict[tuple[int, ...], list[list[Any]]]:
     """Triton's hints for each argument, as its JIT gives them on a launch."""
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for name in spec.divisible:
         hints: list[list[Any]] = [["tt.divisibility", 16]]
-        if part.backend == "hip" and spec.signature[name].startswith("*"):
+        if part.backend == "hip" and isinstance(name, str) and str(spec.signature[name]).startswith("*"):
             hints.append(["tt.pointer_range", 32])  # tensors under 2 GiB, for buffer instructions
-        attributes[(arg_names.index(name),)] = hints
+        attributes[_path(name, arg_names)] = hints
     return attributes
 
 
@@ -398,8 +410,15 @@ def compile_all(
         CompilationError: a kernel can't be compiled; what hasn't begun by then is dropped.
         ImportError: triton isn't installed.
     """
+    return compile_tasks(tasks(specs, archs), workers)
+
+
+def tasks(specs: Iterable[KernelSpec], archs: Iterable[str]) -> list[tuple[KernelSpec, str]]:
+    """Every spec with every architecture that has its configuration."""
     archs = list(archs)
-    return compile_tasks([(spec, arch) for spec in specs for arch in archs], workers)
+    for arch in archs:
+        _check_arch(arch)
+    return [(spec, arch) for spec in specs for arch in archs if spec.archs is None or arch in spec.archs]
 
 
 def compile_tasks(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from pyaccel import dispatch, ops
+from pyaccel.ops import _attention_triton as attention
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.ops.residual_layernorm import backward_op, forward_op
 from tests.assertions import assert_bits_equal
+from tests.ops import attention_cases as cases
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -99,3 +104,155 @@ def test_dropout_in_a_compiled_graph_is_right(device: torch.device, seed: int) -
         (grad,) = torch.autograd.grad(a, x, torch.ones_like(a))
         assert_bits_equal(grad, a.detach())
     assert not torch.equal(*out)
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+# What an op is given of a call: masks (or None), offsets, dropout, and then the numbers.
+ATTENTION: dict[str, Callable[[torch.device], tuple[torch.dtype, int, dict[str, Any]]]] = {
+    "plain": lambda d: (F32, 4, {}),
+    "grouped, causal": lambda d: (BF16, 2, {"is_causal": True, "scale": -0.3}),
+    "padding": lambda d: (F32, 4, {"key_mask": (torch.rand(2, 9, device=d) < 0.7)[:, None]}),
+    "mask": lambda d: (BF16, 4, {"attn_mask": torch.rand(2, 1, 5, 9, device=d) < 0.7, "window_left": 3}),
+    "bias, dropout": lambda d: (
+        F32, 2,
+        {
+            "attn_mask": torch.randn(1, 4, 1, 9, device=d), "key_mask": torch.rand(1, 1, 9, device=d) < 0.7,
+            "dropout_key": dropout_key(d), "dropout_p": 0.3,
+        },
+    ),
+    "packed": lambda d: (
+        F32, 2, {"cu_seqlens_q": cases.offsets([3, 0, 2], d), "cu_seqlens_k": cases.offsets([4, 1, 2], d)},
+    ),
+}  # fmt: skip
+USUAL = {
+    "attn_mask": None, "key_mask": None, "cu_seqlens_q": None, "cu_seqlens_k": None, "dropout_key": None, "seq_q": 5,
+    "seq_k": 9, "scale": 0.25, "dropout_p": 0.0, "is_causal": False, "window_left": -1, "window_right": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_opcheck_attention(case: str, device: torch.device) -> None:
+    dtype, kv_heads, options = ATTENTION[case](device)
+    batch = 1 if "cu_seqlens_q" in options else 2
+    query, key, value = (
+        torch.randn(batch, seq, heads, 16, device=device).to(dtype).transpose(1, 2)
+        for seq, heads in ((5, 4), (9, kv_heads), (9, kv_heads))
+    )
+    given = (query, key, value, *{**USUAL, **options}.values())
+    torch.library.opcheck(attention.forward_op, given)
+    out, lse = attention.forward_op(*given)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    mask = options.get("attn_mask")
+    want_dmask = mask is not None and mask.is_floating_point()
+    torch.library.opcheck(attention.backward_op, (dout, dlse, out, lse, *given, want_dmask))
+    torch.library.opcheck(attention.backward_op, (dout.expand_as(dout), None, out, lse, *given, False))
+    if batch == 2:
+        masks = (mask, options.get("key_mask"))
+        numbers = [
+            {**USUAL, **options}[name] for name in ("scale", "is_causal", "window_left", "window_right")
+        ]
+        torch.library.opcheck(attention.probs_op, (query, key, lse, *masks, *numbers))
+
+
+def padded_layer(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Attention between other ops, on views of what they give."""
+    given = ((t * 2.0).transpose(1, 2) for t in (query, key, value))
+    out, lse = ops.scaled_dot_product_attention(
+        *given, key_padding_mask=keys, dropout_p=dropout_p, is_causal=True, return_lse=True
+    )
+    return torch.cat([out.transpose(1, 2).flatten(2).sin(), lse.mT], -1)
+
+
+def packed_layer(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
+) -> Tensor:
+    qkv = torch.stack([query, key, value], 1) * 2.0
+    out, lse = ops.varlen_attention(
+        *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=dropout_p, return_lse=True
+    )
+    return torch.cat([out.flatten(1).sin(), lse.T], -1)
+
+
+def attention_inputs(kind: str, lens: list[int], device: torch.device) -> tuple[list[Tensor], list[Any]]:
+    """Leaves, and the arguments that follow them."""
+    if kind == "padded":
+        keys = torch.arange(max(lens), device=device) < torch.tensor(lens, device=device)[:, None]
+        shape, rest = (len(lens), max(lens), 2, 16), [keys]
+    else:
+        shape, rest = (sum(lens) + 2, 2, 16), [cases.offsets(lens, device), max(lens)]
+    return [torch.randn(shape, device=device).requires_grad_() for _ in range(3)], rest
+
+
+def assert_compiled_is_eager(
+    compiled: Callable[..., Tensor], layer: Callable[..., Tensor], leaves: list[Tensor], rest: list[Any]
+) -> None:
+    results, grad = [], None
+    for function in (compiled, layer):
+        torch.manual_seed(3)
+        out = function(*leaves, *rest)
+        if grad is None:
+            grad = torch.randn_like(out).masked_fill(out == -torch.inf, 0.0)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for name, a, b in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert_bits_equal(a, b, name=name)
+
+
+ATTENTION_LAYERS = {"padded": padded_layer, "packed": packed_layer}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ATTENTION_LAYERS)
+def test_attention_compiles_to_one_graph_forward_and_backward(
+    kind: str, dropout_p: float, device: torch.device
+) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ATTENTION_LAYERS[kind], fullgraph=True, backend="aot_eager")
+    leaves, rest = attention_inputs(kind, [5, 3, 9], device)
+    with dispatch.use_backend("triton"):
+        assert_compiled_is_eager(compiled, ATTENTION_LAYERS[kind], leaves, [*rest, dropout_p])
+
+
+@pytest.mark.parametrize("kind", ATTENTION_LAYERS)
+def test_attention_of_other_lengths_does_not_recompile(kind: str, device: torch.device) -> None:
+    """Nor of other numbers of sequences, where no one kernel serves all the lengths."""
+    torch._dynamo.reset()
+    compiled = torch.compile(ATTENTION_LAYERS[kind], fullgraph=True, backend="aot_eager", dynamic=True)
+    with dispatch.use_backend("triton"), torch._dynamo.config.patch(error_on_recompile=True):
+        for lens in ([5, 3, 9], [7, 2], [70, 33], [4, 4, 2, 3]):
+            leaves, rest = attention_inputs(kind, lens, device)
+            assert_compiled_is_eager(compiled, ATTENTION_LAYERS[kind], leaves, [*rest, 0.3])
+
+
+def test_attention_dropout_in_a_compiled_graph_is_right(device: torch.device, seed: int) -> None:
+    """Compiled and eager draw the same key from the same generator state, and a second call draws another."""
+    torch._dynamo.reset()
+    query = torch.zeros(2, 2, 40, 16, device=device)
+    value = torch.eye(40, device=device).expand(2, 2, 40, 40)
+
+    def run(query: Tensor, value: Tensor) -> Tensor:
+        return ops.scaled_dot_product_attention(query, query, value, dropout_p=0.5)
+
+    with dispatch.use_backend("triton"):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(seed)
+        expected = run(query, value), run(query, value)
+        torch.manual_seed(seed)
+        found = compiled(query, value), compiled(query, value)
+    for a, b in zip(found, expected, strict=True):
+        assert_bits_equal(a, b)
+    assert not torch.equal(*found)
+
+
+def test_attention_probs_compile(device: torch.device) -> None:
+    torch._dynamo.reset()
+    query, key = torch.randn(2, 2, 2, 9, 16, device=device).unbind()
+    keys = torch.arange(9, device=device) < torch.tensor([[9], [4]], device=device)
+
+    def run(query: Tensor, key: Tensor) -> Tensor:
+        _, lse = ops.scaled_dot_product_attention(query, key, key, key_padding_mask=keys, return_lse=True)
+        return ops.attention_probs(query, key, lse, key_padding_mask=keys)
+
+    with dispatch.use_backend("triton"):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+        assert_bits_equal(compiled(query, key), run(query, key))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyaccel.reference.attention import scaled_dot_product_attention, varlen_attention
+from pyaccel.reference.attention import attention_probs, scaled_dot_product_attention, varlen_attention
 from pyaccel.reference.philox import keep_mask
 
 NAN = float("nan")
@@ -153,6 +153,56 @@ def test_what_no_one_may_read_is_not_read(how: str, dtype: torch.dtype, upcast: 
         assert grad.isfinite().all()
         assert grad[0].any()
         assert not grad[1].any()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_probs_are_rebuilt_from_the_lse(mask: str) -> None:
+    q, k, v = qkv(heads=6, kv_heads=2)
+    options = {"scale": 0.7, "enable_gqa": True, "is_causal": True}
+    if mask not in ("all", "heads", "float with -inf"):  # those of 4 heads
+        options["attn_mask"] = MASKS[mask]()
+    _, lse, probs = scaled_dot_product_attention(q, k, v, **options, return_lse=True, return_probs=True)
+    found = attention_probs(q, k, lse, **options)
+    assert_close(found, probs)
+    assert_close(found.sum(-1), torch.ones_like(lse))
+
+
+def test_probs_of_masked_queries_and_keys() -> None:
+    q, k, v = qkv()
+    keys = torch.tensor([[True, False, True, False, False, True, False], [False] * 7])
+    for naive in (q, k):
+        naive[1] = NAN
+    k[0, :, 1] = NAN
+    options = {"key_padding_mask": keys, "window_size": (-1, 2)}
+    _, lse, probs = scaled_dot_product_attention(q, k, v, **options, return_lse=True, return_probs=True)
+    q.requires_grad_()
+    k.requires_grad_()
+    found = attention_probs(q, k, lse, **options)
+    assert_close(found, probs)
+    assert not found[1].any()
+    for grad in torch.autograd.grad(found.square().sum(), (q, k)):
+        assert grad.isfinite().all()
+        assert not grad[1].any()
+    assert not attention_probs(q[:1], q[:1], torch.full((1, 4, 5), -math.inf)).any()
+    narrow = attention_probs(q.float(), k.float(), lse.float(), **options, upcast=False)
+    assert narrow.dtype == torch.float32
+    assert_close(narrow, probs.float())
+
+
+def test_the_gradient_of_the_lse_is_that_of_logsumexp() -> None:
+    inputs = [*qkv(), torch.randn(4, 1, 7, dtype=F64)]
+    for t in inputs:
+        t.requires_grad_()
+    q, k, v, mask = inputs
+    out, lse = scaled_dot_product_attention(*inputs, scale=0.7, return_lse=True)
+    scores = q @ k.mT * 0.7 + mask
+    expected = torch.logsumexp(scores, -1)
+    assert_close(lse, expected)
+    d_lse, d_out = torch.randn_like(lse), torch.randn_like(out)
+    ours = torch.autograd.grad((lse * d_lse).sum() + (out * d_out).sum(), inputs)
+    loss = (expected * d_lse).sum() + (scores.softmax(-1) @ v * d_out).sum()
+    for grad, want in zip(ours, torch.autograd.grad(loss, inputs), strict=True):
+        assert_close(grad, want)
 
 
 def test_no_keys_at_all() -> None:
