@@ -16,6 +16,7 @@ from torch import Tensor
 from pyaccel.kernels.attention_call import AttentionCall
 from pyaccel.kernels.attention_tile import (
     LOG2E,
+    apply_band,
     band,
     clear_tail,
     dot_rows,
@@ -108,6 +109,8 @@ def forward_kernel(
             if mask_ptr is not None:
                 m_tile = (m_m[:, None] & tl.expand_dims(m_n, 0)) if MASK_ROWS else tl.expand_dims(m_n, 0)
                 bias = load_bias(mask_ptr, row_offset, o_n.to(tl.int64)[None, :] * stride_mask[3], m_tile)
+                if BANDED:
+                    bias = apply_band(bias, o_m[:, None], o_n[None, :], low, high)
                 # A key that none of these queries attends to isn't read: 0 * NaN would be NaN.
                 m_n &= tl.max(bias, axis=0) > float("-inf")
                 live = tl.max(m_n.to(tl.int32), axis=0) > 0
@@ -122,7 +125,14 @@ def forward_kernel(
                     s *= scale
                 allowed = tl.expand_dims(m_n, 0) if bounds == 1 else None
                 s = mask_scores(
-                    s, bias, allowed, o_m[:, None], o_n[None, :], low, high, BANDED and bounds == 1
+                    s,
+                    bias,
+                    allowed,
+                    o_m[:, None],
+                    o_n[None, :],
+                    low,
+                    high,
+                    BANDED and bounds == 1 and mask_ptr is None,
                 )
                 m_new = tl.maximum(m, tl.max(s, axis=1))
                 shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key: exp(-inf - 0), not NaN

@@ -78,8 +78,9 @@ def dkey_dvalue_kernel(
     full_begin = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - high, 0), BLOCK_M) * BLOCK_M
     BANDED: tl.constexpr = IS_CAUSAL or HAS_WINDOW
     MASKED: tl.constexpr = key_mask_ptr is not None or mask_ptr is not None
-    # A query without keys may hold anything. By a mask of keys alone, it is in a sequence without any.
-    IDLE_ROWS: tl.constexpr = mask_ptr is not None or (BANDED and key_mask_ptr is not None)
+    # A query without keys may hold anything. By a mask of keys alone, it is in a sequence without any; and a causal
+    # mask alone leaves each query a key.
+    IDLE_ROWS: tl.constexpr = mask_ptr is not None or HAS_WINDOW or (IS_CAUSAL and key_mask_ptr is not None)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyaccel.kernels.attention_call import AttentionCall
 from pyaccel.kernels.attention_tile import (
+    apply_band,
     band,
     clear_tail,
     dot_rows,
@@ -68,14 +69,14 @@ def dquery_kernel(
     offset_do = batch * stride_do[0] + head * stride_do[1] + row * stride_do[2]
     offset_out = batch * stride_out[0] + head * stride_out[1] + row * stride_out[2]
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + row
-    q = load_rows(q_ptr, offset_q, stride_q[3], m_m, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do = load_rows(do_ptr, offset_do, stride_do[3], m_m, VALUE_DIM, BLOCK_V)  # [BLOCK_M, BLOCK_V]
-    out = load_rows(out_ptr, offset_out, stride_out[3], m_m, VALUE_DIM, BLOCK_V)
     lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]
+    m_read = m_m & (lse < float("inf"))  # a row without keys may hold anything, and so may its gradient
+    q = load_rows(q_ptr, offset_q, stride_q[3], m_read, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = load_rows(do_ptr, offset_do, stride_do[3], m_read, VALUE_DIM, BLOCK_V)  # [BLOCK_M, BLOCK_V]
+    out = load_rows(out_ptr, offset_out, stride_out[3], m_read, VALUE_DIM, BLOCK_V)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + offset_lse, mask=m_m, other=0.0)
-    delta = tl.where(lse == float("inf"), 0.0, delta)  # a row without keys may hold anything
+        delta -= tl.load(dlse_ptr + offset_lse, mask=m_read, other=0.0)
     tl.store(delta_ptr + offset_lse, delta, mask=m_m)
 
     base_k = batch * stride_k[0] + kv_head * stride_k[1]
@@ -109,6 +110,8 @@ def dquery_kernel(
             if mask_ptr is not None:
                 m_tile = (m_m[:, None] & tl.expand_dims(m_n, 0)) if MASK_ROWS else tl.expand_dims(m_n, 0)
                 bias = load_bias(mask_ptr, row_offset, o_n.to(tl.int64)[None, :] * stride_mask[3], m_tile)
+                if BANDED:
+                    bias = apply_band(bias, o_m[:, None], o_n[None, :], low, high)
                 # A key that none of these queries attends to isn't read: 0 * NaN would be NaN.
                 m_n &= tl.max(bias, axis=0) > float("-inf")
                 live = tl.max(m_n.to(tl.int32), axis=0) > 0
@@ -120,7 +123,14 @@ def dquery_kernel(
                 s = dot_rows(q, k, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
                 allowed = tl.expand_dims(m_n, 0) if bounds == 1 else None
                 s = mask_scores(
-                    s, bias, allowed, o_m[:, None], o_n[None, :], low, high, BANDED and bounds == 1
+                    s,
+                    bias,
+                    allowed,
+                    o_m[:, None],
+                    o_n[None, :],
+                    low,
+                    high,
+                    BANDED and bounds == 1 and mask_ptr is None,
                 )
                 p = probs_tile(s, lse[:, None])
                 dp = dot_rows(do, v, PRECISION)

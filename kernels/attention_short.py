@@ -16,6 +16,7 @@ from torch import Tensor
 from pyaccel.kernels.attention_call import AttentionCall
 from pyaccel.kernels.attention_tile import (
     LOG2E,
+    apply_band,
     band,
     clear_tail,
     dot_rows,
@@ -36,7 +37,7 @@ from pyaccel.kernels.philox import keep_tile
 def _masks(
     key_mask_ptr, mask_ptr, stride_key_mask, stride_mask,
     batch, head, o_m, m_m, o_n, start_m, len_q, len_k, low, high,
-    MASK_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASK_ROWS: tl.constexpr, BANDED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Which keys are there for these queries [BLOCK_N], and the tile of attn_mask, if there is one."""
     m_n = (
@@ -57,6 +58,8 @@ def _masks(
         m_tile = (m_m[:, None] & m_n[None, :]) if MASK_ROWS else m_n[None, :]
         base = mask_ptr + batch * stride_mask[0] + head * stride_mask[1]
         bias = load_bias(base, row_offset, o_n.to(tl.int64)[None, :] * stride_mask[3], m_tile)
+        if BANDED:
+            bias = apply_band(bias, o_m[:, None], o_n[None, :], low, high)
         # A key that none of these queries attends to isn't read: 0 * NaN would be NaN.
         return m_n & (tl.max(bias, axis=0) > float("-inf")), bias
 
@@ -95,7 +98,7 @@ def forward_short_kernel(
         m_m = o_m < len_q
         m_n, bias = _masks(
             key_mask_ptr, mask_ptr, stride_key_mask, stride_mask, batch, head, o_m, m_m, o_n,
-            start_m, len_q, len_k, low, high, MASK_ROWS, BLOCK_M,
+            start_m, len_q, len_k, low, high, MASK_ROWS, IS_CAUSAL or HAS_WINDOW, BLOCK_M,
         )  # fmt: skip
         offset_q = batch * stride_q[0] + head * stride_q[1] + (first_q + o_m) * stride_q[2]
         offset_k = batch * stride_k[0] + kv_head * stride_k[1] + (first_k + o_n) * stride_k[2]
@@ -174,7 +177,7 @@ def backward_short_kernel(
         o_n = start_n + tl.arange(0, BLOCK_N)
         m_n, bias = _masks(
             key_mask_ptr, mask_ptr, stride_key_mask, stride_mask, batch, head, o_m, m_m, o_n,
-            0, len_q, len_k, low, high, MASK_ROWS, BLOCK_M,
+            0, len_q, len_k, low, high, MASK_ROWS, IS_CAUSAL or HAS_WINDOW, BLOCK_M,
         )  # fmt: skip
         offset_k = batch * stride_k[0] + head * stride_k[1] + (first_k + o_n) * stride_k[2]
         offset_v = batch * stride_v[0] + head * stride_v[1] + (first_k + o_n) * stride_v[2]

@@ -26,7 +26,10 @@ def sequence(cu_seqlens_ptr, batch, seq_len):
 
 @triton.jit
 def band(len_q, len_k, window_left, window_right, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The lowest and highest ``column - row`` allowed: causal is aligned top left, a window bottom right."""
+    """The lowest and highest ``column - row`` allowed: causal is aligned top left, a window bottom right.
+
+    Where both leave nothing, they are far apart: no range of rows or columns has anything then.
+    """
     low = len_q * 0 - FAR
     high = len_q * 0 + FAR
     if HAS_WINDOW:
@@ -35,6 +38,9 @@ def band(len_q, len_k, window_left, window_right, IS_CAUSAL: tl.constexpr, HAS_W
         high = tl.where(window_right < 0, high, shift + window_right)
     if IS_CAUSAL:
         high = tl.minimum(high, 0)
+    if HAS_WINDOW:
+        empty = low > high
+        low, high = tl.where(empty, FAR, low), tl.where(empty, -FAR, high)
     return low, high
 
 
@@ -117,6 +123,12 @@ def load_bias(mask_ptr, row_offset, col_offset, m_tile):
 
 
 @triton.jit
+def apply_band(x, o_row, o_col, low, high):
+    """-inf where ``column - row`` isn't from low to high; o_row and o_col broadcast to the tile."""
+    return tl.where((o_col - o_row >= low) & (o_col - o_row <= high), x, float("-inf"))
+
+
+@triton.jit
 def mask_scores(s, bias, allowed, o_row, o_col, low, high, BANDED: tl.constexpr):
     """Scores with every mask applied: -inf where one masks, whatever the score, so that a masked NaN stays out.
 
@@ -127,7 +139,7 @@ def mask_scores(s, bias, allowed, o_row, o_col, low, high, BANDED: tl.constexpr)
     if allowed is not None:
         s = tl.where(allowed, s, float("-inf"))
     if BANDED:
-        s = tl.where((o_col - o_row >= low) & (o_col - o_row <= high), s, float("-inf"))
+        s = apply_band(s, o_row, o_col, low, high)
     return s
 
 

@@ -194,7 +194,7 @@ _ATTENTION: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
     ),
     ("dquery", "ampere"): (
         {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        {32: (128, 64, 8, 3), 64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)},
+        {32: (128, 64, 8, 3), 64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     ),
     ("dquery", "amd"): (
         {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 16, 4, 1)},
@@ -227,6 +227,16 @@ _ATTENTION: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
     ("scores", "hopper"): ({}, {64: (64, 64, 8, 1), 128: (64, 32, 4, 1), 256: (64, 16, 8, 1)}),
     ("scores", "ampere"): ({}, {32: (64, 64, 8, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)}),
     ("scores", "amd"): ({}, {128: (64, 64, 4, 1), 256: (32, 32, 4, 1)}),
+    # Where it differs from Hopper.
+    ("forward_short_128", "blackwell"): ({128: (64, 128, 8, 1)}, {32: (128, 128, 8, 1)}),
+    ("dquery", "blackwell"): (
+        {32: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+        {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+    ),
+    ("dkey_dvalue", "blackwell"): (
+        {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 128: (32, 64, 4, 1), 256: (32, 32, 8, 1)},
+    ),
     # fp32 has no matrix instructions on NVIDIA but TF32's. A thread then holds whole rows of its operands, which above
     # a head dimension of 64 is more than it has registers for: those spill, and dispatch leaves them to PyTorch.
     ("forward", "fp32"): (
@@ -263,7 +273,8 @@ def attention_part(arch: str, itemsize: int) -> str:
         return "fp32"
     if arch.startswith("gfx"):
         return "amd"
-    return "hopper" if int(arch.removeprefix("sm_")) >= 90 else "ampere"
+    capability = int(arch.removeprefix("sm_"))
+    return "blackwell" if capability >= 100 else "hopper" if capability >= 90 else "ampere"
 
 
 def attention(kernel: str, shape: AttentionShape) -> AttentionConfig:
@@ -273,10 +284,8 @@ def attention(kernel: str, shape: AttentionShape) -> AttentionConfig:
     tiles = _tiles(kernel, shape, extras)
     if tiles is None:
         raise ValueError(f"attention kernels take head dimensions of up to 256, not {shape.head_dim}")
-    on_hopper = attention_part(shape.arch, shape.itemsize) == "hopper"
-    return AttentionConfig(
-        *tiles, split=kernel == "dkey_dvalue" and extras and on_hopper and shape.head_dim > 64
-    )
+    split = attention_part(shape.arch, shape.itemsize) in ("hopper", "blackwell") and shape.head_dim > 64
+    return AttentionConfig(*tiles, split=split and kernel == "dkey_dvalue" and extras)
 
 
 def attention_short(kernel: str, shape: AttentionShape) -> AttentionConfig | None:
@@ -293,5 +302,8 @@ def attention_short(kernel: str, shape: AttentionShape) -> AttentionConfig | Non
 
 
 def _tiles(kernel: str, shape: AttentionShape, extras: bool) -> tuple[int, int, int, int] | None:
-    table = _ATTENTION[kernel, attention_part(shape.arch, shape.itemsize)][extras]
+    part = attention_part(shape.arch, shape.itemsize)
+    if part == "blackwell" and (kernel, part) not in _ATTENTION:
+        part = "hopper"
+    table = _ATTENTION[kernel, part][extras]
     return next((table[dim] for dim in sorted(table) if shape.head_dim <= dim), None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyaccel import dispatch
 
 MAX_HEAD_DIM = 256
+MAX_FP32_HEAD_DIM = 64
 Window = tuple[int, int]
 
 
@@ -25,6 +26,17 @@ def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str
     if dims:
         reasons.append(f"the kernels take head dimensions of up to {MAX_HEAD_DIM}, not {dims[-1]}")
     return reasons
+
+
+def slow_reason(query: Tensor, value: Tensor) -> str | None:
+    """Why PyTorch is to be preferred although the kernels can serve; None where it isn't."""
+    dim = max(query.shape[-1], value.shape[-1])
+    if query.dtype == torch.float32 and dim > MAX_FP32_HEAD_DIM and not torch.backends.cuda.matmul.allow_tf32:
+        return (
+            f"fp32 products have no matrix instructions, and at a head dimension of {dim} the kernels spill "
+            f"registers (above {MAX_FP32_HEAD_DIM})"
+        )
+    return None
 
 
 # --- registered ops -------------------------------------------------------------------------------------------
@@ -328,19 +340,21 @@ class AttentionFunction(torch.autograd.Function):
 
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
-        out, lse = AttentionFunction.apply(*_distinct(arguments))
+        if torch.compiler.is_compiling():
+            arguments = _distinct(arguments)
+        out, lse = AttentionFunction.apply(*arguments)
     else:
         out, lse = forward_op(*arguments)
     return out, lse
 
 
-def _distinct(arguments: tuple[Any, ...]) -> list[Any]:
+def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same, with views in place of tensors that come again: a compiled autograd Function takes none twice."""
     distinct: list[Any] = []
     for argument in arguments:
         again = isinstance(argument, Tensor) and any(argument is earlier for earlier in distinct)
         distinct.append(argument.view_as(argument) if again else argument)
-    return distinct
+    return tuple(distinct)
 
 
 # --- calls ----------------------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def _choose(op: str, query: Tensor, key: Tensor, value: Tensor, more_reasons: li
     if on_cpu and dispatch.requested(op) != "triton":  # then nobody asks for the reasons of the kernels
         return dispatch.choose(op, SERVE_ALL, "torch", "on the CPU").backend
     triton = triton_backend.not_supported_reasons(query, key, value) + (more_reasons or [])
-    return dispatch.choose(op, {**SERVE_ALL, "triton": triton}).backend
+    slow = triton_backend.slow_reason(query, value)
+    return dispatch.choose(op, {**SERVE_ALL, "triton": triton}, "torch" if slow else None, slow or "").backend
 
 
 # --- padded -------------------------------------------------------------------------------------------------

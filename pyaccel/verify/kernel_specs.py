@@ -84,7 +84,7 @@ def kernel_spec(
     the arguments in ``do_not_specialize`` keep their type alone.
     """
     signature: dict[str, str | tuple[str, ...]] = {}
-    constants: dict[Name, Any] = {name: value for name, value in constexprs.items()}  # noqa: C416
+    constants: dict[Name, Any] = {name: value for name, value in constexprs.items()}
     divisible: set[Name] = set()
 
     def integer(name: Name, value: int) -> str:

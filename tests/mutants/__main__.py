@@ -68,9 +68,10 @@ def families() -> dict[str, list[Mutant]]:
 
 
 def fast_tests(family: str) -> list[str]:
-    """Where the tests are that are to notice a family's bugs: those of its op, and those of kernels."""
+    """What pytest is given to notice a family's bugs: its list's TESTS, or the tests of its launchers and its op."""
     # Guard bands first: a stray store should fail a test there before it corrupts the process elsewhere.
-    return ["tests/kernels", f"tests/ops/test_{family}.py"]
+    default = [f"tests/kernels/test_{family}.py", f"tests/ops/test_{family}.py"]
+    return list(getattr(importlib.import_module(f"tests.mutants.{family}"), "TESTS", default))
 
 
 def copy_tree(destination: Path) -> None:

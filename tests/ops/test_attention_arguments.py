@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from pyaccel import dispatch
@@ -281,3 +282,14 @@ def test_triton_reads_no_mask_on_the_host(
     with dispatch.use_backend("triton"):
         scaled_dot_product_attention(q, q, q, key_padding_mask=keys)
     assert given[0] is keys
+
+
+def test_on_a_gpu_triton_serves_but_not_where_it_would_spill() -> None:
+    """fp32 has no matrix instructions: wide heads are left to PyTorch, and the choice says why."""
+    with FakeTensorMode(), dispatch.record() as choices:
+        for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 64), (torch.float32, 80)):
+            q = torch.empty(2, 4, 16, dim, dtype=dtype, device="cuda")
+            scaled_dot_product_attention(q, q, q)
+    if dispatch.has_triton():
+        assert [choice.backend for choice in choices] == ["triton", "triton", "torch"]
+    assert "at a head dimension of 80 the kernels spill" in choices[-1].reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -64,16 +65,18 @@ def test_packed_is_as_right_as_plain_torch(case: Case, device: torch.device, poi
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("lengths", [(1, 600), (600, 9), (20, 700)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 600), (500, 9), (20, 500)], ids=str)
 def test_long_sequences(lengths: tuple[int, int], dtype: str, device: torch.device, poison: None) -> None:
     """Beyond what any kernel keeps on chip at once."""
     cases.check(cases.padded(device, lengths=lengths, dtype=dtype, heads=(1, 2, 1), mask="padding holes"))
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 1), (7, 1, 1), (1, 9, 9), (1, 9, 3), (33, 3, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1, 1), (7, 1, 1), (1, 9, 9), (1, 9, 3), (17, 1, 1)], ids=str)
 def test_any_number_of_tiny_heads(heads: tuple[int, int, int], device: torch.device, poison: None) -> None:
     """Programs that serve several heads or sequences at once have a last one that isn't full."""
-    cases.check(cases.padded(device, lengths=(5, 6), heads=heads, mask="padding right", dropout=0.3))
+    cases.check(
+        cases.padded(device, lengths=(5, 6), heads=heads, dtype="bf16", mask="padding right", dropout=0.3)
+    )
 
 
 def test_a_window_may_be_wider_than_any_sequence(device: torch.device) -> None:
@@ -102,7 +105,7 @@ def test_one_key(dtype: str, device: torch.device, poison: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("lengths", [(17, 33), (70, 130)], ids=str)
+@pytest.mark.parametrize("lengths", [(17, 33), (40, 97)], ids=str)
 @pytest.mark.parametrize("mask", ["none", "float qk"])
 def test_scores_beyond_the_range_of_an_exponential(
     mask: str, lengths: tuple[int, int], dtype: str, device: torch.device
@@ -164,6 +167,26 @@ def test_only_what_needs_a_gradient_gets_one(kind: str, device: torch.device) ->
             assert_bits_equal(grad, whole[f"d{wanted}"], name=wanted)
 
 
+def test_the_gradient_of_a_broadcast_mask_is_a_sum(device: torch.device, poison: None) -> None:
+    """Over all uses of an element, whichever dimensions are 1; also where that sum is 0 but for rounding."""
+    shape = (2, 2, 33, 40)
+    call = cases.padded(device, heads=(2, 2, 2), lengths=(33, 40), dtype="bf16")
+    call.mask_needs_grad = True
+    call.options["attn_mask"] = torch.zeros(shape, device=device)
+    whole = cases.run(call)
+    for pattern in itertools.product((False, True), repeat=4):
+        call.options["attn_mask"] = torch.zeros(
+            [n if p else 1 for n, p in zip(shape, pattern, strict=True)], device=device
+        )
+        found = cases.run(call, dy=whole["dy"], dlse=whole["dlse"])["dmask"]
+        terms, dims = whole["dmask"].double(), [i for i, p in enumerate(pattern) if not p]
+        if dims:
+            truth, scale = terms.sum(dims, keepdim=True), terms.abs().sum(dims, keepdim=True)
+        else:
+            truth, scale = terms, terms.abs()
+        assert_statistic(found, truth, scale=scale, name=f"{pattern}")
+
+
 # --- dropout ------------------------------------------------------------------------------------------------
 
 
@@ -178,11 +201,11 @@ def one_hot_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.devi
 
 
 DROPOUT_CASES = [
-    ("fp32", (2, 4, 2), (70, 130), 0.15, "none"),
-    ("bf16", (1, 2, 1), (130, 70), 0.5, "none"),
+    ("fp32", (1, 4, 2), (40, 97), 0.15, "none"),
+    ("bf16", (1, 2, 1), (97, 40), 0.5, "none"),
     ("fp16", (2, 3, 3), (5, 9), 0.9, "none"),
     ("fp32", (3, 2, 2), (33, 17), 0.15, "padding left"),
-    ("bf16", (2, 2, 2), (64, 128), 0.5, "causal"),
+    ("bf16", (2, 1, 1), (64, 96), 0.5, "causal"),
     ("fp32", (1, 1, 1), (1, 250), 0.5, "none"),
 ]
 
@@ -266,7 +289,7 @@ def test_packed_and_padded_drop_the_same(
 ) -> None:
     """A sequence's positions count, not the rows it has in the packed batch, nor the length it is padded to."""
     dtype, p, (n_heads, kv_heads) = cases.DTYPES[dtype_name], 0.3, heads
-    lens_q, lens_k = [9, 0, 70, 5], [130, 4, 33, 1]
+    lens_q, lens_k = [9, 0, 70, 5], [97, 4, 33, 1]
     q = torch.zeros(sum(lens_q) + 2, n_heads, 16, dtype=dtype, device=device)
     k = torch.zeros(sum(lens_k) + 2, kv_heads, 16, dtype=dtype, device=device)
     v = torch.zeros(sum(lens_k) + 2, kv_heads, max(lens_k), dtype=dtype, device=device)
@@ -276,11 +299,11 @@ def test_packed_and_padded_drop_the_same(
     torch.manual_seed(seed)
     key = dropout_key(device)
     torch.manual_seed(seed)
-    out = attend_packed(q, k, v, cu_q, cu_k, 70, 130, dropout_p=p)
+    out = attend_packed(q, k, v, cu_q, cu_k, 70, 97, dropout_p=p)
     padded_options = {"dropout_p": p, "enable_gqa": True}
-    padded_k = torch.zeros(4, kv_heads, 133, 16, dtype=dtype, device=device)
-    padded_v = torch.eye(133, dtype=dtype, device=device).expand(4, kv_heads, 133, 133)
-    keys = torch.arange(133, device=device) < torch.tensor(lens_k, device=device)[:, None]
+    padded_k = torch.zeros(4, kv_heads, 99, 16, dtype=dtype, device=device)
+    padded_v = torch.eye(99, dtype=dtype, device=device).expand(4, kv_heads, 99, 99)
+    keys = torch.arange(99, device=device) < torch.tensor(lens_k, device=device)[:, None]
     torch.manual_seed(seed)
     padded_out = attend(
         torch.zeros(4, n_heads, 71, 16, dtype=dtype, device=device), padded_k, padded_v, key_padding_mask=keys,
@@ -316,15 +339,14 @@ def test_no_dropout_draws_no_key(device: torch.device) -> None:
 
 PATHS: dict[str, tuple[str, dict[str, Any]]] = {
     "short": ("padded", {"lengths": (17, 33), "dropout": 0.15, "mask": "padding right"}),
-    "long": ("padded", {"lengths": (130, 150), "head_dim": 64}),
-    "very long": ("padded", {"lengths": (20, 700), "heads": (1, 2, 2)}),
-    "causal": ("padded", {"lengths": (130, 130), "causal": True, "dtype": "bf16"}),
-    "grouped": ("padded", {"lengths": (33, 65), "heads": (1, 6, 2), "dropout": 0.15}),
-    "bias": ("padded", {"lengths": (65, 70), "heads": (2, 3, 3), "mask": "bias hqk"}),
-    "bias of keys": ("padded", {"lengths": (65, 70), "heads": (2, 3, 3), "mask": "bias bk", "dtype": "bf16"}),
-    "one bias": ("padded", {"lengths": (65, 70), "heads": (2, 3, 3), "mask": "bias 1111"}),
+    "long": ("padded", {"lengths": (70, 97), "head_dim": 64, "heads": (1, 2, 2)}),
+    "very long": ("padded", {"lengths": (20, 500), "heads": (1, 1, 1)}),
+    "causal": ("padded", {"lengths": (97, 97), "causal": True, "dtype": "bf16", "heads": (1, 2, 2)}),
+    "grouped": ("padded", {"lengths": (33, 65), "heads": (1, 4, 2), "dropout": 0.15}),
+    "bias": ("padded", {"lengths": (33, 40), "heads": (2, 2, 2), "mask": "bias hqk"}),
+    "bias of keys": ("padded", {"lengths": (33, 40), "heads": (2, 2, 2), "mask": "bias bk", "dtype": "bf16"}),
     "packed": ("packed", {"dropout": 0.15}),
-    "packed, long": ("packed", {"lengths": ([130, 70], [70, 150]), "heads": (4, 2), "window": (20, 0)}),
+    "packed, long": ("packed", {"lengths": ([97, 70], [70, 97]), "heads": (2, 1), "window": (20, 0)}),
 }
 
 
@@ -338,7 +360,7 @@ def test_two_runs_give_the_same_bits(path: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("lengths", [(17, 33), (130, 150)], ids=str)
+@pytest.mark.parametrize("lengths", [(17, 33), (70, 97)], ids=str)
 def test_a_sequence_does_not_depend_on_its_batch(
     lengths: tuple[int, int], dtype: str, device: torch.device
 ) -> None:
@@ -434,12 +456,12 @@ def test_packed_and_padded_give_the_same_bits(dtype: str, device: torch.device) 
 
 POISONED: dict[str, list[Any]] = {
     "mask": [
-        "none", "padding right", "padding left", "padding holes", "padding all", "bool qk", "bool b11k",
-        "bool b1q1", "bool bhqk", "bool 1h1k", "float bhqk", "float b11k", "bias bhqk", "bias qk", "bias and padding",
+        "none", "padding right", "padding left", "padding holes", "padding all", "bool qk", "bool b1q1", "bool bhqk",
+        "bool 1h1k", "float bhqk", "float b11k", "bias bhqk", "bias and padding",
     ],
     "dtype": list(cases.DTYPES),
-    "lengths": [(17, 33), (33, 17), (70, 130), (9, 150), (130, 20)],
-    "heads": [(2, 2, 2), (2, 4, 2), (3, 1, 1)],
+    "lengths": [(17, 33), (33, 17), (40, 70), (9, 70), (70, 20)],
+    "heads": [(2, 2, 2), (1, 4, 2), (3, 1, 1)],
     "causal": [False, True],
     "window": [None, (5, 3), (0, 4)],
     "dropout": [0.0, 0.15],
@@ -555,8 +577,8 @@ PROBS: dict[str, list[Any]] = {
         "float bhqk",
         "float b11k",
     ],
-    "lengths": [(1, 37), (17, 33), (33, 17), (65, 130), (130, 65)],
-    "heads": [(2, 2, 2), (1, 6, 2), (3, 1, 1)],
+    "lengths": [(1, 37), (17, 33), (33, 17), (40, 97), (97, 40)],
+    "heads": [(2, 2, 2), (1, 4, 2), (3, 1, 1)],
     "head_dim": [16, 40, 64],
     "causal": [False, True],
     "window": [None, (5, 3)],
@@ -581,8 +603,8 @@ def test_weights_rebuilt_from_the_lse(case: Case, device: torch.device, poison: 
     )
     assert_close_to_truth(probs, truth, naive)
     assert torch.equal(probs[truth == 0.0], torch.zeros_like(probs[truth == 0.0]))
-    # In every row they add up to 1, or to 0 where there is no key.
-    assert_close_to_truth(probs.float().sum(-1), truth.sum(-1), naive.float().sum(-1), name="sums")
+    if probs.dtype == F32:  # in every row they add up to 1, or to 0 where there is no key
+        assert_statistic(probs.sum(-1), truth.sum(-1), name="sums")
     idle = lse == -math.inf
     assert not probs[idle].any()
 
@@ -658,14 +680,15 @@ def test_a_double_backward_says_that_there_is_none(kind: str, device: torch.devi
 
 
 def test_gradients_of_a_shared_input_add_up(device: torch.device) -> None:
-    """Self-attention of one tensor, as a test would write it."""
-    (x,) = cases.padded(device, lengths=(17, 17)).qkv[:1]
+    x = cases.padded(device, lengths=(17, 17)).qkv[0]
     dy = cases.random_gradient(x)
-    shared = cases.leaf(x)
-    (dx,) = torch.autograd.grad(attend(shared, shared, shared), shared, dy)
-    q, k, v = (cases.leaf(x) for _ in range(3))
-    dq, dk, dv = torch.autograd.grad(attend(q, k, v), (q, k, v), dy)
-    assert_bits_equal(dx, dq + dk + dv)
+    found = []
+    for dtype, options in ((F32, None), (torch.float64, {"upcast": True}), (F32, {"upcast": False})):
+        shared = cases.leaf(x, dtype)
+        function = attend if options is None else reference.scaled_dot_product_attention
+        out = function(shared, shared, shared, **(options or {}))
+        found += torch.autograd.grad(out, shared, dy.to(dtype))
+    assert_close_to_truth(*found)
 
 
 # --- PyTorch's meaning --------------------------------------------------------------------------------------

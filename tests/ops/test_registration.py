@@ -146,7 +146,8 @@ def test_opcheck_attention(case: str, device: torch.device) -> None:
     mask = options.get("attn_mask")
     want_dmask = mask is not None and mask.is_floating_point()
     torch.library.opcheck(attention.backward_op, (dout, dlse, out, lse, *given, want_dmask))
-    torch.library.opcheck(attention.backward_op, (dout.expand_as(dout), None, out, lse, *given, False))
+    if case == "plain":
+        torch.library.opcheck(attention.backward_op, (dout, None, out, lse, *given, False))
     if batch == 2:
         masks = (mask, options.get("key_mask"))
         numbers = [
@@ -219,7 +220,7 @@ def test_attention_of_other_lengths_does_not_recompile(kind: str, device: torch.
     torch._dynamo.reset()
     compiled = torch.compile(ATTENTION_LAYERS[kind], fullgraph=True, backend="aot_eager", dynamic=True)
     with dispatch.use_backend("triton"), torch._dynamo.config.patch(error_on_recompile=True):
-        for lens in ([5, 3, 9], [7, 2], [70, 33], [4, 4, 2, 3]):
+        for lens in ([5, 3, 9], [7, 2], [66, 3], [4, 4, 2, 3]):
             leaves, rest = attention_inputs(kind, lens, device)
             assert_compiled_is_eager(compiled, ATTENTION_LAYERS[kind], leaves, [*rest, 0.3])
 
