@@ -62,8 +62,8 @@ def values(*shape: int, device: torch.device) -> Tensor:
     Not so large that the LSE is: weights rebuilt from it have its rounding, which plain PyTorch's don't.
     """
     batch, heads = shape[:2]
-    magnitude = torch.linspace(0.6, 1.2, batch, device=device)[:, None] * torch.linspace(
-        1.2, 0.8, heads, device=device
+    magnitude = torch.linspace(0.5, 1.0, batch, device=device)[:, None] * torch.linspace(
+        1.1, 0.8, heads, device=device
     )
     return (torch.randn(shape, device=device) + 0.2) * magnitude[..., None, None]
 

@@ -515,13 +515,16 @@ def test_what_no_one_reads_may_hold_anything(case: Case, device: torch.device, p
         assert not found["dmask"][~allowed].any()
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_rows_of_no_sequence_may_hold_anything(
-    causal: bool, dtype: str, device: torch.device, poison: None
+    causal: bool, dtype: str, heads: tuple[int, int], device: torch.device, poison: None
 ) -> None:
     """Nor are queries without keys and keys without queries read, nor the gradients of either."""
-    call = cases.packed(device, lengths=([17, 0, 33, 6], [20, 4, 5, 0]), dtype=dtype, causal=causal)
+    call = cases.packed(
+        device, lengths=([17, 0, 33, 6], [20, 4, 5, 0]), heads=heads, dtype=dtype, causal=causal
+    )
     for t in call.qkv:
         t[-3:] = 0.0
     clean = cases.run(call)
