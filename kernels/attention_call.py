@@ -144,8 +144,10 @@ class AttentionCall:
 
     @property
     def fold_scale(self) -> bool:
-        """Whether a scale may be folded into the exponential: it must keep the order of scores, and come last."""
-        return self.scale > 0.0 and (self.attn_mask is None or self.attn_mask.dtype == torch.bool)
+        """Whether the scale may be folded into the exponential: it must keep the order of scores and come last. In fp32
+        it isn't: both sides of the difference would be rounded before it is taken, which large scores show."""
+        comes_last = self.attn_mask is None or self.attn_mask.dtype == torch.bool
+        return self.scale > 0.0 and comes_last and self.query.element_size() == 2
 
     def offsets(self) -> dict[str, Any]:
         """Those of a packed batch, for the kernels that take one."""

@@ -199,12 +199,9 @@ def with_minus_inf(mask: Tensor) -> Tensor:
     return mask
 
 
-def lowest_as_padding(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Hugging Face's additive mask: the lowest finite number on padding, and on all of the last sequence."""
-    keys = padding_and_nothing(shape, device)
-    return torch.zeros(keys.shape, device=device, dtype=dtype).masked_fill(~keys, torch.finfo(dtype).min)[
-        :, None, None
-    ]
+def low_as_padding(keys: Tensor, dtype: torch.dtype, low: float) -> Tensor:
+    """An additive mask of a bool one of keys: a number on padding that is low, but not -inf."""
+    return torch.zeros(keys.shape, device=keys.device, dtype=dtype).masked_fill(~keys, low)[:, None, None]
 
 
 Mask = Callable[[Shape, torch.dtype, torch.device], Options]
@@ -250,7 +247,9 @@ MASKS: dict[str, Mask] = {
     "float qk": additive(lambda s, d: random_float(*s[2:], device=d)),
     "float b11k": additive(lambda s, d: with_minus_inf(random_float(s[0], 1, 1, s[3], device=d))),
     "float bhqk": additive(lambda s, d: with_minus_inf(random_float(*s, device=d))),
-    "float lowest": lambda shape, dtype, device: {"attn_mask": lowest_as_padding(shape, dtype, device)},
+    "float low": lambda shape, dtype, device: {
+        "attn_mask": low_as_padding(padding_and_nothing(shape, device), dtype, -30.0)
+    },
     "bias bhqk": additive(lambda s, d: with_minus_inf(random_float(*s, device=d)), needs_grad=True),
     "bias qk": additive(lambda s, d: with_minus_inf(random_float(*s[2:], device=d)), needs_grad=True),
     "bias hqk": bias("hqk"),
@@ -299,7 +298,7 @@ COMMON: dict[str, list[Any]] = {
     "causal": [False, False, True],
     "window": [None, None, None, (5, 3), (20, 0), (-1, 0), (3, 40)],
     "dropout": [0.0, 0.0, 0.0, 0.15, 0.5],
-    "scale": [None, None, 0.07, -0.07, 0.0],
+    "scale": [None, None, 0.6, -0.6, 0.0],  # None, or in units of the usual one
     "queries": ["usual", "usual", "one large"],
     "lse": ["not returned", "returned", "differentiated"],
     "layout": list(LAYOUTS),
@@ -344,12 +343,17 @@ def case_name(case: Case) -> str:
     return ", ".join(shown).replace("[", "(").replace("]", ")")
 
 
+def dims_of(case: Case) -> tuple[int, int]:
+    """Head dimensions of queries and of values."""
+    return case["head_dim"] if isinstance(case["head_dim"], tuple) else (case["head_dim"],) * 2
+
+
 def options_of(case: Case) -> Options:
     return {
         "is_causal": case["causal"],
         "window_size": case["window"],
         "dropout_p": case["dropout"],
-        "scale": case["scale"],
+        "scale": None if case["scale"] is None else case["scale"] * dims_of(case)[0] ** -0.5,
         "return_lse": case["lse"] != "not returned",
     }
 
@@ -364,7 +368,7 @@ def tensors_of(
     case: Case, batch: int, heads: int, kv_heads: int, seq_q: int, seq_k: int, device: torch.device
 ) -> list[Tensor]:
     """Contiguous query, key and value."""
-    dims = case["head_dim"] if isinstance(case["head_dim"], tuple) else (case["head_dim"],) * 2
+    dims = dims_of(case)
     query = values(batch, heads, seq_q, dims[0], device=device)
     if case["queries"] == "one large":
         query = enlarge_a_query(query)

@@ -112,7 +112,7 @@ def test_scores_beyond_the_range_of_an_exponential(
 ) -> None:
     """Scores of a few hundred, of either sign: only differences may be exponentiated."""
     call = cases.padded(
-        device, lengths=lengths, dtype=dtype, mask=mask, scale=20.0, heads=(1, 2, 2), lse="returned"
+        device, lengths=lengths, dtype=dtype, mask=mask, scale=200.0, heads=(1, 2, 2), lse="returned"
     )
     found = cases.run(call)
     assert found["lse"].max() > 100.0
@@ -121,6 +121,31 @@ def test_scores_beyond_the_range_of_an_exponential(
     assert_statistic(found["lse"], truth["lse"], scale=cases.score_magnitude(call), name="lse")
     for name in ("dq", "dk", "dv"):
         assert found[name].isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("lengths", [(17, 33), (70, 97)], ids=str)
+def test_the_lowest_number_as_a_mask(lengths: tuple[int, int], dtype: str, device: torch.device) -> None:
+    """Hugging Face's additive padding mask."""
+    call = cases.padded(device, lengths=lengths, dtype=dtype)
+    keys = cases.right_padding((*call.qkv[0].shape[:3], lengths[1]), device)
+    call.options["attn_mask"] = cases.low_as_padding(
+        keys, cases.DTYPES[dtype], torch.finfo(cases.DTYPES[dtype]).min
+    )
+    cases.check(call)
+
+
+@pytest.mark.parametrize("lengths", [(17, 33), (70, 97)], ids=str)
+def test_a_row_of_the_lowest_number_is_uniform(lengths: tuple[int, int], device: torch.device) -> None:
+    """It masks nothing: -inf does. Scores vanish beside it, and all weights are the same, as PyTorch has it."""
+    query, key, value = cases.padded(device, lengths=lengths).qkv
+    mask = torch.full((1, lengths[1]), torch.finfo(F32).min, device=device)
+    out = attend(query, key, value, mask)
+    truth, naive = (
+        reference.scaled_dot_product_attention(query, key, value, mask, upcast=upcast)
+        for upcast in (True, False)
+    )
+    assert_close_to_truth(out, truth, naive)
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
@@ -585,7 +610,7 @@ PROBS: dict[str, list[Any]] = {
     "head_dim": [16, 40, 64],
     "causal": [False, True],
     "window": [None, (5, 3)],
-    "scale": [0.05, -0.1],  # a weight has the error of its LSE, in fp32 eps: not to be large here
+    "scale": [0.4, -0.6],  # a weight has the error of its LSE, in fp32 eps: not to be large here
     "layout": ["contiguous", "packed projection", "dims strided"],
 }
 
