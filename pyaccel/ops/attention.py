@@ -135,6 +135,8 @@ def scaled_dot_product_attention(
             and n in others.
         attn_mask: broadcastable to ``[batch, heads, seq_q, seq_k]``; bool, True = attend, or float (fp32 or
             query's dtype), added to the scores, where -inf masks. A float mask may need a gradient.
+            Gradients of a row whose every bias is near the lowest finite number are wrong on the Triton backend,
+            as its LSE can't hold the number of keys: mask such rows with -inf.
             ``torch.nn.attention.bias``'s causal masks are taken too.
         dropout_p: probability of dropping a weight. Always acts: pass 0 in evaluation.
         is_causal: query ``i`` sees keys ``j <= i`` (aligned top left, as in PyTorch).
