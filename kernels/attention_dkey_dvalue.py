@@ -66,13 +66,17 @@ def dkey_dvalue_kernel(
     batch, kv_head = batch.to(tl.int64), kv_head.to(tl.int64)
     o_n = start_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_n = o_n < len_k
+    low, high = band(len_q, len_k, window_left, window_right, IS_CAUSAL, HAS_WINDOW)
+    # A key that the band keeps from every query may hold anything, so it isn't read: 0 * NaN would be NaN.
+    m_read = m_n
+    if IS_CAUSAL or HAS_WINDOW:
+        m_read = m_n & (o_n >= low) & (o_n < len_q + high)
     offset_k = batch * stride_k[0] + kv_head * stride_k[1] + (first_k + o_n) * stride_k[2]
     offset_v = batch * stride_v[0] + kv_head * stride_v[1] + (first_k + o_n) * stride_v[2]
-    k = load_rows(k_ptr, offset_k, stride_k[3], m_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    v = load_rows(v_ptr, offset_v, stride_v[3], m_n, VALUE_DIM, BLOCK_V)  # [BLOCK_N, BLOCK_V]
+    k = load_rows(k_ptr, offset_k, stride_k[3], m_read, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, offset_v, stride_v[3], m_read, VALUE_DIM, BLOCK_V)  # [BLOCK_N, BLOCK_V]
 
     # The queries that attend to some key of this block; from full_begin on, but for other masks, to all of them.
-    low, high = band(len_q, len_k, window_left, window_right, IS_CAUSAL, HAS_WINDOW)
     begin = tl.maximum(start_n - high, 0)
     end = tl.minimum(tl.minimum(start_n + BLOCK_N, len_k) - low, len_q)
     full_begin = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - high, 0), BLOCK_M) * BLOCK_M
