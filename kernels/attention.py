@@ -25,6 +25,7 @@ from pyaccel.kernels.attention_tile import (
     load_rows,
     mask_scores,
     sequence,
+    store_lse,
     store_rows,
 )
 from pyaccel.kernels.config import AttentionConfig
@@ -34,7 +35,7 @@ from pyaccel.kernels.philox import keep_tile
 
 @triton.jit(do_not_specialize=["threshold"])
 def forward_kernel(
-    out_ptr, lse_ptr,
+    out_ptr, lse_ptr, lse_error_ptr,
     q_ptr, k_ptr, v_ptr, key_mask_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, key_ptr,
     stride_out, stride_lse, stride_q, stride_k, stride_v, stride_key_mask, stride_mask,
     total, n_streams, n_heads, group, seq_q, seq_k, scale, window_left, window_right, keep_scale, threshold,
@@ -157,17 +158,19 @@ def forward_kernel(
     acc = tl.where(
         row_sum[:, None] == 0.0, 0.0, acc * ((keep_scale if key_ptr is not None else 1.0) / row_sum)[:, None]
     )
-    lse = (m * scale if FOLD_SCALE else m) + tl.log(row_sum)
     offset_out = batch * stride_out[0] + head * stride_out[1] + (first_q + o_m) * stride_out[2]
     store_rows(out_ptr, offset_out, stride_out[3], m_m, acc, VALUE_DIM, BLOCK_V)
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + first_q + o_m
-    tl.store(lse_ptr + offset_lse, tl.where(row_sum == 0.0, float("-inf"), lse), mask=m_m)
+    store_lse(lse_ptr, lse_error_ptr, offset_lse, m_m, m * scale if FOLD_SCALE else m, row_sum)
 
 
-def forward(out: Tensor, lse: Tensor, call: AttentionCall, config: AttentionConfig) -> None:
-    """Launch the forward kernel: ``out`` [batch, heads, seq_q, value_dim], ``lse`` [batch, heads, seq_q] fp32."""
+def forward(
+    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
+) -> None:
+    """Launch the forward kernel: ``out`` [batch, heads, seq_q, value_dim], ``lse`` [batch, heads, seq_q] fp32 and, if
+    it is wanted, what rounding took from that."""
     n_blocks = triton.cdiv(call.seq_q, config.block_m)
-    arguments = forward_arguments(out, lse, call, config)
+    arguments = forward_arguments(out, lse, lse_error, call, config)
     if arguments["TMA"]:  # its descriptors are made by the kernel, in memory that Triton asks for
         triton.set_allocator(_allocate)
     with device_guard(out):
@@ -177,12 +180,13 @@ def forward(out: Tensor, lse: Tensor, call: AttentionCall, config: AttentionConf
 
 
 def forward_arguments(
-    out: Tensor, lse: Tensor, call: AttentionCall, config: AttentionConfig
+    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> dict[str, Any]:
     """The kernel's arguments by name."""
     return {
         "out_ptr": out,
         "lse_ptr": lse,
+        "lse_error_ptr": lse_error,
         "stride_out": call.strides(out),
         "stride_lse": call.strides(lse),
         "total": call.query.shape[2],

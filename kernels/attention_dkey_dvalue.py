@@ -29,7 +29,7 @@ from pyaccel.kernels.philox import keep_tile
 @triton.jit(do_not_specialize=["threshold"])
 def dkey_dvalue_kernel(
     dk_ptr, dv_ptr,
-    do_ptr, lse_ptr, delta_ptr,
+    do_ptr, lse_ptr, lse_error_ptr, delta_ptr,
     q_ptr, k_ptr, v_ptr, key_mask_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, key_ptr,
     stride_dk, stride_dv, stride_do, stride_lse, stride_q, stride_k, stride_v, stride_key_mask, stride_mask,
     total, n_streams, n_heads, group, seq_q, seq_k, scale, window_left, window_right, keep_scale, threshold,
@@ -126,7 +126,7 @@ def dkey_dvalue_kernel(
                     )
                     live = tl.max(tl.max(bias, axis=1), axis=0) > float("-inf")
                 if live:
-                    lse = load_lse(lse_ptr, base_lse + first_q + o_m, m_m)  # [BLOCK_M]
+                    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, base_lse + first_q + o_m, m_m)  # [BLOCK_M]
                     delta = tl.load(delta_ptr + base_lse + first_q + o_m, mask=m_m, other=0.0)
                     if IDLE_ROWS:
                         m_m &= lse < float("inf")
@@ -136,7 +136,7 @@ def dkey_dvalue_kernel(
                     do = load_rows(do_ptr, offset_do, stride_do[3], m_m, VALUE_DIM, BLOCK_V)
                     s = dot_rows(k, q, PRECISION) * scale  # [BLOCK_N, BLOCK_M]
                     s = mask_scores(s, bias, allowed, o_m[None, :], o_n[:, None], low, high, banded == 0)
-                    p = probs_tile(s, lse[None, :])
+                    p = probs_tile(s, lse, lse_error, 0)
                     if key_ptr is not None:
                         keep = tl.trans(keep_tile(key_ptr, o_m, start_n, stream, threshold, BLOCK_M, BLOCK_N))
                     if dv_ptr is not None:
@@ -163,6 +163,7 @@ def dkey_dvalue(
     dv: Tensor,
     do: Tensor,
     lse: Tensor,
+    lse_error: Tensor | None,
     delta: Tensor,
     call: AttentionCall,
     config: AttentionConfig,
@@ -173,7 +174,7 @@ def dkey_dvalue(
     for some_dk, some_dv in ((dk, None), (None, dv)) if config.split else ((dk, dv),):
         with device_guard(dk):
             dkey_dvalue_kernel[(programs,)](
-                **dkey_dvalue_arguments(some_dk, some_dv, do, lse, delta, call, config),
+                **dkey_dvalue_arguments(some_dk, some_dv, do, lse, lse_error, delta, call, config),
                 **config.launch_options,
             )
 
@@ -183,6 +184,7 @@ def dkey_dvalue_arguments(
     dv: Tensor | None,
     do: Tensor,
     lse: Tensor,
+    lse_error: Tensor | None,
     delta: Tensor,
     call: AttentionCall,
     config: AttentionConfig,
@@ -193,6 +195,7 @@ def dkey_dvalue_arguments(
         "dv_ptr": dv,
         "do_ptr": do,
         "lse_ptr": lse,
+        "lse_error_ptr": lse_error,
         "delta_ptr": delta,
         "stride_dk": (0, 0, 0, 0) if dk is None else call.strides(dk),
         "stride_dv": (0, 0, 0, 0) if dv is None else call.strides(dv),

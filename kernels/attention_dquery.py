@@ -37,7 +37,7 @@ from pyaccel.kernels.philox import keep_tile
 @triton.jit(do_not_specialize=["threshold"])
 def dquery_kernel(
     dq_ptr, delta_ptr,
-    do_ptr, out_ptr, lse_ptr, dlse_ptr,
+    do_ptr, out_ptr, lse_ptr, lse_error_ptr, dlse_ptr,
     q_ptr, k_ptr, v_ptr, key_mask_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, key_ptr,
     stride_dq, stride_do, stride_out, stride_lse, stride_q, stride_k, stride_v, stride_key_mask, stride_mask,
     total, n_streams, n_heads, group, seq_q, seq_k, scale, window_left, window_right, keep_scale, threshold,
@@ -69,7 +69,7 @@ def dquery_kernel(
     offset_do = batch * stride_do[0] + head * stride_do[1] + row * stride_do[2]
     offset_out = batch * stride_out[0] + head * stride_out[1] + row * stride_out[2]
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + row
-    lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]
+    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, offset_lse, m_m)  # [BLOCK_M]
     m_read = m_m & (lse < float("inf"))  # a row without keys may hold anything, and so may its gradient
     q = load_rows(q_ptr, offset_q, stride_q[3], m_read, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do = load_rows(do_ptr, offset_do, stride_do[3], m_read, VALUE_DIM, BLOCK_V)  # [BLOCK_M, BLOCK_V]
@@ -132,7 +132,7 @@ def dquery_kernel(
                     high,
                     BANDED and bounds == 1 and mask_ptr is None,
                 )
-                p = probs_tile(s, lse[:, None])
+                p = probs_tile(s, lse, lse_error, 1)
                 dp = dot_rows(do, v, PRECISION)
                 if key_ptr is not None:
                     keep = keep_tile(key_ptr, o_m, start_n, stream, threshold, BLOCK_M, BLOCK_N)
@@ -149,6 +149,7 @@ def dquery(
     do: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_error: Tensor | None,
     dlse: Tensor | None,
     call: AttentionCall,
     config: AttentionConfig,
@@ -157,7 +158,7 @@ def dquery(
     programs = call.n_streams * triton.cdiv(call.seq_q, config.block_m) + call.tail_programs
     with device_guard(dq):
         dquery_kernel[(programs,)](
-            **dquery_arguments(dq, delta, do, out, lse, dlse, call, config), **config.launch_options
+            **dquery_arguments(dq, delta, do, out, lse, lse_error, dlse, call, config), **config.launch_options
         )
 
 
@@ -167,6 +168,7 @@ def dquery_arguments(
     do: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_error: Tensor | None,
     dlse: Tensor | None,
     call: AttentionCall,
     config: AttentionConfig,
@@ -178,6 +180,7 @@ def dquery_arguments(
         "do_ptr": do,
         "out_ptr": out,
         "lse_ptr": lse,
+        "lse_error_ptr": lse_error,
         "dlse_ptr": dlse,
         "stride_dq": call.strides(dq),
         "stride_do": call.strides(do),

@@ -29,7 +29,7 @@ from pyaccel.kernels.philox import keep_tile
 
 @triton.jit
 def _probs(
-    q, lse_ptr, k_ptr, key_mask_ptr, mask_ptr,
+    q, lse_ptr, lse_error_ptr, k_ptr, key_mask_ptr, mask_ptr,
     stride_lse, stride_k, stride_key_mask, stride_mask,
     batch, head, kv_head, o_m, m_m, o_n, m_n, low, high, scale,
     HEAD_DIM: tl.constexpr, BANDED: tl.constexpr, MASK_ROWS: tl.constexpr,
@@ -52,8 +52,8 @@ def _probs(
         m_n &= tl.load(key_mask_ptr + offset, mask=m_n, other=0) != 0
     s = mask_scores(s, bias, m_n[None, :], o_m[:, None], o_n[None, :], low, high, BANDED)
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + o_m
-    lse = load_lse(lse_ptr, offset_lse, m_m)[:, None]
-    return tl.where(lse == float("inf"), 0.0, probs_tile(s, lse))  # such rows may hold anything
+    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, offset_lse, m_m)
+    return tl.where(lse[:, None] == float("inf"), 0.0, probs_tile(s, lse, lse_error, 1))  # they may hold anything
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -79,7 +79,7 @@ def probs_kernel(
     q = load_rows(q_ptr, offset_q, stride_q[3], m_m, HEAD_DIM, BLOCK_D)
     low, high = band(pid * 0 + seq_q, pid * 0 + seq_k, window_left, window_right, IS_CAUSAL, HAS_WINDOW)
     p = _probs(
-        q, lse_ptr, k_ptr, key_mask_ptr, mask_ptr, stride_lse, stride_k, stride_key_mask, stride_mask,
+        q, lse_ptr, None, k_ptr, key_mask_ptr, mask_ptr, stride_lse, stride_k, stride_key_mask, stride_mask,
         batch, head, head // group, o_m, m_m, o_n, m_n, low, high, scale,
         HEAD_DIM, IS_CAUSAL or HAS_WINDOW, MASK_ROWS, PRECISION, BLOCK_D,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def probs_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def dmask_kernel(
     dmask_ptr,
-    do_ptr, lse_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, key_mask_ptr, mask_ptr, key_ptr,
+    do_ptr, lse_ptr, lse_error_ptr, delta_ptr, q_ptr, k_ptr, v_ptr, key_mask_ptr, mask_ptr, key_ptr,
     stride_dmask, stride_do, stride_lse, stride_q, stride_k, stride_v, stride_key_mask, stride_mask,
     mask_batch, mask_heads, mask_rows, mask_cols,
     n_streams, n_heads, group, seq_q, seq_k, scale, window_left, window_right, keep_scale, threshold,
@@ -142,8 +142,8 @@ def dmask_kernel(
                     o_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                     m_n = o_n < seq_k
                     p = _probs(
-                        q, lse_ptr, k_ptr, key_mask_ptr, mask_ptr, stride_lse, stride_k, stride_key_mask,
-                        stride_mask, batch, head, head // group, o_m, m_m, o_n, m_n, low, high, scale,
+                        q, lse_ptr, lse_error_ptr, k_ptr, key_mask_ptr, mask_ptr, stride_lse, stride_k,
+                        stride_key_mask, stride_mask, batch, head, head // group, o_m, m_m, o_n, m_n, low, high, scale,
                         HEAD_DIM, IS_CAUSAL or HAS_WINDOW, MASK_ROWS, PRECISION, BLOCK_D,
                     )  # fmt: skip
                     offset_v = (
@@ -192,7 +192,13 @@ def probs_arguments(
 
 
 def dmask(
-    dmask: Tensor, do: Tensor, lse: Tensor, delta: Tensor, call: AttentionCall, config: AttentionConfig
+    dmask: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    lse_error: Tensor | None,
+    delta: Tensor,
+    call: AttentionCall,
+    config: AttentionConfig,
 ) -> None:
     """Launch: write the gradient of attn_mask, ``dmask`` [1 or batch, 1 or heads, 1 or seq_q, 1 or seq_k],
     contiguous. ``delta`` is what :func:`pyaccel.kernels.attention_dquery.dquery` wrote."""
@@ -200,12 +206,18 @@ def dmask(
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
     with device_guard(dmask):
         dmask_kernel[(batch * heads * tiles,)](
-            **dmask_arguments(dmask, do, lse, delta, call, config), **config.launch_options
+            **dmask_arguments(dmask, do, lse, lse_error, delta, call, config), **config.launch_options
         )
 
 
 def dmask_arguments(
-    dmask: Tensor, do: Tensor, lse: Tensor, delta: Tensor, call: AttentionCall, config: AttentionConfig
+    dmask: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    lse_error: Tensor | None,
+    delta: Tensor,
+    call: AttentionCall,
+    config: AttentionConfig,
 ) -> dict[str, Any]:
     """The kernel's arguments by name."""
     batch, heads, rows, cols = dmask.shape
@@ -213,6 +225,7 @@ def dmask_arguments(
         "dmask_ptr": dmask,
         "do_ptr": do,
         "lse_ptr": lse,
+        "lse_error_ptr": lse_error,
         "delta_ptr": delta,
         "stride_dmask": dmask.stride(),
         "stride_do": do.stride(),

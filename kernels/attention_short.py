@@ -26,6 +26,7 @@ from pyaccel.kernels.attention_tile import (
     mask_scores,
     probs_tile,
     sequence,
+    store_lse,
     store_rows,
 )
 from pyaccel.kernels.config import AttentionConfig
@@ -66,7 +67,7 @@ def _masks(
 
 @triton.jit(do_not_specialize=["threshold"])
 def forward_short_kernel(
-    out_ptr, lse_ptr,
+    out_ptr, lse_ptr, lse_error_ptr,
     q_ptr, k_ptr, v_ptr, key_mask_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, key_ptr,
     stride_out, stride_lse, stride_q, stride_k, stride_v, stride_key_mask, stride_mask,
     total, n_streams, n_heads, group, seq_q, seq_k, scale, window_left, window_right, keep_scale, threshold,
@@ -122,17 +123,16 @@ def forward_short_kernel(
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         factor = (keep_scale if key_ptr is not None else 1.0) / row_sum
         out = tl.where(row_sum[:, None] == 0.0, 0.0, out * factor[:, None])
-        lse = (m * scale if FOLD_SCALE else m) + tl.log(row_sum)
         offset_out = batch * stride_out[0] + head * stride_out[1] + (first_q + o_m) * stride_out[2]
         store_rows(out_ptr, offset_out, stride_out[3], m_m, out, VALUE_DIM, BLOCK_V)
         offset_lse = batch * stride_lse[0] + head * stride_lse[1] + first_q + o_m
-        tl.store(lse_ptr + offset_lse, tl.where(row_sum == 0.0, float("-inf"), lse), mask=m_m)
+        store_lse(lse_ptr, lse_error_ptr, offset_lse, m_m, m * scale if FOLD_SCALE else m, row_sum)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def backward_short_kernel(
     dq_ptr, dk_ptr, dv_ptr,
-    do_ptr, out_ptr, lse_ptr, dlse_ptr,
+    do_ptr, out_ptr, lse_ptr, lse_error_ptr, dlse_ptr,
     q_ptr, k_ptr, v_ptr, key_mask_ptr, mask_ptr, cu_q_ptr, cu_k_ptr, key_ptr,
     stride_dq, stride_dk, stride_dv, stride_do, stride_out, stride_lse,
     stride_q, stride_k, stride_v, stride_key_mask, stride_mask,
@@ -161,7 +161,7 @@ def backward_short_kernel(
     row = first_q + o_m
     m_m = o_m < len_q
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + row
-    lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]
+    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, offset_lse, m_m)  # [BLOCK_M]
     m_read = (m_m & (lse < float("inf"))) if IDLE_ROWS else m_m
     offset_q = batch * stride_q[0] + head * stride_q[1] + row * stride_q[2]
     offset_do = batch * stride_do[0] + head * stride_do[1] + row * stride_do[2]
@@ -185,7 +185,7 @@ def backward_short_kernel(
         v = load_rows(v_ptr, offset_v, stride_v[3], m_n, VALUE_DIM, BLOCK_V)  # [BLOCK_N, BLOCK_V]
         s = dot_rows(q, k, PRECISION) * scale  # [BLOCK_M, BLOCK_N]
         s = mask_scores(s, bias, m_n[None, :], o_m[:, None], o_n[None, :], low, high, IS_CAUSAL or HAS_WINDOW)
-        p = probs_tile(s, lse[:, None])
+        p = probs_tile(s, lse, lse_error, 1)
         dp = dot_rows(do, v, PRECISION)
         dropped = p
         if key_ptr is not None:
@@ -204,22 +204,25 @@ def backward_short_kernel(
     store_rows(dq_ptr, offset_dq, stride_dq[3], m_m, dq * scale, HEAD_DIM, BLOCK_D)
 
 
-def forward_short(out: Tensor, lse: Tensor, call: AttentionCall, config: AttentionConfig) -> None:
+def forward_short(
+    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
+) -> None:
     """Launch the forward kernel, as :func:`pyaccel.kernels.attention.forward`, for ``seq_k <= config.block_n``."""
     tiles = call.n_streams * triton.cdiv(call.seq_q, config.block_m)
     with device_guard(out):
         forward_short_kernel[(triton.cdiv(tiles, config.tiles) + call.tail_programs,)](
-            **forward_short_arguments(out, lse, call, config), **config.launch_options
+            **forward_short_arguments(out, lse, lse_error, call, config), **config.launch_options
         )
 
 
 def forward_short_arguments(
-    out: Tensor, lse: Tensor, call: AttentionCall, config: AttentionConfig
+    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> dict[str, Any]:
     """The kernel's arguments by name."""
     return {
         "out_ptr": out,
         "lse_ptr": lse,
+        "lse_error_ptr": lse_error,
         "stride_out": call.strides(out),
         "stride_lse": call.strides(lse),
         "total": call.query.shape[2],
@@ -238,6 +241,7 @@ def backward_short(
     do: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_error: Tensor | None,
     dlse: Tensor | None,
     call: AttentionCall,
     config: AttentionConfig,
@@ -246,7 +250,7 @@ def backward_short(
     dk and dv, laid out as query, key and value are."""
     with device_guard(dq):
         backward_short_kernel[(call.n_streams + call.tail_programs,)](
-            **backward_short_arguments(dq, dk, dv, do, out, lse, dlse, call, config), **config.launch_options
+            **backward_short_arguments(dq, dk, dv, do, out, lse, lse_error, dlse, call, config), **config.launch_options
         )
 
 
@@ -257,6 +261,7 @@ def backward_short_arguments(
     do: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_error: Tensor | None,
     dlse: Tensor | None,
     call: AttentionCall,
     config: AttentionConfig,
@@ -269,6 +274,7 @@ def backward_short_arguments(
         "do_ptr": do,
         "out_ptr": out,
         "lse_ptr": lse,
+        "lse_error_ptr": lse_error,
         "dlse_ptr": dlse,
         "stride_dq": call.strides(dq),
         "stride_dk": call.strides(dk),

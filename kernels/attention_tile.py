@@ -144,19 +144,42 @@ def mask_scores(s, bias, allowed, o_row, o_col, low, high, BANDED: tl.constexpr)
 
 
 @triton.jit
-def probs_tile(s, lse):
-    """``exp(scores - lse)``: 0 where the score is -inf. An lse of +inf stands for a row without keys.
+def probs_tile(s, lse, lse_error, AXIS: tl.constexpr):
+    """``exp(scores - lse)``: 0 where the score is -inf. AXIS is the one that the rows' lse hasn't.
 
     The difference comes first: it is small where it matters, and a factor rounds both of its sides before.
     """
-    return tl.math.exp2((s - lse) * LOG2E)
+    s -= tl.expand_dims(lse, AXIS)
+    if lse_error is not None:
+        s -= tl.expand_dims(lse_error, AXIS)
+    return tl.math.exp2(s * LOG2E)
 
 
 @triton.jit
-def load_lse(lse_ptr, offset, m_row):
-    """LSE of some rows for :func:`probs_tile`: +inf for rows that don't exist or have no key."""
+def load_lse(lse_ptr, lse_error_ptr, offset, m_row):
+    """LSE of some rows and its error, if there is one, for :func:`probs_tile`: +inf for rows that don't exist or
+    have no key."""
     lse = tl.load(lse_ptr + offset, mask=m_row, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if lse_error_ptr is None:
+        return lse, None
+    else:
+        return lse, tl.load(lse_error_ptr + offset, mask=m_row, other=0.0)
+
+
+@triton.jit
+def store_lse(lse_ptr, lse_error_ptr, offset, m_row, maximum, row_sum):
+    """Store ``lse = maximum + log(row_sum)``, -inf for rows without keys, and what rounding took from it.
+
+    A float mask may move the scores of a whole row so far (to the lowest number, say) that their LSE can't hold
+    the logarithm: without its error the weights rebuilt from it would be 1, and not 1 / n.
+    """
+    log_sum = tl.log(row_sum)
+    lse = tl.where(row_sum == 0.0, float("-inf"), maximum + log_sum)
+    tl.store(lse_ptr + offset, lse, mask=m_row)
+    if lse_error_ptr is not None:
+        error = tl.where(row_sum == 0.0, 0.0, (maximum - lse) + log_sum)
+        tl.store(lse_error_ptr + offset, error, mask=m_row)
 
 
 @triton.jit

@@ -67,21 +67,27 @@ def forward_op(
     is_causal: bool,
     window_left: int,
     window_right: int,
-) -> tuple[Tensor, Tensor]:
-    """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``, and LSE ``[batch, heads, seq_q]`` fp32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``, and LSE ``[batch, heads, seq_q]`` fp32; then
+    what rounding took from the LSE, where a float attn_mask may make that large."""
     from pyaccel.kernels import attention, attention_short, config
 
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
-    out, lse = _forward_outputs(query, value)
+    out, lse, lse_error = _forward_outputs(query, value, attn_mask)
+    error = _wanted(lse_error)
     short = config.attention_short("forward_short", call.shape)
     if short is not None:
-        attention_short.forward_short(out, lse, call, short)
+        attention_short.forward_short(out, lse, error, call, short)
     else:
-        attention.forward(out, lse, call, config.attention("forward", call.shape))
-    return out, lse
+        attention.forward(out, lse, error, call, config.attention("forward", call.shape))
+    return out, lse, lse_error
+
+
+def _wanted(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
 
 
 def _like(x: Tensor, dim: int) -> Tensor:
@@ -90,8 +96,10 @@ def _like(x: Tensor, dim: int) -> Tensor:
     return x.new_empty(batch, seq, heads, dim).transpose(1, 2)
 
 
-def _forward_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _forward_outputs(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    is_float = attn_mask is not None and attn_mask.dtype != torch.bool
+    return _like(query, value.shape[3]), lse, torch.empty_like(lse) if is_float else lse.new_empty(0)
 
 
 @forward_op.register_fake
@@ -111,8 +119,8 @@ def _(
     is_causal: bool,
     window_left: int,
     window_right: int,
-) -> tuple[Tensor, Tensor]:
-    return _forward_outputs(query, value)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_outputs(query, value, attn_mask)
 
 
 @torch.library.custom_op("pyaccel::attention_backward", mutates_args=())
@@ -121,6 +129,7 @@ def backward_op(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_error: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -152,17 +161,20 @@ def backward_op(
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
     dq, dk, dv, dmask = _backward_outputs(query, key, value, attn_mask, want_dmask)
+    error = _wanted(lse_error)
     short = config.attention_short("backward_short", call.shape)
     if short is not None:
-        attention_short.backward_short(dq, dk, dv, dout, out, lse, dlse, call, short)
+        attention_short.backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
         return dq, dk, dv, dmask
     delta = torch.empty_like(lse)
-    attention_dquery.dquery(dq, delta, dout, out, lse, dlse, call, config.attention("dquery", call.shape))
+    attention_dquery.dquery(
+        dq, delta, dout, out, lse, error, dlse, call, config.attention("dquery", call.shape)
+    )
     attention_dkey_dvalue.dkey_dvalue(
-        dk, dv, dout, lse, delta, call, config.attention("dkey_dvalue", call.shape)
+        dk, dv, dout, lse, error, delta, call, config.attention("dkey_dvalue", call.shape)
     )
     if want_dmask:
-        attention_scores.dmask(dmask, dout, lse, delta, call, config.attention("scores", call.shape))
+        attention_scores.dmask(dmask, dout, lse, error, delta, call, config.attention("scores", call.shape))
     return dq, dk, dv, dmask
 
 
@@ -188,6 +200,7 @@ def _(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_error: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -313,25 +326,28 @@ class AttentionFunction(torch.autograd.Function):
         value: Tensor,
         attn_mask: Tensor | None,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Output and LSE; the arguments are those of :func:`forward_op`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What :func:`forward_op` gives; the arguments are its."""
         return forward_op(query, key, value, attn_mask, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*output, *inputs[:8])
         ctx.options = inputs[8:]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, *inputs = ctx.saved_tensors
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, dlse_error: None
+    ) -> tuple[Tensor | None, ...]:
+        out, lse, lse_error, *inputs = ctx.saved_tensors
         if dout is None:
             dout = out.new_zeros(()).expand_as(out)
         if dlse is not None:
             dlse = dlse.contiguous()
         want_dmask = ctx.needs_input_grad[3]
-        grads = backward_op(dout, dlse, out, lse, *inputs, *ctx.options, want_dmask)
+        grads = backward_op(dout, dlse, out, lse, lse_error, *inputs, *ctx.options, want_dmask)
         needed = ctx.needs_input_grad[:4]
         return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * (
             4 + len(ctx.options)
@@ -342,9 +358,9 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
         if torch.compiler.is_compiling():
             arguments = _distinct(arguments)
-        out, lse = AttentionFunction.apply(*arguments)
+        out, lse, _ = AttentionFunction.apply(*arguments)
     else:
-        out, lse = forward_op(*arguments)
+        out, lse, _ = forward_op(*arguments)
     return out, lse
 
 

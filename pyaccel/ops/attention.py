@@ -135,8 +135,7 @@ def scaled_dot_product_attention(
             and n in others.
         attn_mask: broadcastable to ``[batch, heads, seq_q, seq_k]``; bool, True = attend, or float (fp32 or
             query's dtype), added to the scores, where -inf masks. A float mask may need a gradient.
-            Gradients of a row whose every bias is near the lowest finite number are wrong on the Triton backend,
-            as its LSE can't hold the number of keys: mask such rows with -inf.
+            Mask with -inf: beside the lowest finite number scores vanish, and a row of it gets equal weights.
             ``torch.nn.attention.bias``'s causal masks are taken too.
         dropout_p: probability of dropping a weight. Always acts: pass 0 in evaluation.
         is_causal: query ``i`` sees keys ``j <= i`` (aligned top left, as in PyTorch).
@@ -243,7 +242,8 @@ def attention_probs(
 
     Args:
         lse: ``[batch, heads, seq_q]`` fp32 (fp64 for fp64 inputs), as :func:`scaled_dot_product_attention`
-            returned it with ``return_lse=True`` for the same query, key, masks and scale.
+            returned it with ``return_lse=True`` for the same query, key, masks and scale. A weight is as exact
+            as it: the LSE of a row of nothing but the lowest finite number says nothing of its keys.
 
     The other arguments, and what is raised, are as in :func:`scaled_dot_product_attention`; the output has the
     gradients of query, key, lse and a float ``attn_mask``.

@@ -316,7 +316,10 @@ def masked_attention(
         probs = probs.masked_fill(idle_rows, 0.0)
     lse = scores.new_empty(0)
     if return_lse:  # a statistic: fp32 from the first, where the output may do with the dtype's scores
-        lse = torch.logsumexp(scores if dtype == wide else masked_scores(wide), -1)
+        scores = scores if dtype == wide else masked_scores(wide)
+        # Its gradient is exp(scores - lse), which needs the difference exact: beside the lowest number it isn't.
+        about = torch.logsumexp(scores.detach(), -1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
+        lse = torch.logsumexp(scores - about, -1) + about.squeeze(-1)
         if allowed is not None:
             lse = lse.masked_fill(idle_rows.squeeze(-1), -math.inf)
     weights = probs

@@ -70,24 +70,28 @@ def _kernels() -> list[Kernel]:
     )
 
     def forward(call: AttentionCall, config: AttentionConfig) -> dict[str, Any]:
-        return attention.forward_arguments(_like(call.query), _lse(call), call, config)
+        return attention.forward_arguments(_like(call.query), _lse(call), _error(call), call, config)
 
     def forward_short(call: AttentionCall, config: AttentionConfig) -> dict[str, Any]:
-        return attention_short.forward_short_arguments(_like(call.query), _lse(call), call, config)
+        return attention_short.forward_short_arguments(
+            _like(call.query), _lse(call), _error(call), call, config
+        )
 
     def backward_short(call: AttentionCall, config: AttentionConfig) -> dict[str, Any]:
         dq, dk = _like(call.query), _like(call.key)
-        return attention_short.backward_short_arguments(dq, dk, dk, dq, dq, _lse(call), None, call, config)
+        return attention_short.backward_short_arguments(
+            dq, dk, dk, dq, dq, _lse(call), _error(call), None, call, config
+        )
 
     def dquery(call: AttentionCall, config: AttentionConfig) -> dict[str, Any]:
         dq, lse = _like(call.query), _lse(call)
-        return attention_dquery.dquery_arguments(dq, lse, dq, dq, lse, None, call, config)
+        return attention_dquery.dquery_arguments(dq, lse, dq, dq, lse, _error(call), None, call, config)
 
     def dkey_dvalue(want_dk: bool, want_dv: bool) -> Arguments:
         def arguments(call: AttentionCall, config: AttentionConfig) -> dict[str, Any]:
             dk, do, lse = _like(call.key), _like(call.query), _lse(call)
             return attention_dkey_dvalue.dkey_dvalue_arguments(
-                dk if want_dk else None, dk if want_dv else None, do, lse, lse, call, config
+                dk if want_dk else None, dk if want_dv else None, do, lse, _error(call), lse, call, config
             )
 
         return arguments
@@ -98,7 +102,7 @@ def _kernels() -> list[Kernel]:
 
     def dmask(call: AttentionCall, config: AttentionConfig) -> dict[str, Any]:
         mask, lse = call.query.new_empty(BATCH, 1, call.seq_q, call.seq_k), _lse(call)
-        return attention_scores.dmask_arguments(mask, _like(call.query), lse, lse, call, config)
+        return attention_scores.dmask_arguments(mask, _like(call.query), lse, _error(call), lse, call, config)
 
     short, both = "attention_short:{}_short_kernel", PLAIN + EXTRAS
     halves = "attention_dkey_dvalue:dkey_dvalue_kernel"
@@ -154,6 +158,10 @@ def _like(x: Tensor) -> Tensor:
 
 def _lse(call: AttentionCall) -> Tensor:
     return call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
+
+
+def _error(call: AttentionCall) -> Tensor | None:
+    return None if call.attn_mask is None else _lse(call)
 
 
 def _specs(kernel: Kernel, dtype: str, dim: int, has: str) -> Iterator[KernelSpec]:

@@ -102,6 +102,8 @@ class Launch:
         self.truth, self.naive = (define(call, self.dout, self.dlse, upcast) for upcast in (True, False))
         # What one kernel reads and another one wrote.
         self.out, self.lse = self.naive["out"].detach(), self.truth["lse"].float().detach()
+        is_float = call.attn_mask is not None and call.attn_mask.dtype != torch.uint8
+        self.error = (self.truth["lse"] - self.lse).float().nan_to_num(0.0).detach() if is_float else None
         delta = (self.dout.float() * self.out.float()).sum(-1) - self.dlse
         self.delta = delta.masked_fill(self.lse == -torch.inf, 0.0)
 
@@ -121,31 +123,42 @@ class Launch:
                 assert_close_to_truth(t.to(dtype), self.truth[name], self.naive[name].to(dtype), name=name)
 
     def forward(self, settings: AttentionConfig) -> None:
-        out, lse = self.like(self.call.query, self.call.value.shape[3]), self.like_lse()
-        attention.forward(out, lse, self.call, settings)
-        self.judge(out=out, lse=lse)
+        self._forward(attention.forward, settings)
 
     def forward_short(self, settings: AttentionConfig) -> None:
+        self._forward(attention_short.forward_short, settings)
+
+    def _forward(self, launch: Callable[..., None], settings: AttentionConfig) -> None:
         out, lse = self.like(self.call.query, self.call.value.shape[3]), self.like_lse()
-        attention_short.forward_short(out, lse, self.call, settings)
+        error = None if self.error is None else self.like_lse()
+        launch(out, lse, error, self.call, settings)
         self.judge(out=out, lse=lse)
+        if error is not None:
+            assert not error.isnan().any()
+            assert (
+                error.abs() <= 8.0 * torch.finfo(F32).eps * (lse.abs().nan_to_num(0.0, posinf=0.0) + 16.0)
+            ).all()
 
     def dquery(self, settings: AttentionConfig) -> None:
         dq, delta = self.like(self.call.query), self.like_lse()
-        attention_dquery.dquery(dq, delta, self.dout, self.out, self.lse, self.dlse, self.call, settings)
+        attention_dquery.dquery(
+            dq, delta, self.dout, self.out, self.lse, self.error, self.dlse, self.call, settings
+        )
         self.judge(dq=dq)
         written = self.lse != -torch.inf
         assert_close_to_truth(delta[written], self.delta.double()[written], self.delta[written], name="delta")
 
     def dkey_dvalue(self, settings: AttentionConfig) -> None:
         dk, dv = self.like(self.call.key), self.like(self.call.value)
-        attention_dkey_dvalue.dkey_dvalue(dk, dv, self.dout, self.lse, self.delta, self.call, settings)
+        attention_dkey_dvalue.dkey_dvalue(
+            dk, dv, self.dout, self.lse, self.error, self.delta, self.call, settings
+        )
         self.judge(dk=dk, dv=dv)
 
     def backward_short(self, settings: AttentionConfig) -> None:
         dq, dk, dv = (self.like(t) for t in (self.call.query, self.call.key, self.call.value))
         attention_short.backward_short(
-            dq, dk, dv, self.dout, self.out, self.lse, self.dlse, self.call, settings
+            dq, dk, dv, self.dout, self.out, self.lse, self.error, self.dlse, self.call, settings
         )
         self.judge(dq=dq, dk=dk, dv=dv)
 
@@ -162,7 +175,7 @@ class Launch:
                 for n, stride in zip(call.attn_mask.shape, call.attn_mask.stride(), strict=True)
             ]
             dmask = self.empty(shape, dtype=call.attn_mask.dtype, device=call.query.device)
-            attention_scores.dmask(dmask, self.dout, self.lse, self.delta, call, settings)
+            attention_scores.dmask(dmask, self.dout, self.lse, self.error, self.delta, call, settings)
             dims = [i for i, n in enumerate(shape) if n != call.attn_mask.shape[i]]
             for results in (self.truth, self.naive):
                 results["dmask"] = results["dmask"].sum(dims, keepdim=True) if dims else results["dmask"]
@@ -280,7 +293,7 @@ def test_copies_by_descriptor_give_the_same_bits(
         assert call.tma_can_read(call.key, call.value)
         launch = Launch(call, guarded_empty)
         out, lse = launch.like(call.query, 32), launch.like_lse()
-        attention.forward(out, lse, call, dataclasses.replace(settings, tma=tma))
+        attention.forward(out, lse, None, call, dataclasses.replace(settings, tma=tma))
         launch.judge(out=out, lse=lse)
         found.append((out, lse))
     for a, b in zip(*found, strict=True):

@@ -199,9 +199,10 @@ def with_minus_inf(mask: Tensor) -> Tensor:
     return mask
 
 
-def low_as_padding(keys: Tensor, dtype: torch.dtype, low: float) -> Tensor:
-    """An additive mask of a bool one of keys: a number on padding that is low, but not -inf."""
-    return torch.zeros(keys.shape, device=keys.device, dtype=dtype).masked_fill(~keys, low)[:, None, None]
+def lowest_as_padding(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hugging Face's additive mask of a bool one of keys: the lowest finite number on padding."""
+    mask = torch.zeros(keys.shape, device=keys.device, dtype=dtype)
+    return mask.masked_fill(~keys, torch.finfo(dtype).min)[:, None, None]
 
 
 Mask = Callable[[Shape, torch.dtype, torch.device], Options]
@@ -247,8 +248,8 @@ MASKS: dict[str, Mask] = {
     "float qk": additive(lambda s, d: random_float(*s[2:], device=d)),
     "float b11k": additive(lambda s, d: with_minus_inf(random_float(s[0], 1, 1, s[3], device=d))),
     "float bhqk": additive(lambda s, d: with_minus_inf(random_float(*s, device=d))),
-    "float low": lambda shape, dtype, device: {
-        "attn_mask": low_as_padding(padding_and_nothing(shape, device), dtype, -30.0)
+    "float lowest": lambda shape, dtype, device: {
+        "attn_mask": lowest_as_padding(padding_and_nothing(shape, device), dtype)
     },
     "bias bhqk": additive(lambda s, d: with_minus_inf(random_float(*s, device=d)), needs_grad=True),
     "bias qk": additive(lambda s, d: with_minus_inf(random_float(*s[2:], device=d)), needs_grad=True),

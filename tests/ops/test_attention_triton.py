@@ -125,27 +125,15 @@ def test_scores_beyond_the_range_of_an_exponential(
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("lengths", [(17, 33), (70, 97)], ids=str)
-def test_the_lowest_number_as_a_mask(lengths: tuple[int, int], dtype: str, device: torch.device) -> None:
-    """Hugging Face's additive padding mask."""
-    call = cases.padded(device, lengths=lengths, dtype=dtype)
-    keys = cases.right_padding((*call.qkv[0].shape[:3], lengths[1]), device)
-    call.options["attn_mask"] = cases.low_as_padding(
-        keys, cases.DTYPES[dtype], torch.finfo(cases.DTYPES[dtype]).min
-    )
-    cases.check(call)
-
-
-@pytest.mark.parametrize("lengths", [(17, 33), (70, 97)], ids=str)
-def test_a_row_of_the_lowest_number_is_uniform(lengths: tuple[int, int], device: torch.device) -> None:
+def test_a_row_of_the_lowest_number_is_uniform(
+    lengths: tuple[int, int], dtype: str, device: torch.device
+) -> None:
     """It masks nothing: -inf does. Scores vanish beside it, and all weights are the same, as PyTorch has it."""
-    query, key, value = cases.padded(device, lengths=lengths).qkv
-    mask = torch.full((1, lengths[1]), torch.finfo(F32).min, device=device)
-    out = attend(query, key, value, mask)
-    truth, naive = (
-        reference.scaled_dot_product_attention(query, key, value, mask, upcast=upcast)
-        for upcast in (True, False)
-    )
-    assert_close_to_truth(out, truth, naive)
+    call = cases.padded(device, lengths=lengths, dtype=dtype, lse="differentiated")
+    low = torch.finfo(cases.DTYPES[dtype]).min
+    call.options["attn_mask"] = torch.full((lengths[0], 1), low, device=device, dtype=cases.DTYPES[dtype])
+    call.mask_needs_grad = True
+    cases.check(call)
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])

@@ -141,13 +141,13 @@ def test_opcheck_attention(case: str, device: torch.device) -> None:
     )
     given = (query, key, value, *{**USUAL, **options}.values())
     torch.library.opcheck(attention.forward_op, given)
-    out, lse = attention.forward_op(*given)
+    out, lse, error = attention.forward_op(*given)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     mask = options.get("attn_mask")
     want_dmask = mask is not None and mask.is_floating_point()
-    torch.library.opcheck(attention.backward_op, (dout, dlse, out, lse, *given, want_dmask))
+    torch.library.opcheck(attention.backward_op, (dout, dlse, out, lse, error, *given, want_dmask))
     if case == "plain":
-        torch.library.opcheck(attention.backward_op, (dout, None, out, lse, *given, False))
+        torch.library.opcheck(attention.backward_op, (dout, None, out, lse, error, *given, False))
     if batch == 2:
         masks = (mask, options.get("key_mask"))
         numbers = [
