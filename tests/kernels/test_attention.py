@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,9 +104,13 @@ class Launch:
         # What one kernel reads and another one wrote.
         self.out, self.lse = self.naive["out"].detach(), self.truth["lse"].float().detach()
         is_float = call.attn_mask is not None and call.attn_mask.dtype != torch.uint8
-        self.error = (self.truth["lse"] - self.lse).float().nan_to_num(0.0).detach() if is_float else None
-        delta = (self.dout.float() * self.out.float()).sum(-1) - self.dlse
-        self.delta = delta.masked_fill(self.lse == -torch.inf, 0.0)
+        # Beside the lowest number fp64 can't hold the logarithm either.
+        self.lowest = (self.lse < -1e30) & self.lse.isfinite()
+        error = (self.truth["lse"] - self.lse).float().nan_to_num(0.0).detach()
+        self.error = error.masked_fill(self.lowest, math.log(call.seq_k)) if is_float else None
+        delta = (self.dout.double() * self.out.double()).sum(-1) - self.dlse
+        self.exact_delta = delta.masked_fill(self.lse == -torch.inf, 0.0)
+        self.delta = self.exact_delta.float()
 
     def like(self, x: Tensor, dim: int | None = None) -> Tensor:
         """An output laid out as the ops' are, heads inside; row_gap elements after each row are guards too."""
@@ -133,11 +138,11 @@ class Launch:
         error = None if self.error is None else self.like_lse()
         launch(out, lse, error, self.call, settings)
         self.judge(out=out, lse=lse)
-        if error is not None:
-            assert not error.isnan().any()
+        if error is not None and self.error is not None:
             assert (
                 error.abs() <= 8.0 * torch.finfo(F32).eps * (lse.abs().nan_to_num(0.0, posinf=0.0) + 16.0)
             ).all()
+            assert_statistic(error[self.lowest], self.error[self.lowest].double(), scale=16.0, name="error")
 
     def dquery(self, settings: AttentionConfig) -> None:
         dq, delta = self.like(self.call.query), self.like_lse()
@@ -146,7 +151,8 @@ class Launch:
         )
         self.judge(dq=dq)
         written = self.lse != -torch.inf
-        assert_close_to_truth(delta[written], self.delta.double()[written], self.delta[written], name="delta")
+        naive = (self.dout.float() * self.out.float()).sum(-1) - self.dlse
+        assert_close_to_truth(delta[written], self.exact_delta[written], naive[written], name="delta")
 
     def dkey_dvalue(self, settings: AttentionConfig) -> None:
         dk, dv = self.like(self.call.key), self.like(self.call.value)
@@ -168,7 +174,11 @@ class Launch:
             (*call.query.shape[:3], call.seq_k), dtype=call.query.dtype, device=call.query.device
         )
         attention_scores.probs(probs, self.lse, call, settings)
-        self.judge(probs=probs)
+        # The LSE alone says nothing of the weights beside the lowest number.
+        for results in (self.truth, self.naive):
+            results["probs"] = results["probs"].masked_fill(self.lowest[..., None], 0.0)
+        assert not probs.isnan().any(), "probs: not everything was written"
+        self.judge(probs=probs.masked_fill(self.lowest[..., None], 0.0))
         if call.attn_mask is not None:
             shape = [
                 1 if stride == 0 else n
@@ -195,7 +205,7 @@ def test_all_of_the_outputs_is_written_and_nothing_else(
 ) -> None:
     """Rows with guards between them; lengths and dims that fill no tile; a sequence without keys."""
     heads = (2, 3, 3) if kernel == "backward_short" else (2, 4, 2)
-    keys = torch.arange(41, device=device) < torch.tensor([[37], [0]], device=device)
+    keys = torch.arange(41, device=device) < torch.tensor([[0], [37]], device=device)
     options: dict[str, Any] = {"key_mask": keys[:, None].expand(2, heads[1], 41)}
     if kernel == "scores":
         options["attn_mask"] = torch.randn(1, heads[1], 35, 41, device=device).expand(2, -1, -1, -1)
@@ -215,6 +225,93 @@ def test_all_of_a_packed_batch_is_written_and_nothing_else(
     settings = choose(kernel, call.shape)
     assert settings is not None
     getattr(Launch(call, guarded_empty), kernel)(settings)
+
+
+# --- every option -------------------------------------------------------------------------------------------
+
+
+OPTIONS = [
+    (kernel, option)
+    for kernel in KERNELS
+    for option in ("window", "causal", "negative scale", "key mask", "mask", "lowest", "dims strided")
+    # Beside an attn_mask the other backward kernels serve every length.
+    if not (kernel == "backward_short" and option in ("mask", "lowest"))
+]
+
+
+def options_of(name: str, heads: int, lengths: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    if name == "window":
+        return {"window_size": (5, 3)}
+    if name == "causal":
+        return {"is_causal": True}
+    if name == "negative scale":
+        return {"scale": -0.3}
+    if name == "key mask":
+        return {"key_mask": (torch.arange(lengths[1], device=device) % 3 > 0).expand(2, heads, -1)}
+    if name == "mask":
+        mask = torch.randn(2, heads, *lengths, device=device)
+        mask[torch.rand_like(mask) < 0.3] = -torch.inf
+        mask[..., ::3] = -torch.inf
+        mask[..., 4, :] = -torch.inf
+        return {"attn_mask": mask}
+    if name == "lowest":
+        mask = torch.zeros(2, heads, *lengths, device=device)
+        mask[:, :, ::2] = torch.finfo(F32).min
+        return {"attn_mask": mask}
+    return {}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("kernel", "option"), OPTIONS)
+def test_every_option_is_right(
+    kernel: str, option: str, dtype: torch.dtype, device: torch.device, guarded_empty: Alloc
+) -> None:
+    """On several tiles; keys and values that no query attends to are NaN when the kernel sees them."""
+    heads, lengths = (2, 2, 2 if kernel == "backward_short" else 1), (38, 45)
+    options = options_of(option, heads[1], lengths, device)
+    if kernel == "scores":
+        options.setdefault("attn_mask", torch.randn(1, 1, *lengths, device=device).expand(2, 2, -1, -1))
+    call = make_call(device, lengths, dtype=dtype, heads=heads, **options)
+    if option == "dims strided":
+        strided = {name: in_order(getattr(call, name), 0, 1, 3, 2) for name in ("query", "key", "value")}
+        call = dataclasses.replace(call, **strided)
+    settings = choose(kernel, call.shape)
+    assert settings is not None
+    launch = Launch(call, guarded_empty)
+    unread = {
+        "window": slice(0, 2),
+        "causal": slice(38, None),
+        "key mask": slice(0, None, 3),
+        "mask": slice(0, None, 3),
+    }
+    if option in unread:
+        poisoned = {name: getattr(call, name).clone() for name in ("key", "value")}
+        for t in poisoned.values():
+            t[:, :, unread[option]] = NAN
+        launch.call = dataclasses.replace(call, **poisoned)
+    getattr(launch, kernel)(settings)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "forward_short"])
+def test_a_score_that_is_masked_may_be_nan(kernel: str, device: torch.device, guarded_empty: Alloc) -> None:
+    """Where another query of the tile attends to the key."""
+    mask = torch.zeros(1, 2, 20, 45, device=device)
+    mask[:, :, 1:, 7] = -torch.inf
+    call = make_call(device, (20, 45), attn_mask=mask)
+    settings = choose(kernel, call.shape)
+    assert settings is not None
+    key = call.key.clone()
+    key[:, :, 7] = NAN
+    launch = Launch(call, guarded_empty)
+    found = []
+    for changed in (call, dataclasses.replace(call, key=key)):
+        out, lse, error = launch.like(call.query, 24), launch.like_lse(), launch.like_lse()
+        getattr(attention if kernel == "forward" else attention_short, kernel)(
+            out, lse, error, changed, settings
+        )
+        found.append((out[:, :, 1:], lse[:, :, 1:], error[:, :, 1:]))
+    for a, b in zip(*found, strict=True):
+        assert_bits_equal(a, b)
 
 
 # --- every configuration ------------------------------------------------------------------------------------
