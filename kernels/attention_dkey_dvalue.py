@@ -35,7 +35,7 @@ def dkey_dvalue_kernel(
     total, n_streams, n_heads, group, seq_q, seq_k, scale, window_left, window_right, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SKIP_MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dkey and dvalue. A program holds BLOCK_N keys and walks all queries of all heads that attend to them.
@@ -124,9 +124,12 @@ def dkey_dvalue_kernel(
                     bias = load_bias(
                         base_mask, row_offset, o_n.to(tl.int64)[:, None] * stride_mask[3], m_tile
                     )
-                    live = tl.max(tl.max(bias, axis=1), axis=0) > float("-inf")
+                    if SKIP_MASKED:
+                        live = tl.max(tl.max(bias, axis=1), axis=0) > float("-inf")
                 if live:
-                    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, base_lse + first_q + o_m, m_m)  # [BLOCK_M]
+                    lse, lse_error = load_lse(
+                        lse_ptr, lse_error_ptr, base_lse + first_q + o_m, m_m
+                    )  # [BLOCK_M]
                     delta = tl.load(delta_ptr + base_lse + first_q + o_m, mask=m_m, other=0.0)
                     if IDLE_ROWS:
                         m_m &= lse < float("inf")
@@ -205,4 +208,5 @@ def dkey_dvalue_arguments(
         **call.arguments(),
         **call.offsets(),
         **config.blocks,
+        "SKIP_MASKED": config.skip_masked,
     }

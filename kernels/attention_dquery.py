@@ -43,7 +43,7 @@ def dquery_kernel(
     total, n_streams, n_heads, group, seq_q, seq_k, scale, window_left, window_right, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, MASK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SKIP_MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dquery, and delta (fp32, laid out as the LSE is) for the other kernel. A program holds BLOCK_M queries."""
@@ -114,7 +114,8 @@ def dquery_kernel(
                     bias = apply_band(bias, o_m[:, None], o_n[None, :], low, high)
                 # A key that none of these queries attends to isn't read: 0 * NaN would be NaN.
                 m_n &= tl.max(bias, axis=0) > float("-inf")
-                live = tl.max(m_n.to(tl.int32), axis=0) > 0
+                if SKIP_MASKED:
+                    live = tl.max(m_n.to(tl.int32), axis=0) > 0
             if live:
                 offset_k = base_k + (first_k + o_n) * stride_k[2]
                 offset_v = base_v + (first_k + o_n) * stride_v[2]
@@ -158,7 +159,8 @@ def dquery(
     programs = call.n_streams * triton.cdiv(call.seq_q, config.block_m) + call.tail_programs
     with device_guard(dq):
         dquery_kernel[(programs,)](
-            **dquery_arguments(dq, delta, do, out, lse, lse_error, dlse, call, config), **config.launch_options
+            **dquery_arguments(dq, delta, do, out, lse, lse_error, dlse, call, config),
+            **config.launch_options,
         )
 
 
@@ -190,4 +192,5 @@ def dquery_arguments(
         **call.arguments(),
         **call.offsets(),
         **config.blocks,
+        "SKIP_MASKED": config.skip_masked,
     }

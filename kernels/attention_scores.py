@@ -53,7 +53,9 @@ def _probs(
     s = mask_scores(s, bias, m_n[None, :], o_m[:, None], o_n[None, :], low, high, BANDED)
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + o_m
     lse, lse_error = load_lse(lse_ptr, lse_error_ptr, offset_lse, m_m)
-    return tl.where(lse[:, None] == float("inf"), 0.0, probs_tile(s, lse, lse_error, 1))  # they may hold anything
+    return tl.where(
+        lse[:, None] == float("inf"), 0.0, probs_tile(s, lse, lse_error, 1)
+    )  # they may hold anything
 
 
 @triton.jit(do_not_specialize=["threshold"])

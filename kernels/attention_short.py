@@ -250,7 +250,8 @@ def backward_short(
     dk and dv, laid out as query, key and value are."""
     with device_guard(dq):
         backward_short_kernel[(call.n_streams + call.tail_programs,)](
-            **backward_short_arguments(dq, dk, dv, do, out, lse, lse_error, dlse, call, config), **config.launch_options
+            **backward_short_arguments(dq, dk, dv, do, out, lse, lse_error, dlse, call, config),
+            **config.launch_options,
         )
 
 

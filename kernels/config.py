@@ -106,6 +106,8 @@ class AttentionConfig:
         tiles: tiles that a program of the short forward kernel has one after the other; 0 for the other kernels.
         tma: load keys and values through Hopper's copy engine, where a call allows it; forward kernel alone.
         split: compute dkey and dvalue in two launches, because one has no registers for both.
+        skip_masked: skip the blocks that attn_mask masks wholly, in the backward kernels that know one. Loads under
+            such a branch aren't pipelined, and then the addresses of all that wgmma reads stay in registers.
     """
 
     block_m: int
@@ -115,6 +117,7 @@ class AttentionConfig:
     tiles: int = 0
     tma: bool = False
     split: bool = False
+    skip_masked: bool = True
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -190,7 +193,7 @@ _ATTENTION: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
     ("forward_short_128", "amd"): ({32: (128, 128, 8, 1), 128: (64, 128, 4, 1)}, {}),
     ("dquery", "hopper"): (
         {32: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-        {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+        {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
     ),
     ("dquery", "ampere"): (
         {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
@@ -201,8 +204,8 @@ _ATTENTION: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
         {64: (128, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
     ),
     ("dkey_dvalue", "hopper"): (
-        {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
-        {32: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
+        {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 2)},
+        {32: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 2)},
     ),
     ("dkey_dvalue", "ampere"): (
         {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 64, 8, 1)},
@@ -284,8 +287,13 @@ def attention(kernel: str, shape: AttentionShape) -> AttentionConfig:
     tiles = _tiles(kernel, shape, extras)
     if tiles is None:
         raise ValueError(f"attention kernels take head dimensions of up to 256, not {shape.head_dim}")
-    split = attention_part(shape.arch, shape.itemsize) in ("hopper", "blackwell") and shape.head_dim > 64
-    return AttentionConfig(*tiles, split=split and kernel == "dkey_dvalue" and extras)
+    part = attention_part(shape.arch, shape.itemsize)
+    split = part in ("hopper", "blackwell") and shape.head_dim > 64
+    return AttentionConfig(
+        *tiles,
+        split=split and kernel == "dkey_dvalue" and extras,
+        skip_masked=not (part == "hopper" and shape.head_dim > 128),
+    )
 
 
 def attention_short(kernel: str, shape: AttentionShape) -> AttentionConfig | None:

@@ -253,6 +253,7 @@ def options_of(name: str, heads: int, lengths: tuple[int, int], device: torch.de
         mask[torch.rand_like(mask) < 0.3] = -torch.inf
         mask[..., ::3] = -torch.inf
         mask[..., 4, :] = -torch.inf
+        mask[..., :32, 32:] = -torch.inf
         return {"attn_mask": mask}
     if name == "lowest":
         mask = torch.zeros(2, heads, *lengths, device=device)
@@ -289,7 +290,8 @@ def test_every_option_is_right(
         for t in poisoned.values():
             t[:, :, unread[option]] = NAN
         launch.call = dataclasses.replace(call, **poisoned)
-    getattr(launch, kernel)(settings)
+    for skip_masked in {settings.skip_masked, option != "mask"}:
+        getattr(launch, kernel)(dataclasses.replace(settings, skip_masked=skip_masked))
 
 
 @pytest.mark.parametrize("kernel", ["forward", "forward_short"])
