@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.attention_call import AttentionCall
+from pyaccel.kernels.attention_config import AttentionConfig
 from pyaccel.kernels.attention_tile import (
     LOG2E,
     apply_band,
@@ -28,7 +29,6 @@ from pyaccel.kernels.attention_tile import (
     store_lse,
     store_rows,
 )
-from pyaccel.kernels.config import AttentionConfig
 from pyaccel.kernels.device import device_guard
 from pyaccel.kernels.philox import keep_tile
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.kernels.config import AttentionShape
+from pyaccel.kernels.attention_config import AttentionShape
 from pyaccel.kernels.device import device_info
 from pyaccel.kernels.philox import keep_scale, threshold_bits
 

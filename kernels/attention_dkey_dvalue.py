@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.attention_call import AttentionCall
+from pyaccel.kernels.attention_config import AttentionConfig
 from pyaccel.kernels.attention_tile import (
     band,
     clear_tail,
@@ -21,7 +22,6 @@ from pyaccel.kernels.attention_tile import (
     sequence,
     store_rows,
 )
-from pyaccel.kernels.config import AttentionConfig
 from pyaccel.kernels.device import device_guard
 from pyaccel.kernels.philox import keep_tile
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.attention_call import AttentionCall
+from pyaccel.kernels.attention_config import AttentionConfig
 from pyaccel.kernels.attention_tile import (
     band,
     dot_rows,
@@ -22,7 +23,6 @@ from pyaccel.kernels.attention_tile import (
     mask_scores,
     probs_tile,
 )
-from pyaccel.kernels.config import AttentionConfig
 from pyaccel.kernels.device import device_guard
 from pyaccel.kernels.philox import keep_tile
 

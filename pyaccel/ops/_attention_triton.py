@@ -70,7 +70,8 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``, and LSE ``[batch, heads, seq_q]`` fp32; then
     what rounding took from the LSE, where a float attn_mask may make that large."""
-    from pyaccel.kernels import attention, attention_short, config
+    from pyaccel.kernels import attention, attention_short
+    from pyaccel.kernels import attention_config as config
 
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
@@ -148,12 +149,12 @@ def backward_op(
     want_dmask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, in their shapes, and of attn_mask, in its; size 0 if that isn't wanted."""
+    from pyaccel.kernels import attention_config as config
     from pyaccel.kernels import (
         attention_dkey_dvalue,
         attention_dquery,
         attention_scores,
         attention_short,
-        config,
     )
 
     call = _call(
@@ -245,7 +246,8 @@ def probs_op(
     window_right: int,
 ) -> Tensor:
     """The weights before dropout, ``[batch, heads, seq_q, seq_k]``, of a padded batch."""
-    from pyaccel.kernels import attention_scores, config
+    from pyaccel.kernels import attention_config as config
+    from pyaccel.kernels import attention_scores
 
     call = _call(
         query, key, key, attn_mask, key_mask, None, None, None, query.shape[2], key.shape[2], scale, 0.0,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyaccel.kernels import config as kernel_config
-from pyaccel.kernels.config import AttentionConfig
+from pyaccel.kernels import attention_config
+from pyaccel.kernels.attention_config import AttentionConfig
 from pyaccel.verify.kernel_specs import ARCHS, Argument, KernelSpec, kernel_spec
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _specs(kernel: Kernel, dtype: str, dim: int, has: str) -> Iterator[KernelSpe
     call = make_call(DTYPES[dtype], dim, kernel.seq, has)
     by_config: dict[AttentionConfig, list[str]] = {}
     for arch in ARCHS:
-        choose = kernel_config.attention_short if "short" in kernel.config else kernel_config.attention
+        choose = attention_config.attention_short if "short" in kernel.config else attention_config.attention
         config = choose(kernel.config, call.shape_on(arch))
         if config is not None and config.split == (kernel.label in ("dkey", "dvalue")):
             by_config.setdefault(config, []).append(arch)

@@ -18,10 +18,10 @@ from pyaccel.kernels import (
     attention_dquery,
     attention_scores,
     attention_short,
-    config,
 )
+from pyaccel.kernels import attention_config as config
 from pyaccel.kernels.attention_call import AttentionCall
-from pyaccel.kernels.config import AttentionConfig, AttentionShape
+from pyaccel.kernels.attention_config import AttentionConfig, AttentionShape
 from pyaccel.kernels.device import device_info
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.reference import attention as reference

@@ -23,8 +23,8 @@ from pyaccel.kernels import (
     attention_dquery,
     attention_scores,
     attention_short,
-    config,
 )
+from pyaccel.kernels import attention_config as config
 from pyaccel.kernels.device import DeviceInfo
 from pyaccel.verify import attention_specs
 from pyaccel.verify.kernel_specs import ARCHS, KernelSpec, specs
