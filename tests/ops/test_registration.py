@@ -27,11 +27,11 @@ def test_opcheck_residual_layernorm(dtype: torch.dtype, full: bool, device: torc
     weight, bias, x_bias = torch.randn(3, cols, device=device).unbind()
     key = dropout_key(device)
     if full:
-        forward = (x, residual, weight, bias, x_bias, key, 1e-12, 0.2, dtype, True)
+        forward = (x, residual, weight, bias, x_bias, key, 1e-12, 0.2, dtype, False, True, True, True)
     else:
-        forward = (x, None, None, None, None, None, 1e-5, 0.0, F32, False)
+        forward = (x, None, None, None, None, None, 1e-5, 0.0, F32, True, False, True, False)
     torch.library.opcheck(forward_op, forward)
-    _, total, mean, rstd = forward_op(*forward[:-1], True)
+    _, total, _, _, mean, rstd = forward_op(*forward)
     grads = (
         (dy, dsum, total, mean, rstd, weight, key, 0.2)
         if full
