@@ -231,7 +231,9 @@ def test_int8_output_of_rows_that_are_not_numbers_or_nothing(device: torch.devic
     x = torch.randn(4, 3, 40, device=device)
     x[0, 1, 7], x[1, 2, 3] = float("nan"), float("inf")
     weight = torch.zeros(40, device=device)
-    for parameters in ((None, None), (weight, None)):
+    halves = torch.arange(-20.0, 20.0, device=device) + 0.5  # rounded half to even where the scale is 1
+    halves[0] = 127.0
+    for parameters in ((None, None), (weight, None), (weight, halves)):
         _, codes, scale = call(x, None, *parameters, quantize_output=True)
         out = call(x, None, *parameters)
         expected_codes, expected_scale = reference.quantize_per_token(out)
