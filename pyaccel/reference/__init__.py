@@ -2,6 +2,7 @@
 
 from pyaccel.reference.activation import activation
 from pyaccel.reference.attention import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.reference.bias_gelu import bias_gelu
 from pyaccel.reference.int8_matmul import int8_matmul
 from pyaccel.reference.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
 from pyaccel.reference.residual_layernorm import ResidualLayerNormOutput, residual_layernorm
@@ -10,6 +11,7 @@ __all__ = [
     "ResidualLayerNormOutput",
     "activation",
     "attention_probs",
+    "bias_gelu",
     "int8_matmul",
     "quantize_per_channel",
     "quantize_per_tensor",
