@@ -49,10 +49,12 @@ def forward_kernel(
         centred = tl.where(mask, x, 0.0)
     else:
         mean = tl.sum(x, axis=1) / n_cols  # [BLOCK_ROWS]
-        tl.store(mean_ptr + o_row, mean, mask=m_row)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + o_row, mean, mask=m_row)
         centred = tl.where(mask, x - mean[:, None], 0.0)  # [BLOCK_ROWS, BLOCK_N]
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
-    tl.store(rstd_ptr + o_row, rstd, mask=m_row)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + o_row, rstd, mask=m_row)
     out = centred * rstd[:, None]
     if weight_ptr is not None:
         out *= tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
@@ -72,7 +74,7 @@ def forward(
     codes: Tensor | None,
     codes_scale: Tensor | None,
     mean: Tensor | None,
-    rstd: Tensor,
+    rstd: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -81,9 +83,10 @@ def forward(
     dropout_key: Tensor | None,
     eps: float,
     dropout_p: float,
+    rms_norm: bool,
     config: RowConfig,
 ) -> None:
-    """Launch the forward kernel; it writes what isn't None. Without ``mean`` it is RMSNorm.
+    """Launch the forward kernel; it writes what isn't None (RMSNorm has no mean).
 
     Shapes: x, residual ``[rows, cols]`` of any strides; out, total (the sum), codes (int8, of the fp32 output) the
     same, contiguous; weight, bias, x_bias ``[cols]`` contiguous; codes_scale, mean, rstd ``[rows]`` fp32. Statistics
@@ -98,5 +101,5 @@ def forward(
             x, residual, weight, bias, x_bias, dropout_key,
             x.stride(0), x.stride(1), *((0, 0) if residual is None else residual.stride()),
             n_rows, n_cols, eps, keep_scale(dropout_p), threshold_bits(dropout_p),
-            RMS_NORM=mean is None, BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n, num_warps=config.num_warps,
+            RMS_NORM=rms_norm, BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n, num_warps=config.num_warps,
         )  # fmt: skip

@@ -40,20 +40,23 @@ def forward_op(
     want_out: bool,
     want_sum: bool,
     want_codes: bool,
+    want_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and sum ``[rows, cols]``, int8 codes of the output and their scales ``[rows]`` fp32, mean (not of RMSNorm)
-    and rstd ``[rows]`` fp32."""
+    and rstd ``[rows]`` fp32, for the backward."""
     from pyaccel.kernels import config, residual_layernorm
 
-    outputs = _forward_outputs(x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes)
+    outputs = _forward_outputs(
+        x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics
+    )
     out, total, codes, codes_scale, mean, rstd = outputs
     residual_layernorm.forward(
         out if want_out else None,
         total if want_sum else None,
         codes if want_codes else None,
         codes_scale if want_codes else None,
-        None if rms_norm else mean,
-        rstd,
+        mean if want_statistics and not rms_norm else None,
+        rstd if want_statistics else None,
         x,
         residual,
         weight,
@@ -62,6 +65,7 @@ def forward_op(
         dropout_key,
         eps,
         dropout_p,
+        rms_norm,
         config.residual_layernorm_forward(x.shape[1]),
     )
     return outputs
@@ -75,6 +79,7 @@ def _forward_outputs(
     want_out: bool,
     want_sum: bool,
     want_codes: bool,
+    want_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, n_cols = x.shape
     return (
@@ -82,8 +87,8 @@ def _forward_outputs(
         x.new_empty(n_rows if want_sum else 0, n_cols, dtype=_sum_dtype(x, residual)),
         x.new_empty(n_rows if want_codes else 0, n_cols, dtype=torch.int8),
         x.new_empty(n_rows if want_codes else 0, dtype=torch.float32),
-        x.new_empty(0 if rms_norm else n_rows, dtype=torch.float32),
-        x.new_empty(n_rows, dtype=torch.float32),
+        x.new_empty(n_rows if want_statistics and not rms_norm else 0, dtype=torch.float32),
+        x.new_empty(n_rows if want_statistics else 0, dtype=torch.float32),
     )
 
 
@@ -102,8 +107,9 @@ def _(
     want_out: bool,
     want_sum: bool,
     want_codes: bool,
+    want_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes)
+    return _forward_outputs(x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics)
 
 
 @torch.library.custom_op("pyaccel::residual_layernorm_backward", mutates_args=())
@@ -243,6 +249,7 @@ class ResidualLayerNormFunction(torch.autograd.Function):
             True,
             True,
             want_codes,
+            True,
         )
 
     @staticmethod
@@ -429,7 +436,7 @@ def _triton_backend(
         out, total, codes, scales, *_ = ResidualLayerNormFunction.apply(*arguments, want_codes)
     else:
         with torch.no_grad():  # codes alone have no gradient, whatever the inputs want
-            out, total, codes, scales, *_ = forward_op(*arguments, want_out, want_sum, want_codes)
+            out, total, codes, scales, *_ = forward_op(*arguments, want_out, want_sum, want_codes, False)
     results = zip((out, total, codes), wanted, strict=False)
     return *(t.view(x.shape) if want else t for t, want in results), (
         scales.view(x.shape[:-1]) if want_codes else scales

@@ -30,7 +30,7 @@ def test_forward_and_backward_write_all_of_their_outputs_and_nothing_else(
     codes_scale, mean, rstd = (guarded_empty((rows,), device=device) for _ in range(3))
     residual_layernorm.forward(
         out, total, codes, codes_scale, mean, rstd, x, residual, weight, bias, x_bias, key, 1e-12, 0.25,
-        config.residual_layernorm_forward(cols),
+        False, config.residual_layernorm_forward(cols),
     )  # fmt: skip
     for t in (out, total, codes_scale, mean, rstd):
         assert not t.isnan().any()

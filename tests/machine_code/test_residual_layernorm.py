@@ -229,8 +229,8 @@ def test_the_specs_are_what_the_launchers_launch(
         torch.empty_like(residual) if full else None,
         torch.empty_like(residual, dtype=torch.int8) if int8 else None,
         statistics if int8 else None,
-        statistics,
-        statistics,
+        statistics if full else None,
+        statistics if full else None,
         x,
         residual,
         vector,
@@ -239,6 +239,7 @@ def test_the_specs_are_what_the_launchers_launch(
         key,
         1e-12,
         dropout_p,
+        False,
         forward_config,
     )
     residual_layernorm_backward.backward(

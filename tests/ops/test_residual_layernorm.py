@@ -170,7 +170,7 @@ def test_saved_statistics_are_fp32_numbers(case: Case, device: torch.device, poi
     out_dtype = F32 if inputs["residual"] is None else torch.promote_types(case.dtypes[0], case.dtypes[1])
     args = [inputs[n] for n in NAMES]
     *_, mean, rstd = forward_op(
-        *args, key, case.eps, case.dropout_p, out_dtype, case.rms_norm, True, False, False
+        *args, key, case.eps, case.dropout_p, out_dtype, case.rms_norm, True, False, False, True
     )
     truth = reference.residual_layernorm(
         *args[:4],
