@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant("int8: rows longer than a block are cut", CONFIG, "block_n = max(_next_power_of_2(n_cols), 512)", "block_n = min(max(_next_power_of_2(n_cols), 512), 8192)"),
     Mutant("int8: given although a gradient is needed", OP, "    if quantize_output and _needs_gradient(x, bias):", "    if quantize_output and _needs_gradient(x, None):"),
     Mutant("dbias: in x's dtype", OP, "dtype = x.dtype if bias is None else bias.dtype", "dtype = x.dtype"),
-    Mutant("the output is saved too", OP, "        ctx.save_for_backward(x, bias)", "        ctx.save_for_backward(x, bias, output)\n        ctx.saved = None"),
+    Mutant("a copy of x is saved", OP, "ctx.save_for_backward(x, bias)", "ctx.save_for_backward(x.clone(), bias)"),
     Mutant("the bias gradient is summed although nobody wants it", OP, "want_dx, want_dbias = ctx.needs_input_grad[:2]\n", "want_dx, want_dbias = ctx.needs_input_grad[0], bias is not None\n"),
     Mutant("a bias of any stride is taken as contiguous", OP, "bias = None if bias is None else bias.contiguous()", "bias = bias"),
 ]  # fmt: skip

@@ -173,6 +173,19 @@ def test_a_gradient_of_stride_zero_and_a_cat_after_the_op(device: torch.device) 
         assert_bits_equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+def test_an_fp32_bias_has_the_gradient_of_an_fp32_x(dtype: torch.dtype, device: torch.device) -> None:
+    """Nothing is rounded on the way: not dx before it is summed, and not the sum."""
+    x, dy = (torch.randn(2, 40, 48, device=device) + 0.3).to(dtype).unbind()
+    bias = torch.randn(48, device=device, requires_grad=True)
+    for activation in ACTIVATIONS:
+        narrow, wide = (
+            torch.autograd.grad(call(a, bias, activation), bias, b)[0]
+            for a, b in ((x, dy), (x.float(), dy.float()))
+        )
+        assert_bits_equal(narrow, wide, name=activation)
+
+
 def test_leading_dimensions_are_rows(device: torch.device) -> None:
     x, bias = torch.randn(2, 3, 5, 48, device=device), torch.randn(48, device=device)
     flat = call(x.view(-1, 48), bias)
