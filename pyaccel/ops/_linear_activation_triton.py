@@ -71,9 +71,7 @@ def backward_op(
     return dpre, dbias
 
 
-def _backward_outputs(
-    pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+def _backward_outputs(pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     n_rows, n_cols = pre.shape
     return (
         pre.new_empty(n_rows if want_dpre else 0, n_cols),

@@ -56,6 +56,8 @@ def _specs(
         ("training, uneven", UNEVEN_IN),
         ("training, unaligned", UNALIGNED_IN),
     ):
+        if n_in == UNEVEN_IN and n_in % config.block_k == 0:
+            continue  # as training
         if n_in == UNALIGNED_IN and config.block_n > MAX_UNALIGNED_N:
             continue
         training = variant.startswith("training")

@@ -45,9 +45,7 @@ def call(
         return ops.linear_activation(x, weight, bias, activation)
 
 
-def plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "gelu"
-) -> Tensor:
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "gelu") -> Tensor:
     """F.linear and the activation, in x's dtype."""
     return apply_activation(F.linear(x, weight, None if bias is None else bias.to(x.dtype)), activation)
 
@@ -174,13 +172,14 @@ def test_empty_sizes(
 ) -> None:
     given = [torch.randn(s, device=device) for s in ((rows, n_in), (n_out, n_in), (n_out,))]
     results = []
-    for function in (call, plain):
-        leaves = [t.clone().requires_grad_() for t in given]
+    for function, dtype in ((call, F32), (plain, torch.float64), (plain, F32)):
+        leaves = [t.to(dtype).detach().requires_grad_() for t in given]
         out = function(*leaves, activation)
-        results.append([out, *torch.autograd.grad(out.sum(), leaves), call(*given, activation)])
-    for a, b in zip(*results, strict=True):
-        assert a.shape == b.shape
-        assert_close_to_truth(a, b.double(), b)
+        inference = function(*(t.detach() for t in leaves), activation)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves), inference])
+    for ours, truth, naive in zip(*results, strict=True):
+        assert ours.shape == naive.shape
+        assert_close_to_truth(ours, truth, naive)
 
 
 def test_leading_dimensions_are_rows(device: torch.device) -> None:
@@ -267,7 +266,9 @@ def test_gradient_checkpointing(device: torch.device) -> None:
 def test_a_double_backward_says_what_to_do(leaf: int, device: torch.device) -> None:
     leaves = [t.requires_grad_() for t in inputs(3, 16, 8, device)]
     (grad,) = torch.autograd.grad(call(*leaves).sum(), leaves[leaf], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"double backward.*use_backend\('torch', ops=\['linear_activation'"):
+    with pytest.raises(
+        RuntimeError, match=r"double backward.*use_backend\('torch', ops=\['linear_activation'"
+    ):
         grad.sum().backward()
 
 
@@ -319,7 +320,9 @@ def test_what_cannot_be_served_is_refused_with_every_reason(
     x, weight, bias = inputs(3, 16, 8, device)
     with pytest.raises(dispatch.NotSupportedError, match="not float64"):
         call(x.double(), weight.double(), bias)
-    with pytest.raises(ValueError, match=r"x is torch.bfloat16 and weight torch.float32: cast.*unknown activation"):
+    with pytest.raises(
+        ValueError, match=r"x is torch.bfloat16 and weight torch.float32: cast.*unknown activation"
+    ):
         call(x.to(BF16), weight, bias, "swish")
     if device.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -341,7 +344,8 @@ def test_on_a_gpu_torch_leaves_bias_and_activation_to_bias_gelu(
     results = []
     for kind in ("ours", "truth", "naive"):
         leaves = [
-            t.to(torch.float64 if kind == "truth" else t.dtype).detach().requires_grad_(training) for t in given
+            t.to(torch.float64 if kind == "truth" else t.dtype).detach().requires_grad_(training)
+            for t in given
         ]
         if kind == "ours":
             saved: list[Tensor] = []

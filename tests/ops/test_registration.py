@@ -17,7 +17,7 @@ from pyaccel.ops.bias_gelu import backward_op as bias_gelu_backward
 from pyaccel.ops.bias_gelu import forward_op as bias_gelu_forward
 from pyaccel.ops.bias_gelu import quantize_op as bias_gelu_quantize
 from pyaccel.ops.residual_layernorm import backward_op, forward_op
-from tests.assertions import assert_bits_equal
+from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.ops import attention_cases as cases
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -317,7 +317,9 @@ def test_opcheck_linear_activation(dtype: torch.dtype, activation: str | None, d
     bias = torch.randn(40, device=device)
     for want_pre in (True, False):
         torch.library.opcheck(linear_activation.forward_op, (x, weight, bias, activation, want_pre))
-    torch.library.opcheck(linear_activation.forward_op, (x.T[:, :3], weight[:, :3].T[:, :5].T, None, activation, True))
+    torch.library.opcheck(
+        linear_activation.forward_op, (x.T[:, :3], weight[:, :3].T[:, :5].T, None, activation, True)
+    )
     pre, dout = torch.randn(2, 5, 40, device=device).to(dtype).unbind()
     for want_dpre, bias_dtype in ((True, F32), (True, None), (False, dtype)):
         torch.library.opcheck(linear_activation.backward_op, (dout, pre, "silu", want_dpre, bias_dtype))
@@ -350,4 +352,5 @@ def test_linear_activation_compiles_to_one_graph_and_other_sizes_do_not_recompil
                 out = function(x, weight, bias)
                 results.append((out, *torch.autograd.grad(out, (x, weight, bias), grad)))
             for a, b in zip(*results, strict=True):
-                assert_bits_equal(a, b)
+                # oneDNN's fused product isn't used in a graph.
+                (assert_equivalent if backend == "torch" else assert_bits_equal)(a, b)
