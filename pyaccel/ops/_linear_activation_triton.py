@@ -21,13 +21,18 @@ from torch import Tensor
 def forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, want_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output and pre-activation, bias included, ``[rows, out]`` in x's dtype; x ``[rows, in]``, weight ``[out, in]``."""
+    """Output and pre-activation, bias included, ``[rows, out]`` in x's dtype.
+
+    Shapes: x ``[rows, in]``, weight ``[out, in]``, bias ``[out]``.
+    """
     from pyaccel.kernels import linear_activation, linear_activation_config
     from pyaccel.kernels.device import device_info
 
     out, pre = _forward_outputs(x, weight, want_pre)
-    arch = device_info(x.device).arch
-    config = linear_activation_config.linear_activation(*out.shape, x.shape[1], x.itemsize, arch)
+    (n_rows, n_out), n_in = out.shape, x.shape[1]
+    config = linear_activation_config.linear_activation(
+        n_rows, n_out, n_in, x.itemsize, device_info(x.device).arch
+    )
     # PyTorch's own flag for products of fp32 on CUDA.
     allow_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     linear_activation.forward(
@@ -52,7 +57,7 @@ def _(
 def backward_op(
     dout: Tensor, pre: Tensor, activation: str, want_dpre: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the pre-activation ``[rows, out]`` in its dtype and of the bias ``[out]`` in ``bias_dtype``, if any."""
+    """Gradients of the pre-activation ``[rows, out]`` in its dtype and of the bias ``[out]`` in ``bias_dtype``."""
     from pyaccel.kernels import bias_gelu, column_sum, config
     from pyaccel.kernels.device import device_info
 
@@ -149,7 +154,8 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     """As :func:`pyaccel.ops.linear_activation`, by the kernel: ``[..., in]`` -> ``[..., out]``."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     bias = None if bias is None else bias.contiguous()
     needs_gradient = torch.is_grad_enabled() and any(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -62,6 +64,14 @@ def inputs(
     weight = (torch.randn(n_out, n_in, device=device) * n_in**-0.5).to(dtypes[0])
     bias = [] if dtypes[1] is None else [torch.randn(n_out, device=device).to(dtypes[1])]
     return [x, weight, *bias]
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """What is saved for backward inside, in order."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        yield saved
 
 
 NAMES = ("out", "dx", "dweight", "dbias")
@@ -209,8 +219,7 @@ def test_it_saves_x_weight_and_the_pre_activation_and_nothing_unneeded(
     pre = [] if activation is None else [call(*given, None)]
     for wanted, kept in (((0,), (1,)), ((1,), (0,)), ((2,), ()), ((0, 1, 2), (0, 1))):
         leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(given)]
-        saved: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        with saved_tensors() as saved:
             out = call(*leaves, activation)
         assert [t.data_ptr() for t in saved[: len(kept)]] == [leaves[i].data_ptr() for i in kept]
         assert len(saved) == len(kept) + len(pre)
@@ -348,9 +357,8 @@ def test_on_a_gpu_torch_leaves_bias_and_activation_to_bias_gelu(
             for t in given
         ]
         if kind == "ours":
-            saved: list[Tensor] = []
             with (
-                torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t),
+                saved_tensors() as saved,
                 dispatch.use_backend("triton", ops=["bias_gelu"]),
                 dispatch.use_backend("torch", ops=["linear_activation"]),
                 dispatch.record() as choices,
