@@ -150,10 +150,17 @@ class LinearActivationFunction(torch.autograd.Function):
         )
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of the operands of a product, where it is on."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """As :func:`pyaccel.ops.linear_activation`, by the kernel: ``[..., in]`` -> ``[..., out]``."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

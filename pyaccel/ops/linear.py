@@ -82,7 +82,7 @@ def not_supported_reasons(
 ) -> list[str]:
     """Every reason why these arguments of :func:`linear_activation` make no sense; empty if they do."""
     reasons = _linear_reasons(x, weight, bias)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and triton_backend.autocast_dtype(x) is None:
         reasons.append(f"x is {x.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
     if activation not in ACTIVATIONS:
         reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
@@ -131,7 +131,7 @@ def linear_activation(
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
     if choice.backend == "torch" and by_bias_gelu:
         return bias_gelu(F.linear(x, weight), bias, activation or "")
-    if bias is not None and bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if bias is not None and bias.dtype != x.dtype and triton_backend.autocast_dtype(x) is None:
         bias = bias.to(x.dtype)
     return reference.activation(F.linear(x, weight, bias), activation)
 

@@ -323,6 +323,17 @@ def test_it_is_not_chosen_by_itself(device: torch.device) -> None:
     assert [c.backend for c in choices if c.op == "linear_activation"] == ["torch", "triton"]
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_meta_tensors_have_the_shapes_of_real_ones(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whoever counts a model's cost without running it."""
+    monkeypatch.setattr(dispatch, "triton_reasons", lambda *tensors: [])
+    leaves = [t.to(BF16).requires_grad_() for t in inputs(4, 16, 8, torch.device("meta"))]
+    out = call(*leaves, backend=backend)
+    out.sum().backward()
+    assert (out.shape, out.dtype) == ((4, 8), BF16)
+    assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]
+
+
 def test_what_cannot_be_served_is_refused_with_every_reason(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
