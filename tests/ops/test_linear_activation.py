@@ -126,6 +126,8 @@ def test_backward_takes_the_derivative_at_the_rounded_pre_activation(
         (dpre,) = torch.autograd.grad(ops.bias_gelu(wide), wide, dout.float())
     assert_bits_equal(dweight, dpre.to(dtype).mT @ x)
     assert_close_to_truth(dbias, dpre.double().sum(0), dpre.sum(0))
+    (dbias,) = torch.autograd.grad(call(x, weight, bias, None), bias, dout)
+    assert_close_to_truth(dbias, dout.double().sum(0), dout.float().sum(0))
 
 
 @pytest.mark.parametrize("view", ["transposed", "sliced", "every_second", "expanded", "3d", "offset"])
