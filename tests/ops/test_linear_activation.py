@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops
 from pyaccel.kernels import bias_gelu, column_sum
+from pyaccel.kernels import linear_activation as kernel
 from pyaccel.ops import _linear_activation_triton as triton_backend
 from pyaccel.ops import linear
 from pyaccel.ops.linear import ACTIVATIONS
@@ -323,6 +324,24 @@ def test_it_is_not_chosen_by_itself(device: torch.device) -> None:
         ops.linear_activation(*given, "gelu")
         call(*given)
     assert [c.backend for c in choices if c.op == "linear_activation"] == ["torch", "triton"]
+
+
+def test_tf32_is_taken_where_torch_allows_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def arguments(*given: Any, allow_tf32: bool) -> dict[str, Any]:
+        found = forward_arguments(*given, allow_tf32=allow_tf32)
+        taken.append(found["PRECISION"])
+        return found
+
+    forward_arguments = kernel.forward_arguments
+    monkeypatch.setattr(kernel, "forward_arguments", arguments)
+    x, weight, _ = inputs(3, 16, 8, device)
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        call(x, weight)
+        call(x.to(BF16), weight.to(BF16))
+    assert taken == ["ieee", "ieee", "tf32", "ieee"]
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
