@@ -337,10 +337,14 @@ def test_tf32_is_taken_where_torch_allows_it(device: torch.device, monkeypatch: 
     forward_arguments = kernel.forward_arguments
     monkeypatch.setattr(kernel, "forward_arguments", arguments)
     x, weight, _ = inputs(3, 16, 8, device)
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        call(x, weight)
-        call(x.to(BF16), weight.to(BF16))
+    before = torch.backends.cuda.matmul.allow_tf32  # monkeypatch can't restore it
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            call(x, weight)
+            call(x.to(BF16), weight.to(BF16))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     assert taken == ["ieee", "ieee", "tf32", "ieee"]
 
 
