@@ -12,7 +12,13 @@ from torch import Tensor
 
 from pyaccel import dispatch
 
-CASES = ("residual_layernorm", "attention", "varlen_attention")  # modules of this package, each with a CASE
+CASES = (
+    "residual_layernorm",
+    "attention",
+    "varlen_attention",
+    "bias_gelu",
+    "linear_activation",
+)  # modules of this package, each with a CASE
 
 
 @dataclass(frozen=True)

@@ -249,9 +249,25 @@ def attention() -> list[KernelSpec]:
     return attention_specs.attention()
 
 
+def bias_gelu() -> list[KernelSpec]:
+    """The family's kernels: forward, forward into int8, and backward, by every activation."""
+    from pyaccel.verify import bias_gelu_specs
+
+    return bias_gelu_specs.bias_gelu()
+
+
+def linear_activation() -> list[KernelSpec]:
+    """The family's kernel, by every activation."""
+    from pyaccel.verify import linear_activation_specs
+
+    return linear_activation_specs.linear_activation()
+
+
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
+    "bias_gelu": bias_gelu,
+    "linear_activation": linear_activation,
 }
 
 
