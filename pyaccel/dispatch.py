@@ -212,7 +212,7 @@ def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
     if devices == ["cpu"]:
         if not interpreting():
             reasons.append("the tensors are on the CPU")
-    elif devices != ["cuda"]:
+    elif devices not in (["cuda"], ["meta"]):  # shapes and dtypes alone stand for a GPU's tensors
         reasons.append(f"the tensors are on {', '.join(devices)}, and Triton runs on one CUDA or ROCm device")
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in given if t.dtype not in TRITON_DTYPES})
     if dtypes:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -380,12 +381,44 @@ def encoder_layer(layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, 
     weight, bias = fused_qkv(attention.self)
     heads = (3, attention.self.num_attention_heads, attention.self.attention_head_size)
     q, k, v = ops.linear_activation(hidden, weight, bias).unflatten(-1, heads).unbind(-3)
-    hidden = linear_residual_layernorm(attention.output, attend(q, k, v), hidden)
+    context = attend(q, k, v)
 
     dense, act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
     name = activation_name(act)
+    if name and torch.is_grad_enabled() and context.requires_grad:
+        return _training_feed_forward(layer, context, hidden, name)
+    hidden = linear_residual_layernorm(attention.output, context, hidden)
     inner = ops.linear_activation(hidden, dense.weight, dense.bias, name)
     return linear_residual_layernorm(layer.output, inner if name else act(inner), hidden)
+
+
+def _training_feed_forward(layer: Any, context: Tensor, residual: Tensor, activation: str) -> Tensor:
+    """The same from attention's output on, with hidden states and activation made again in the backward."""
+    first, last = layer.attention.output, layer.output
+    hidden, out = ops.feed_forward(
+        F.linear(context, first.dense.weight),
+        residual,
+        first.LayerNorm.weight,
+        first.LayerNorm.bias,
+        layer.intermediate.dense.weight,
+        layer.intermediate.dense.bias,
+        last.dense.weight,
+        activation=activation,
+        eps=first.LayerNorm.eps,
+        dropout_p=first.dropout.p,
+        training=first.dropout.training,
+        x_bias=first.dense.bias,
+    )
+    return ops.residual_layernorm(
+        out,
+        hidden,
+        last.LayerNorm.weight,
+        last.LayerNorm.bias,
+        eps=last.LayerNorm.eps,
+        dropout_p=last.dropout.p,
+        training=last.dropout.training,
+        x_bias=last.dense.bias,
+    )
 
 
 def linear_residual_layernorm(module: Any, x: Tensor, residual: Tensor) -> Tensor:
@@ -496,15 +529,16 @@ def _concatenated(tensors: list[Tensor]) -> Tensor:
 
 
 def _are_adjacent(tensors: list[Tensor]) -> bool:
-    first, end = tensors[0], tensors[0].data_ptr()
+    first, end = tensors[0], tensors[0].storage_offset()
     for t in tensors:
         plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
-        if not (plain and t.dtype == first.dtype and t.shape[1:] == first.shape[1:] and t.data_ptr() == end):
+        if not (plain and t.dtype == first.dtype and t.shape[1:] == first.shape[1:]):
             return False
-        end += t.nbytes
-    # Neighbours in memory by chance would lie outside the first one's storage.
-    storage = first.untyped_storage()
-    return end <= storage.data_ptr() + storage.nbytes()
+        # One storage, and not neighbours in memory by chance.
+        if t.untyped_storage()._cdata != first.untyped_storage()._cdata or t.storage_offset() != end:
+            return False
+        end += t.numel()
+    return True
 
 
 # ---- helpers of BertModel ----

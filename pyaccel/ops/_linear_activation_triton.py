@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyaccel.ops._autocast import autocast_dtype
+
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
 
@@ -150,16 +152,9 @@ class LinearActivationFunction(torch.autograd.Function):
         )
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of the operands of a product, where it is on."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
-
-
 def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """As :func:`pyaccel.ops.linear_activation`, by the kernel: ``[..., in]`` -> ``[..., out]``."""
-    dtype = autocast_dtype(x)
+    dtype = autocast_dtype(x.device)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -27,6 +27,7 @@ from pyaccel.ops import _attention_arguments as arguments
 from pyaccel.ops import _attention_torch as torch_backend
 from pyaccel.ops import _attention_triton as triton_backend
 from pyaccel.ops._attention_arguments import Window
+from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.reference import attention as reference
 
@@ -41,14 +42,14 @@ def _cast_under_autocast(*names: str) -> Callable[[Attention], Attention]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             query = args[0] if args else kwargs.get("query")
-            kind = query.device.type if isinstance(query, Tensor) else "cpu"
-            if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+            dtype = autocast_dtype(device)
+            if dtype is None:
                 return function(*args, **kwargs)
-            dtype = torch.get_autocast_dtype(kind)
             count = len(names)
             args = (*(_to_autocast(x, dtype) for x in args[:count]), *args[count:])
             kwargs = {name: _to_autocast(x, dtype) if name in names else x for name, x in kwargs.items()}
-            with torch.autocast(kind, enabled=False):
+            with torch.autocast(device.type, enabled=False):
                 return function(*args, **kwargs)
 
         return cast(Attention, wrapper)

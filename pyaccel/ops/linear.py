@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyaccel import dispatch, reference
 from pyaccel.ops import _linear_activation_triton as triton_backend
+from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
@@ -82,7 +83,7 @@ def not_supported_reasons(
 ) -> list[str]:
     """Every reason why these arguments of :func:`linear_activation` make no sense; empty if they do."""
     reasons = _linear_reasons(x, weight, bias)
-    if x.dtype != weight.dtype and triton_backend.autocast_dtype(x) is None:
+    if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
         reasons.append(f"x is {x.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
     if activation not in ACTIVATIONS:
         reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
@@ -114,6 +115,22 @@ def linear_activation(
         pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid("linear_activation", not_supported_reasons(x, weight, bias, activation))
+    way = choose_way(x, weight, bias, activation)
+    if way == "triton":
+        return triton_backend.linear_activation(x, weight, bias, activation)
+    if way == "onednn":
+        attribute, algorithm = _ONEDNN_ACTIVATIONS[activation]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+    if way == "bias_gelu":
+        return bias_gelu(F.linear(x, weight), bias, activation or "")
+    if bias is not None and bias.dtype != x.dtype and autocast_dtype(x.device) is None:
+        bias = bias.to(x.dtype)
+    return reference.activation(F.linear(x, weight, bias), activation)
+
+
+def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> str:
+    """How :func:`linear_activation` serves a call: "triton"; of the torch backend "onednn", "bias_gelu" (after
+    F.linear, by its kernel) or "plain", which is the reference's way too."""
     declined = _onednn_reasons(x, weight, bias)
     if activation not in _ONEDNN_ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
@@ -124,16 +141,11 @@ def linear_activation(
         "torch",
         _why_torch(x, declined, by_bias_gelu=by_bias_gelu),
     )
-    if choice.backend == "triton":
-        return triton_backend.linear_activation(x, weight, bias, activation)
-    if choice.backend == "torch" and not declined:
-        attribute, algorithm = _ONEDNN_ACTIVATIONS[activation]
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
-    if choice.backend == "torch" and by_bias_gelu:
-        return bias_gelu(F.linear(x, weight), bias, activation or "")
-    if bias is not None and bias.dtype != x.dtype and triton_backend.autocast_dtype(x) is None:
-        bias = bias.to(x.dtype)
-    return reference.activation(F.linear(x, weight, bias), activation)
+    if choice.backend != "torch":
+        return "triton" if choice.backend == "triton" else "plain"
+    if not declined:
+        return "onednn"
+    return "bias_gelu" if by_bias_gelu else "plain"
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, reference
+from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key, dropout_reasons
 from pyaccel.reference.residual_layernorm import normalise
 
@@ -395,8 +396,8 @@ def residual_layernorm(
         reasons.append("nothing is to be returned: ask for the output, the sum or the codes")
     dispatch.invalid(OP, reasons)
     dropout_p = dropout_p if training else 0.0
-    out_dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else _sum_dtype(x, residual)
-    choice = _choose(quantize_output, x, residual, weight, bias, x_bias)
+    out_dtype = output_dtype(x, residual)
+    choice = choose_backend(quantize_output, x, residual, weight, bias, x_bias)
     wanted = (return_output, return_sum, quantize_output, quantize_output)
     if choice.backend == "triton":
         results = _triton_backend(
@@ -443,11 +444,16 @@ def _triton_backend(
     )
 
 
+def output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """The output's: the sum's, and float32 under autocast, as ``F.layer_norm``'s is."""
+    return _sum_dtype(x, residual) if autocast_dtype(x.device) is None else torch.float32
+
+
 def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def _choose(quantize_output: bool, x: Tensor, *others: Tensor | None) -> dispatch.Choice:
+def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> dispatch.Choice:
     triton = dispatch.triton_reasons(x, *others)
     if x.shape[-1] > MAX_ROW:
         triton.append(f"the kernels take rows of up to {MAX_ROW}, not {x.shape[-1]}")
