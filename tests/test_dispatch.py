@@ -94,7 +94,8 @@ def test_triton_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not float64" in dispatch.triton_reasons(x.double())[0]
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert dispatch.triton_reasons(x) == ["the tensors are on the CPU"]
-    assert "on meta" in dispatch.triton_reasons(x.to("meta"))[0]
+    assert "on cpu, meta" in dispatch.triton_reasons(x, x.to("meta"))[0]
+    assert dispatch.triton_reasons(x.to("meta")) == []  # stands for a GPU's tensor
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert "pip install" in dispatch.triton_reasons(x)[0]
 

@@ -173,6 +173,13 @@ def test_autocast_gives_what_its_parts_give(way: str, device: torch.device, kern
             assert_equivalent(a.to(BF16), b.to(BF16), name=name)
 
 
+def test_dropout_counts_only_in_training(device: torch.device) -> None:
+    given = leaves(make_inputs((6, 16, 24, 16), F32, device))
+    with dispatch.use_backend("triton"):
+        for a, b in zip(call(given, dropout_p=0.5), call(given), strict=True):
+            assert_bits_equal(a, b)
+
+
 def test_two_runs_and_a_checkpointed_one_give_the_same_bits(device: torch.device, seed: int) -> None:
     given = make_inputs((20, 48, 64, 48), BF16, device)
     results = []
