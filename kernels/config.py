@@ -94,3 +94,49 @@ def column_sum() -> ColumnSumConfig:
 def persistent_programs(config: RowConfig, n_rows: int, num_sms: int) -> int:
     """Programs of a persistent row kernel: what the device holds at once, and no more than there are blocks."""
     return min(-(-n_rows // config.block_rows), config.programs_per_sm * num_sms)
+
+
+def bert_embeddings_forward(n_cols: int) -> RowConfig:
+    """As :func:`residual_layernorm_forward`, from 256 columns on: fewer shapes, and BERT's rows are longer."""
+    return residual_layernorm_forward(max(n_cols, 256))
+
+
+def bert_embeddings_backward(n_cols: int) -> RowConfig:
+    """A persistent grid; rows above 2048 are tiled: three tables' rows and two column sums are to be held."""
+    _check_row(n_cols)
+    block_n = max(_next_power_of_2(n_cols), 256)
+    if block_n > 2048:
+        return RowConfig(4, 1024, num_warps=16, programs_per_sm=1, tiled=True)
+    return RowConfig(2048 // block_n, block_n, num_warps=8, programs_per_sm=2)
+
+
+@dataclass(frozen=True)
+class SegmentSumConfig:
+    """How a segment sum cuts its rows ``[n_rows, n_cols]``.
+
+    Attributes:
+        chunk: sorted rows that a program walks.
+        block_n, num_warps: its columns and warps.
+        border_p, border_n, border_warps: chunks and columns that a program of the second kernel holds at a time, and
+            its warps.
+    """
+
+    chunk: int
+    block_n: int
+    num_warps: int
+    border_p: int
+    border_n: int
+    border_warps: int
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return f"{self.chunk} rows of {self.block_n}, {self.num_warps} warps"
+
+
+def segment_sum(n_rows: int) -> SegmentSumConfig:
+    """A warp a chunk, a row's width in 128-bit loads: many short chunks in flight hide the lookup's latency.
+
+    Chunks are longer where there are rows enough to fill a device, so that what crosses borders stays little.
+    """
+    return SegmentSumConfig(32 if n_rows <= 65536 else 128, 256, 1, border_p=64, border_n=32, border_warps=4)
