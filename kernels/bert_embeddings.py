@@ -28,9 +28,8 @@ def clamp_ids(given, size):
 @triton.jit
 def load_ids(ids_ptr, o_id, mask, size):
     """:func:`clamp_ids` of what lies at the offsets ``o_id``; 0 where there are no ids."""
-    if ids_ptr is None:
-        given = o_id * 0
-    else:
+    given = o_id * 0
+    if ids_ptr is not None:
         given = tl.load(ids_ptr + o_id, mask=mask, other=0).to(tl.int64)
     return clamp_ids(given, size)
 
@@ -182,7 +181,7 @@ def forward(
     dropout_p: float,
     config: RowConfig,
 ) -> None:
-    """Launch the forward kernel; it writes ``out``, ``mean``, ``rstd``, ``in_range`` and, with cu_seqlens, ``positions``.
+    """Launch the forward kernel; it writes out, mean, rstd, in_range and, with cu_seqlens, positions.
 
     Shapes: out ``[tokens, hidden]`` contiguous; mean, rstd ``[tokens]`` fp32; positions ``[tokens]`` int32; in_range
     bool ``[3, tokens]``; weight, bias ``[hidden]`` contiguous; cu_seqlens int32 ``[sequences + 1]`` contiguous. With

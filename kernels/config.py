@@ -97,16 +97,17 @@ def persistent_programs(config: RowConfig, n_rows: int, num_sms: int) -> int:
 
 
 def bert_embeddings_forward(n_cols: int) -> RowConfig:
-    """As :func:`residual_layernorm_forward`, from 256 columns on: fewer shapes, and BERT's rows are longer."""
-    return residual_layernorm_forward(max(n_cols, 256))
+    """As :func:`residual_layernorm_forward`, in four shapes: BERT's hidden sizes are 384, 768 and 1024."""
+    _check_row(n_cols)
+    return residual_layernorm_forward(next(n for n in (512, 1024, 4096, MAX_ROW) if n_cols <= n))
 
 
 def bert_embeddings_backward(n_cols: int) -> RowConfig:
-    """A persistent grid; rows above 2048 are tiled: three tables' rows and two column sums are to be held."""
+    """A persistent grid; rows above 1024 are tiled: rows of three tables and two column sums are to be held."""
     _check_row(n_cols)
-    block_n = max(_next_power_of_2(n_cols), 256)
-    if block_n > 2048:
+    if n_cols > 1024:
         return RowConfig(4, 1024, num_warps=16, programs_per_sm=1, tiled=True)
+    block_n = 512 if n_cols <= 512 else 1024
     return RowConfig(2048 // block_n, block_n, num_warps=8, programs_per_sm=2)
 
 

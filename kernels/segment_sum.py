@@ -22,14 +22,14 @@ from pyaccel.kernels.device import device_guard
 @triton.jit
 def chunk_kernel(
     out_ptr, partial_ptr, rows_ptr, ids_ptr, order_ptr,
-    stride_row, stride_col, n_rows, n_cols, n_segments, skip,
-    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_row, stride_col, n_rows, n_cols, n_segments, skip, chunk,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Partial sums: [chunks, 2, n_cols], of the run that began in an earlier chunk, and of the one that goes on in
     the next; what isn't there is not written."""
     pid = tl.program_id(0).to(tl.int64)
-    first = pid * CHUNK
-    last = tl.minimum(first + CHUNK, n_rows) - 1
+    first = pid * chunk
+    last = tl.minimum(first + chunk, n_rows) - 1
     o_col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_col = o_col < n_cols
     col = o_col.to(tl.int64)
@@ -59,13 +59,13 @@ def chunk_kernel(
 
 @triton.jit
 def border_kernel(
-    out_ptr, partial_ptr, ids_ptr, n_rows, n_cols, n_segments, n_chunks,
-    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    out_ptr, partial_ptr, ids_ptr, n_rows, n_cols, n_segments, n_chunks, chunk,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The program of the chunk in which a run begins that crosses borders adds up its partial sums."""
     pid = tl.program_id(0).to(tl.int64)
-    first = pid * CHUNK
-    end = first + CHUNK
+    first = pid * chunk
+    end = first + chunk
     if end < n_rows:
         id = tl.load(ids_ptr + end - 1)
         before = tl.load(ids_ptr + first - 1, mask=first > 0, other=0)
@@ -79,7 +79,7 @@ def border_kernel(
             going = True
             while going:
                 o_chunk = block + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-                chunk_id = tl.load(ids_ptr + o_chunk * CHUNK, mask=o_chunk < n_chunks, other=0)
+                chunk_id = tl.load(ids_ptr + o_chunk * chunk, mask=o_chunk < n_chunks, other=0)
                 m_chunk = (o_chunk < n_chunks) & (chunk_id == id)
                 offset = (o_chunk * 2)[:, None] * n_cols + o_col[None, :]
                 mask = m_chunk[:, None] & m_col[None, :]
@@ -140,7 +140,7 @@ def chunk_arguments(
         "n_cols": rows.shape[1],
         "n_segments": out.shape[0],
         "skip": skip,
-        "CHUNK": config.chunk,
+        "chunk": config.chunk,
         "BLOCK_N": config.block_n,
     }
 
@@ -157,7 +157,7 @@ def border_arguments(
         "n_cols": rows.shape[1],
         "n_segments": out.shape[0],
         "n_chunks": partial.shape[0],
-        "CHUNK": config.chunk,
+        "chunk": config.chunk,
         "BLOCK_P": config.border_p,
         "BLOCK_N": config.border_n,
     }

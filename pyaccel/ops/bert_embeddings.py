@@ -154,9 +154,7 @@ def backward_op(
         n_programs,
         row_config,
     )
-    column_sum.column_sum(
-        (dweight, dbias, None), (dweight_partial, dbias_partial, None), config.column_sum()
-    )
+    column_sum.column_sum((dweight, dbias, None), (dweight_partial, dbias_partial, None), config.column_sum())
     if dz is not None:
         if want_dword:
             _table_gradient(grads[0], dz, *_sorted(input_ids), padding_idx)
@@ -328,14 +326,19 @@ def not_supported_reasons(
     if not word_weight.is_floating_point():
         reasons.append(f"word_weight must be of a floating dtype, got {word_weight.dtype}")
     if word_weight.ndim != 2 or 0 in word_weight.shape:
-        return [*reasons, f"word_weight must be [vocab, hidden], each at least 1, got {tuple(word_weight.shape)}"]
+        return [
+            *reasons,
+            f"word_weight must be [vocab, hidden], each at least 1, got {tuple(word_weight.shape)}",
+        ]
     vocab, hidden = word_weight.shape
     tables = {"position_weight": position_weight, "token_type_weight": token_type_weight}
     for name, table in tables.items():
         if table is None:
             continue
         if table.ndim != 2 or table.shape[1] != hidden or table.shape[0] == 0:
-            reasons.append(f"{name} must be [rows, {hidden}], as wide as word_weight, got {tuple(table.shape)}")
+            reasons.append(
+                f"{name} must be [rows, {hidden}], as wide as word_weight, got {tuple(table.shape)}"
+            )
         if table.dtype != word_weight.dtype:
             reasons.append(f"{name} must be of word_weight's dtype {word_weight.dtype}, got {table.dtype}")
     vectors = {"weight": weight, "bias": bias}
@@ -359,7 +362,9 @@ def not_supported_reasons(
     others: dict[str, Tensor | None] = {**ids, "cu_seqlens": cu_seqlens, **tables, **vectors}
     for name, tensor in others.items():
         if tensor is not None and tensor.device != word_weight.device:
-            reasons.append(f"{name} is on {tensor.device} and word_weight on {word_weight.device}: move one of them")
+            reasons.append(
+                f"{name} is on {tensor.device} and word_weight on {word_weight.device}: move one of them"
+            )
     return reasons + _shape_reasons(
         input_ids, position_weight, token_type_weight, position_ids, token_type_ids, cu_seqlens
     )
@@ -383,7 +388,9 @@ def _shape_reasons(
     if token_type_ids is not None and token_type_weight is None:
         reasons.append("token_type_ids were given without a token_type_weight to look them up in")
     if token_type_ids is not None and tuple(token_type_ids.shape) != shape:
-        reasons.append(f"token_type_ids must have input_ids' shape {shape}, got {tuple(token_type_ids.shape)}")
+        reasons.append(
+            f"token_type_ids must have input_ids' shape {shape}, got {tuple(token_type_ids.shape)}"
+        )
     if position_ids is not None:
         if position_weight is None:
             reasons.append("position_ids were given without a position_weight to look them up in")
@@ -530,7 +537,11 @@ def bert_embeddings(
 
 
 def _out_of_range(name: str, size: int, packed: bool) -> str:
-    table = {"input_ids": "word_weight", "position_ids": "position_weight", "token_type_ids": "token_type_weight"}
+    table = {
+        "input_ids": "word_weight",
+        "position_ids": "position_weight",
+        "token_type_ids": "token_type_weight",
+    }
     what = "the positions that cu_seqlens gives" if packed and name == "position_ids" else name
     return f"pyaccel.ops.{OP}: {what} must be in [0, {size}), the rows of {table[name]}"
 
@@ -570,7 +581,9 @@ def _torch_backend(
 ) -> Tensor:
     total = F.embedding(input_ids, word_weight, padding_idx)
     if token_type_weight is not None:
-        types = token_type_weight[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_weight)
+        types = (
+            token_type_weight[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_weight)
+        )
         total = total + types
     if position_weight is not None:
         if position_ids is None:

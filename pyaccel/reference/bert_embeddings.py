@@ -99,5 +99,6 @@ def bert_embeddings(
             raise ValueError("bert_embeddings: dropout_p > 0 needs a dropout_key to replay")
         output = dropout(output.reshape(-1, hidden), dropout_key, dropout_p).reshape(output.shape)
     stats = total.to(torch.float64 if upcast else torch.float32)
-    variance, mean = torch.var_mean(stats, dim=-1, correction=0)
+    mean = stats.mean(-1)
+    variance = (stats - mean.unsqueeze(-1)).square().mean(-1)
     return BertEmbeddingsOutput(output, total, mean, torch.rsqrt(variance + eps))

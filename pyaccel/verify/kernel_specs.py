@@ -240,9 +240,17 @@ def attention() -> list[KernelSpec]:
     return attention_specs.attention()
 
 
+def bert_embeddings() -> list[KernelSpec]:
+    """The family's kernels; this list needs triton to be installed."""
+    from pyaccel.verify import bert_embeddings_specs
+
+    return bert_embeddings_specs.bert_embeddings()
+
+
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
+    "bert_embeddings": bert_embeddings,
 }
 
 
