@@ -2,6 +2,7 @@
 
 from pyaccel.ops.attention import attention_probs, scaled_dot_product_attention, varlen_attention
 from pyaccel.ops.bert_embeddings import bert_embeddings
+from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
 from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
@@ -10,6 +11,7 @@ from pyaccel.ops.residual_layernorm import residual_layernorm
 __all__ = [
     "attention_probs",
     "bert_embeddings",
+    "bias_gelu",
     "int8_matmul",
     "linear_activation",
     "linear_residual_layernorm",
