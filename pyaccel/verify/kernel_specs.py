@@ -256,10 +256,18 @@ def bert_embeddings() -> list[KernelSpec]:
     return bert_embeddings_specs.bert_embeddings()
 
 
+def bias_gelu() -> list[KernelSpec]:
+    """The family's kernels: forward, forward into int8, and backward, by every activation."""
+    from pyaccel.verify import bias_gelu_specs
+
+    return bias_gelu_specs.bias_gelu()
+
+
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
     "bert_embeddings": bert_embeddings,
+    "bias_gelu": bias_gelu,
 }
 
 
