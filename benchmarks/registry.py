@@ -18,6 +18,7 @@ CASES = (
     "varlen_attention",
     "bias_gelu",
     "linear_activation",
+    "bert_embeddings",
 )  # modules of this package, each with a CASE
 
 

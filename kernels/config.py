@@ -96,6 +96,53 @@ def persistent_programs(config: RowConfig, n_rows: int, num_sms: int) -> int:
     return min(-(-n_rows // config.block_rows), config.programs_per_sm * num_sms)
 
 
+def bert_embeddings_forward(n_cols: int) -> RowConfig:
+    """As :func:`residual_layernorm_forward`, in four shapes: BERT's hidden sizes are 384, 768 and 1024."""
+    _check_row(n_cols)
+    return residual_layernorm_forward(next(n for n in (512, 1024, 4096, MAX_ROW) if n_cols <= n))
+
+
+def bert_embeddings_backward(n_cols: int) -> RowConfig:
+    """A persistent grid; rows above 1024 are tiled: rows of three tables and two column sums are to be held."""
+    _check_row(n_cols)
+    if n_cols > 1024:
+        return RowConfig(4, 1024, num_warps=16, programs_per_sm=1, tiled=True)
+    block_n = 512 if n_cols <= 512 else 1024
+    return RowConfig(2048 // block_n, block_n, num_warps=8, programs_per_sm=2)
+
+
+@dataclass(frozen=True)
+class SegmentSumConfig:
+    """How a segment sum cuts its rows ``[n_rows, n_cols]``.
+
+    Attributes:
+        chunk: sorted rows that a program walks.
+        block_n, num_warps: its columns and warps.
+        border_p, border_n, border_warps: chunks and columns that a program of the second kernel holds at a time, and
+            its warps.
+    """
+
+    chunk: int
+    block_n: int
+    num_warps: int
+    border_p: int
+    border_n: int
+    border_warps: int
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return f"{self.chunk} rows of {self.block_n}, {self.num_warps} warps"
+
+
+def segment_sum(n_rows: int) -> SegmentSumConfig:
+    """A warp a chunk, a row's width in 128-bit loads: many short chunks in flight hide the lookup's latency.
+
+    Chunks are longer where there are rows enough to fill a device, so that what crosses borders stays little.
+    """
+    return SegmentSumConfig(32 if n_rows <= 65536 else 128, 256, 1, border_p=64, border_n=32, border_warps=4)
+
+
 def bias_gelu_forward(n_cols: int) -> RowConfig:
     """Tiles of 16 elements a thread. The widths of feed-forward layers are multiples of 512."""
     _check_width(n_cols)

@@ -132,12 +132,28 @@ class BertEmbeddings(nn.Module):
         position_ids: Tensor,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        words, norm, dropout = self.word_embeddings, self.LayerNorm, self.dropout
+        if input_ids is not None:
+            return ops.bert_embeddings(
+                input_ids,
+                words.weight,
+                self.position_embeddings.weight,
+                self.token_type_embeddings.weight,
+                norm.weight,
+                norm.bias,
+                position_ids=position_ids,
+                token_type_ids=token_type_ids,
+                eps=norm.eps,
+                dropout_p=dropout.p,
+                training=dropout.training,
+                padding_idx=words.padding_idx,
+            )
+        assert inputs_embeds is not None  # one of the two: BertModel has seen to it
         if token_type_ids is None:
             types = self.token_type_embeddings.weight[0]
         else:
             types = self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(words + types, self.position_embeddings(position_ids)))
+        return dropout(norm(inputs_embeds + types, self.position_embeddings(position_ids)))
 
 
 class BertSelfAttention(nn.Module):

@@ -1,6 +1,7 @@
 """The public functions: each validates, chooses a backend, and says why it can't where it can't."""
 
 from pyaccel.ops.attention import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.bert_embeddings import bert_embeddings
 from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.feed_forward import feed_forward
 from pyaccel.ops.int8_matmul import int8_matmul
@@ -10,6 +11,7 @@ from pyaccel.ops.residual_layernorm import residual_layernorm
 
 __all__ = [
     "attention_probs",
+    "bert_embeddings",
     "bias_gelu",
     "feed_forward",
     "int8_matmul",

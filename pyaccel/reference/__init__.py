@@ -2,15 +2,18 @@
 
 from pyaccel.reference.activation import activation
 from pyaccel.reference.attention import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.reference.bert_embeddings import BertEmbeddingsOutput, bert_embeddings
 from pyaccel.reference.bias_gelu import bias_gelu
 from pyaccel.reference.int8_matmul import int8_matmul
 from pyaccel.reference.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
 from pyaccel.reference.residual_layernorm import ResidualLayerNormOutput, residual_layernorm
 
 __all__ = [
+    "BertEmbeddingsOutput",
     "ResidualLayerNormOutput",
     "activation",
     "attention_probs",
+    "bert_embeddings",
     "bias_gelu",
     "int8_matmul",
     "quantize_per_channel",

@@ -249,6 +249,13 @@ def attention() -> list[KernelSpec]:
     return attention_specs.attention()
 
 
+def bert_embeddings() -> list[KernelSpec]:
+    """The family's kernels; this list needs triton to be installed."""
+    from pyaccel.verify import bert_embeddings_specs
+
+    return bert_embeddings_specs.bert_embeddings()
+
+
 def bias_gelu() -> list[KernelSpec]:
     """The family's kernels: forward, forward into int8, and backward, by every activation."""
     from pyaccel.verify import bias_gelu_specs
@@ -266,6 +273,7 @@ def linear_activation() -> list[KernelSpec]:
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
+    "bert_embeddings": bert_embeddings,
     "bias_gelu": bias_gelu,
     "linear_activation": linear_activation,
 }

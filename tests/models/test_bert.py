@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pyaccel import dispatch
 from pyaccel.models.bert import (
     BertConfig,
     BertModel,
@@ -259,6 +260,17 @@ def test_gradients_equal_stock(pattern):
         # Softmax does not change when every key moves by the same vector: the key's bias has gradient 0.
         assert parameter.grad.abs().max() > 1e-3 or name.endswith("key.bias"), name
     assert bool((ours.embeddings.word_embeddings.weight.grad[0] == 0).all())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ids_are_looked_up_by_the_fused_op(packed):
+    ours, ids = our_model(stock_model()), torch.randint(1, 97, (2, 6))
+    with dispatch.record() as choices, torch.no_grad():
+        if packed:
+            ours(ids.flatten(), cu_seqlens=torch.tensor([0, 6, 12]), max_seqlen=6)
+        else:
+            ours(ids)
+    assert [c.op for c in choices].count("bert_embeddings") == 1
 
 
 def test_gradients_of_packed_input_equal_padded():

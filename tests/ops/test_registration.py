@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyaccel import dispatch, ops
 from pyaccel.ops import _attention_triton as attention
+from pyaccel.ops import _bert_embeddings_triton as embeddings
 from pyaccel.ops import _linear_activation_triton as linear_activation
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.ops.bias_gelu import backward_op as bias_gelu_backward
@@ -354,3 +355,53 @@ def test_linear_activation_compiles_to_one_graph_and_other_sizes_do_not_recompil
             for a, b in zip(*results, strict=True):
                 # oneDNN's fused product isn't used in a graph.
                 (assert_equivalent if backend == "torch" else assert_bits_equal)(a, b)
+
+
+# --- BERT's embeddings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("full", [True, False])
+def test_opcheck_bert_embeddings(dtype: torch.dtype, full: bool, device: torch.device) -> None:
+    word, position, kind = (torch.randn(rows, 24, device=device).to(dtype) for rows in (11, 9, 2))
+    weight, bias = torch.randn(2, 24, device=device).unbind()
+    ids, types = torch.randint(11, (7,), device=device), torch.randint(2, (7,), device=device)
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
+    if full:
+        tables, key = (word, position, kind), dropout_key(device)
+        forward = (ids, None, types, offsets, *tables, weight, bias, key, 7, 1e-12, 0.2, dtype)
+    else:
+        tables, key = (word, None, None), None
+        forward = (ids, None, None, None, *tables, None, None, None, 7, 1e-5, 0.0, F32)
+    torch.library.opcheck(embeddings.forward_op, forward)
+    out, mean, rstd, positions, _ = embeddings.forward_op(*forward)
+    looked_up = (ids, positions if full else None, types if full else None, *tables, forward[7])
+    numbers = (7, forward[12], 3 if full else -1)
+    want = (True, True, True, F32, F32) if full else (True, False, False, None, None)
+    torch.library.opcheck(
+        embeddings.backward_op, (torch.randn_like(out), *looked_up, mean, rstd, key, *numbers, *want)
+    )
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_bert_embeddings_compiles_to_one_graph_and_other_sizes_do_not_recompile(
+    backend: str, device: torch.device
+) -> None:
+    torch._dynamo.reset()
+    given = [torch.randn(rows, 24, device=device).requires_grad_() for rows in (40, 80, 3)]
+    given += [t.clone().requires_grad_() for t in torch.randn(2, 24, device=device).unbind()]
+
+    def look_up(ids: Tensor, types: Tensor, *tables: Tensor) -> Tensor:
+        return ops.bert_embeddings(ids, *tables, token_type_ids=types, padding_idx=0).sin()
+
+    compiled = torch.compile(look_up, fullgraph=True, backend="aot_eager", dynamic=True)
+    with dispatch.use_backend(backend), torch._dynamo.config.patch(error_on_recompile=True):
+        # Tables' sizes are constants of the graph: no batch of the first call's is the size of one, or it is too.
+        for batch, seq in ((5, 7), (4, 9), (2, 17)):
+            ids, types = (torch.randint(n, (batch, seq), device=device) for n in (40, 3))
+            dy, results = torch.randn(batch, seq, 24, device=device), []
+            for function in (compiled, look_up):
+                out = function(ids, types, *given)
+                results.append((out, *torch.autograd.grad(out, given, dy)))
+            for a, b in zip(*results, strict=True):
+                assert_bits_equal(a, b)

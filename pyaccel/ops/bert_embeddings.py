@@ -1,0 +1,180 @@
+"""BERT's embeddings: word, position and token type lookup, LayerNorm and dropout.
+
+Source: arXiv:1810.04805, section 3; LayerNorm, arXiv:1607.06450. The Triton backend's ops are in
+:mod:`pyaccel.ops._bert_embeddings_triton`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyaccel import dispatch, reference
+from pyaccel.ops import _bert_embeddings_triton as triton_backend
+from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops._bert_embeddings_arguments import OP, check_range, not_supported_reasons, out_of_range
+from pyaccel.ops._dropout import dropout_key
+from pyaccel.reference.bert_embeddings import packed_positions
+
+MAX_HIDDEN = 16384
+
+
+def bert_embeddings(
+    input_ids: Tensor,
+    word_weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    position_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """``dropout(LayerNorm(word + position + token type) * weight + bias)`` of padded or packed ids, in one pass.
+
+    Args:
+        input_ids: int64 or int32, padded ``[batch, seq]`` or packed ``[total_tokens]``; any strides.
+        word_weight: ``[vocab, hidden]``, floating; any strides.
+        position_weight: ``[positions, hidden]`` of the same dtype, or None (models with rotary positions).
+        token_type_weight: ``[types, hidden]`` of the same dtype, or None (models without types).
+        weight, bias: ``[hidden]``, the affine parameters of the LayerNorm in any floating dtype, or None.
+        position_ids: ``[seq]``, ``[1, seq]`` or of input_ids' shape; it goes before cu_seqlens. By default
+            ``arange(seq)``, and for packed ids the index within the sequence.
+        token_type_ids: of input_ids' shape; 0 by default.
+        cu_seqlens: int32 ``[batch + 1]``, where packed sequences begin and end. Tokens beyond the last offset are at
+            position 0.
+        eps: added to the variance; BERT's 1e-12 by default (not torch's 1e-5).
+        dropout_p: probability of dropping an element of the output; it counts only in training.
+        training: whether dropout is active.
+        padding_idx: the row of word_weight that gets no gradient, as in ``nn.Embedding``.
+
+    Returns:
+        ``[*input_ids.shape, hidden]`` in word_weight's dtype; under autocast in float32, as ``F.layer_norm``'s output
+        is. On Triton the sum isn't rounded, and statistics are fp32.
+
+    Gradients of the tables are dense, and on Triton deterministic: every row's is a sum in a fixed order, in fp32.
+    Triton serves float32, float16 and bfloat16 and hidden sizes of up to 16384. The Triton and reference backends draw
+    the same dropout mask (:func:`pyaccel.reference.philox.keep_mask`), whose rows are the flattened tokens; the torch
+    backend uses ``F.dropout``.
+
+    Raises:
+        ValueError: naming every argument that makes no sense.
+        IndexError: an id that is not a row of its table, on the CPU. On a GPU, which isn't waited for, and in a
+            compiled graph it is an assertion that says the same but for the id.
+        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+    """
+    dispatch.invalid(
+        OP,
+        not_supported_reasons(
+            input_ids,
+            word_weight,
+            position_weight,
+            token_type_weight,
+            weight,
+            bias,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            cu_seqlens=cu_seqlens,
+            eps=eps,
+            dropout_p=dropout_p,
+            padding_idx=padding_idx,
+        ),
+    )
+    dropout_p = dropout_p if training else 0.0
+    device = word_weight.device
+    out_dtype = word_weight.dtype if autocast_dtype(device) is None else torch.float32
+    tables = (word_weight, position_weight, token_type_weight)
+    packed = cu_seqlens if position_ids is None and position_weight is not None else None
+    choice = _choose(*tables, weight, bias)
+    at_once = device.type == "cpu" and not torch.compiler.is_compiling()
+    if choice.backend != "triton" or at_once:
+        given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        if packed is not None:
+            given["position_ids"] = packed_positions(packed, len(input_ids))
+        for (name, ids), table in zip(given.items(), tables, strict=True):
+            if ids is not None and table is not None:
+                check_range(name, ids, len(table), packed is not None, at_once)
+        if choice.backend == "torch":
+            position_ids = given["position_ids"]
+            ids3 = (input_ids, position_ids, token_type_ids)
+            return _torch_backend(*ids3, *tables, weight, bias, eps, dropout_p, padding_idx, out_dtype)
+    key = dropout_key(device) if dropout_p > 0.0 else None
+    if choice.backend == "reference":
+        return reference.bert_embeddings(
+            input_ids,
+            *tables,
+            weight,
+            bias,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            cu_seqlens=packed,
+            eps=eps,
+            dropout_p=dropout_p,
+            padding_idx=padding_idx,
+            dropout_key=key,
+            upcast=False,
+            out_dtype=out_dtype,
+        ).output
+    out, in_range = triton_backend.bert_embeddings(
+        input_ids, position_ids, token_type_ids, packed, *tables, weight, bias, key, eps, dropout_p, padding_idx,
+        out_dtype,
+    )  # fmt: skip
+    if not at_once:
+        # The kernel has looked at every id, and reads nothing outside of a table whatever it is.
+        rights = in_range.all(dim=1).unbind()
+        names = ("input_ids", "position_ids", "token_type_ids")
+        looked_up = (input_ids, position_ids if packed is None else packed, token_type_ids)
+        for name, ids, right, table in zip(names, looked_up, rights, tables, strict=True):
+            if ids is not None and table is not None:
+                torch._assert_async(right, out_of_range(name, len(table), packed is not None))
+    return out
+
+
+def _choose(word_weight: Tensor, *others: Tensor | None) -> dispatch.Choice:
+    triton = dispatch.triton_reasons(word_weight, *others)
+    if word_weight.shape[1] > MAX_HIDDEN:
+        triton.append(f"the kernels take hidden sizes of up to {MAX_HIDDEN}, not {word_weight.shape[1]}")
+    served: dict[str, list[str]] = {"triton": triton, "torch": [], "reference": []}
+    if word_weight.device.type == "cpu":
+        return dispatch.choose(OP, served, "torch", "on the CPU")
+    return dispatch.choose(OP, served)
+
+
+def _torch_backend(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word_weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    padding_idx: int | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    total = F.embedding(input_ids, word_weight, padding_idx)
+    if token_type_weight is not None:
+        types = (
+            token_type_weight[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_weight)
+        )
+        total = total + types
+    if position_weight is not None:
+        if position_ids is None:
+            total = total + position_weight[: input_ids.shape[1]]
+        else:
+            total = total + F.embedding(position_ids, position_weight)
+    # F.layer_norm wants one dtype; 16-bit tables with fp32 parameters are normalised in fp32, as autocast does it.
+    dtype = total.dtype
+    for vector in (weight, bias):
+        dtype = dtype if vector is None else torch.promote_types(dtype, vector.dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    out = F.layer_norm(total.to(dtype), (total.shape[-1],), weight, bias, eps).to(out_dtype)
+    return F.dropout(out, dropout_p) if dropout_p > 0.0 else out

@@ -1,0 +1,122 @@
+"""What is compiled of BERT's embeddings: every launch configuration that ships, with every option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyaccel.kernels import config
+from pyaccel.verify.kernel_specs import Argument, KernelSpec, kernel_spec
+
+# dtype label -> tables and their gradients, LayerNorm's parameters and the output (under autocast's tables in fp32).
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp32": (torch.float32, torch.float32),
+}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+TOKENS = 4099  # not a multiple of 16: packed batches have any number of tokens
+
+
+def bert_embeddings() -> list[KernelSpec]:
+    """The family's kernels: forward, backward, and the sums of the tables' gradients."""
+    return [spec for dtype in DTYPES for spec in (*_row_kernels(dtype), *_segment_sums(dtype))]
+
+
+def _longest(heuristic: Callable[[int], config.RowConfig]) -> dict[config.RowConfig, int]:
+    """Every configuration with the longest row that has it: a power of two, whose rows are aligned."""
+    return {heuristic(n_cols): n_cols for n_cols in range(1, config.MAX_ROW + 1)}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _row_kernels(dtype: str) -> Iterator[KernelSpec]:
+    from pyaccel.kernels import bert_embeddings as forward
+    from pyaccel.kernels import bert_embeddings_backward as backward
+
+    table_dtype, parameter_dtype = DTYPES[dtype]
+    ids, positions = _empty(TOKENS, dtype=torch.int64), _empty(TOKENS, dtype=torch.int32)
+    statistic, key, offsets = _empty(TOKENS), _empty(2, dtype=torch.int64), _empty(33, dtype=torch.int32)
+
+    def lookup(hidden: int, position_ids: Tensor | None) -> forward.Lookup:
+        word, position, kind = (_empty(rows, hidden, dtype=table_dtype) for rows in (30522, 512, 2))
+        return forward.Lookup(ids, position_ids, ids, word, position, kind, TOKENS)
+
+    for row_config, hidden in _longest(config.bert_embeddings_forward).items():
+        rows, vector = _empty(TOKENS, hidden, dtype=table_dtype), _empty(hidden, dtype=parameter_dtype)
+        in_range = _empty(3, TOKENS, dtype=torch.bool)
+        arguments = forward.forward_arguments(
+            rows, statistic, statistic, positions, in_range, lookup(hidden, None), offsets, vector, vector, key,
+            1e-12, 0.1, row_config,
+        )  # fmt: skip
+        yield _spec("forward", "bert_embeddings:forward_kernel", arguments, dtype, row_config)
+    for row_config, hidden in _longest(config.bert_embeddings_backward).items():
+        rows, vector = _empty(TOKENS, hidden, dtype=table_dtype), _empty(hidden, dtype=parameter_dtype)
+        partial = _empty(264, hidden)
+        arguments = backward.backward_arguments(
+            rows,
+            partial,
+            partial,
+            rows,
+            statistic,
+            statistic,
+            lookup(hidden, positions),
+            vector,
+            key,
+            0.1,
+            row_config,
+        )
+        kernel = "backward_tiled_kernel" if row_config.tiled else "backward_kernel"
+        yield _spec("backward", f"bert_embeddings_backward:{kernel}", arguments, dtype, row_config)
+
+
+def _segment_sums(dtype: str) -> Iterator[KernelSpec]:
+    from pyaccel.kernels import segment_sum
+
+    # One for every length: chunks are cut at run time.
+    sum_config = config.segment_sum(TOKENS)
+    rows, out = (_empty(n, 768, dtype=DTYPES[dtype][0]) for n in (TOKENS, 30522))
+    ids = _empty(TOKENS, dtype=torch.int64)
+    partial = _empty(-(-TOKENS // sum_config.chunk), 2, 768)
+    chunk = segment_sum.chunk_arguments(out, partial, rows, ids, ids, 0, sum_config)
+    yield _spec("table gradient, chunks", "segment_sum:chunk_kernel", chunk, dtype, sum_config)
+    border = segment_sum.border_arguments(out, partial, rows, ids, sum_config)
+    yield _spec("table gradient, borders", "segment_sum:border_kernel", border, dtype, sum_config)
+
+
+def _spec(
+    name: str,
+    fn: str,
+    arguments: dict[str, Any],
+    dtype: str,
+    launch: config.RowConfig | config.SegmentSumConfig,
+) -> KernelSpec:
+    given: dict[str, Argument] = {
+        key: POINTERS[value.dtype] if isinstance(value, Tensor) else value for key, value in arguments.items()
+    }
+    constexprs = {key: given.pop(key) for key in list(given) if key.isupper()}
+    borders = isinstance(launch, config.SegmentSumConfig) and name.endswith("borders")
+    return kernel_spec(
+        "bert_embeddings",
+        name,
+        f"pyaccel.kernels.{fn}",
+        given,
+        constexprs,
+        dtype=dtype,
+        config=launch.label,
+        num_warps=launch.border_warps if borders else launch.num_warps,  # type: ignore[union-attr]
+        programs_per_sm=launch.programs_per_sm if isinstance(launch, config.RowConfig) else 0,
+        do_not_specialize=["threshold", "search_steps"],
+    )
