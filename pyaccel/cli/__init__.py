@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from pyaccel.cli.cost import cost
 from pyaccel.cli.demo import demo
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inspect import inspect
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(inspect)
+app.command()(cost)
 
 
 def main() -> None:

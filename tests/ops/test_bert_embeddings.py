@@ -225,6 +225,18 @@ def test_strided_ids_tables_and_gradients(view: str, device: torch.device) -> No
         assert_bits_equal(t, results[1][name], name=name)
 
 
+def test_a_gradient_whose_columns_lie_apart(device: torch.device) -> None:
+    tensors, options = small(device), {"input_ids": torch.randint(VOCAB, (7,), device=device)}
+    dy = torch.randn(tensors["weight"].shape[0], 7, device=device).t()
+    options["position_ids"] = torch.arange(7, device=device) % POSITIONS
+    results = []
+    for grad in (dy, dy.contiguous()):
+        given = leaves(tensors)
+        results.append(with_gradients(run("triton", given, options), given, grad))
+    for name, t in results[0].items():
+        assert_bits_equal(t, results[1][name], name=name)
+
+
 def test_a_gradient_of_stride_zero_and_a_cat_after_the_op(device: torch.device) -> None:
     tensors, ids = small(device), torch.randint(VOCAB, (2, 5), device=device)
     results = []

@@ -1,0 +1,346 @@
+"""What a BERT layer costs, without a clock or a GPU: launches, bytes moved, bytes saved for backward, FLOPs.
+
+The layers run on meta tensors, which have shapes and no data, and every operator they call is written down: ours and
+those of transformers' layer in eager mode with SDPA, as a GPU would be asked for them (F.dropout and SDPA call other
+operators there than on a CPU; here they call the GPU's). Views cost nothing, an operator reads its inputs and writes
+its outputs once, and parameters (and what is made of parameters alone) are counted apart from activations.
+
+The bound of Williams et al. (roofline; doi:10.1145/1498765.1498785) gives the least time for a card: for each operator
+the greater of bytes over bandwidth and FLOPs over the rate of its matrix units. No card reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from pyaccel import dispatch, ops
+from pyaccel.models.bert import BertConfig, BertLayer, encoder_layer, share_qkv_storage
+
+STOCK, OURS, FUSED = "transformers, SDPA", "pyaccel", "pyaccel, fused product"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = ("evaluation", "training")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Datasheet rates: bytes a second of memory, dense 16-bit FLOPs a second of the matrix units."""
+
+    bandwidth: float
+    flops: float
+
+
+CARDS = {
+    "A100": Card(2.039e12, 312e12),
+    "H100": Card(3.35e12, 989e12),
+    "H200": Card(4.8e12, 989e12),
+}
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """A layer and its input: batch and sequence without padding, hidden sizes, 16-bit or other floating dtype."""
+
+    batch: int = 16
+    seq: int = 128
+    hidden: int = 768
+    heads: int = 12
+    intermediate: int = 3072
+    dtype: torch.dtype = torch.bfloat16
+    dropout_p: float = 0.1  # in training
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.seq, self.hidden, self.heads, self.intermediate) < 1:
+            raise ValueError(f"every size must be at least 1, got {self}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden size {self.hidden} is not a multiple of {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of an operator."""
+
+    op: str
+    launches: int
+    activation_bytes: int
+    parameter_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The steps of forward and backward (empty in evaluation), and the bytes of activations saved in between."""
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    saved_bytes: int
+
+    @property
+    def forward_launches(self) -> int:
+        return sum(step.launches for step in self.forward)
+
+    @property
+    def backward_launches(self) -> int:
+        return sum(step.launches for step in self.backward)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What forward and backward read and write, parameters apart."""
+        return sum(step.activation_bytes for step in (*self.forward, *self.backward))
+
+    def seconds(self, card: Card) -> float:
+        """The least time on ``card``, without launches and their gaps."""
+        return sum(
+            max((step.activation_bytes + step.parameter_bytes) / card.bandwidth, step.flops / card.flops)
+            for step in (*self.forward, *self.backward)
+        )
+
+
+# --- launches and FLOPs of an operator ----------------------------------------------------------------------------
+# One launch where nothing is said. A test counts those of our own ops as they run.
+
+_NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",
+}
+
+
+def _attention_backward_launches(arguments: dict[str, Any]) -> int:
+    from pyaccel.kernels import attention_config
+
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    shape = attention_config.AttentionShape(
+        seq_q=arguments["seq_q"],
+        seq_k=arguments["seq_k"],
+        head_dim=max(query.shape[3], value.shape[3]),
+        itemsize=query.element_size(),
+        arch="sm_90",
+        group=query.shape[1] // key.shape[1],
+        has_mask=arguments["attn_mask"] is not None,
+        has_dropout=arguments["dropout_key"] is not None,
+    )
+    if attention_config.attention_short("backward_short", shape) is not None:
+        return 1
+    split = attention_config.attention("dkey_dvalue", shape).split
+    return 2 + split + arguments["want_dmask"]
+
+
+def _launches(name: str, arguments: dict[str, Any]) -> int:
+    """Launches of the operator ``name`` with these arguments by name."""
+    if name == "pyaccel::attention_backward":
+        return _attention_backward_launches(arguments)
+    if name == "pyaccel::residual_layernorm_backward":
+        columns = ("dweight_dtype", "dbias_dtype", "dx_bias_dtype")
+        return 1 + any(arguments[n] is not None for n in columns)
+    if name == "pyaccel::bias_gelu_backward":
+        return 1 + arguments["want_dbias"]
+    if name == "pyaccel::linear_activation_backward":
+        return 1 + (arguments["bias_dtype"] is not None)
+    # PyTorch's on CUDA: gradients of the rows, then of weight and bias; FlashAttention's: delta, gradients, dq's cast.
+    return {
+        "aten::native_layer_norm_backward": 2,
+        "aten::_scaled_dot_product_flash_attention_backward": 3,
+    }.get(name, 1)
+
+
+def _flops(name: str, packet: Any, args: Any, kwargs: Any, arguments: dict[str, Any], out: Any) -> int:
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    if name == "pyaccel::linear_activation_forward":
+        return 2 * arguments["x"].numel() * arguments["weight"].shape[0]
+    if name.startswith("pyaccel::attention_"):
+        query, value = arguments["query"], arguments["value"]
+        scores = query.shape[:3].numel() * arguments["seq_k"]
+        # Backward: scores and dprobs again, dquery, dkey, dvalue.
+        products = (1, 1) if name.endswith("forward") else (3, 2)
+        return 2 * scores * (products[0] * query.shape[3] + products[1] * value.shape[3])
+    return 0
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every operator called inside.
+
+    Args:
+        parameters: their bytes, and those of what is made of them alone, are counted apart.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self._parameters = {_storage(p) for p in parameters}
+        self._alive: list[Tensor] = []  # a storage that is freed could give its place to another one
+
+    def is_parameter(self, t: Tensor) -> bool:
+        return _storage(t) in self._parameters
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self._alive += outputs
+        name = func.name().split(".")[0]
+        given = {_storage(t) for t in inputs}
+        is_view = bool(inputs) and not func._schema.is_mutable and {_storage(t) for t in outputs} <= given
+        if not outputs or is_view or name.removeprefix("aten::") in _NO_LAUNCH:
+            return out
+        if inputs and all(self.is_parameter(t) for t in inputs):
+            self._parameters |= {_storage(t) for t in outputs}
+        arguments = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        tensors = [*inputs, *outputs]
+        activations = sum(t.nbytes for t in tensors if not self.is_parameter(t))
+        self.steps.append(
+            Step(
+                name,
+                _launches(name, arguments),
+                activations,
+                sum(t.nbytes for t in tensors) - activations,
+                _flops(name, func.overloadpacket, args, kwargs, arguments, out),
+            )
+        )
+        return out
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """F.dropout and SDPA (without a mask) call the operators that they call for CUDA tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return _cuda_dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _cuda_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0.0 else input
+
+
+def _cuda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is not None or enable_gqa:
+        raise NotImplementedError("the cost of SDPA is known here without a mask and grouped heads only")
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+
+
+# --- layers -------------------------------------------------------------------------------------------------------
+
+
+def _our_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
+    config = BertConfig(
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        intermediate_size=size.intermediate,
+        hidden_dropout_prob=size.dropout_p,
+        attention_probs_dropout_prob=size.dropout_p,
+    )
+    layer = BertLayer(config)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout_p = size.dropout_p if layer.training else 0.0
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        context = ops.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        return context.transpose(1, 2).flatten(-2)
+
+    return layer, lambda hidden: encoder_layer(layer, hidden, attend)
+
+
+def _stock_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers.models.bert import modeling_bert
+
+    config = modeling_bert.BertConfig(
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        intermediate_size=size.intermediate,
+        hidden_dropout_prob=size.dropout_p,
+        attention_probs_dropout_prob=size.dropout_p,
+    )
+    config._attn_implementation = "sdpa"
+    layer = modeling_bert.BertLayer(config)
+
+    def run(hidden: Tensor) -> Tensor:
+        with _AsOnCuda():
+            out = layer(hidden)
+        return out[0] if isinstance(out, tuple) else out
+
+    return layer, run
+
+
+def measure(
+    layer: torch.nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor, *, training: bool
+) -> Cost:
+    """The cost of ``run(hidden)``, which calls ``layer``, and in training of its backward."""
+    parameters = list(layer.parameters())
+    layer.train(training)
+    saved: dict[int, int] = {}
+    recorder = Recorder(parameters)
+
+    def save(t: Tensor) -> Tensor:
+        if not recorder.is_parameter(t):
+            saved[_storage(t)] = t.untyped_storage().nbytes()  # a view keeps all of it
+        return t
+
+    hidden = hidden.detach().requires_grad_(training)
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda t: t)
+    with torch.set_grad_enabled(training), recorder, hooks:
+        out = run(hidden)
+        forward, recorder.steps = tuple(recorder.steps), []
+    if training:
+        grad = torch.empty_like(out)
+        with recorder:
+            torch.autograd.grad(out, (hidden, *parameters), grad)
+    return Cost(forward, tuple(recorder.steps), sum(saved.values()))
+
+
+def layer_costs(size: LayerSize) -> dict[str, dict[str, Cost]]:
+    """One BERT layer: by who computes it (:data:`STOCK`, :data:`OURS`, :data:`FUSED`), then by :data:`MODES`.
+
+    :data:`FUSED` takes the bias and GELU into the product, which isn't what dispatch chooses until it is measured.
+
+    Raises:
+        RuntimeError: triton isn't installed, and without it there are no kernels to count.
+    """
+    if not dispatch.has_triton():
+        raise RuntimeError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
+    builders: dict[str, Callable[[LayerSize], tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]]
+    builders = {STOCK: _stock_layer, OURS: _our_layer, FUSED: _our_layer}
+    costs: dict[str, dict[str, Cost]] = {}
+    for name, build in builders.items():
+        with torch.device("meta"):
+            layer, run = build(size)
+            layer.to(size.dtype)
+            hidden = torch.empty(size.batch, size.seq, size.hidden, dtype=size.dtype)
+        if name != STOCK:
+            share_qkv_storage(layer.get_submodule("attention.self"))  # a cast gives each its own again
+        backend = "triton" if name == FUSED else "torch"
+        with dispatch.use_backend("auto"), dispatch.use_backend(backend, ops=["linear_activation"]):
+            costs[name] = {mode: measure(layer, run, hidden, training=mode == "training") for mode in MODES}
+    return costs

@@ -1,0 +1,150 @@
+"""The cost lane: the promises about a BERT layer's launches and bytes, and the counter itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+from pyaccel import dispatch
+from pyaccel.cli import app
+from pyaccel.models.bert import BertConfig, BertLayer
+from pyaccel.packing import layout
+from pyaccel.verify import cost
+from pyaccel.verify.cost import FUSED, OURS, STOCK, Cost, LayerSize, Recorder, layer_costs
+
+SIZES = [
+    LayerSize(),
+    LayerSize(batch=4, seq=512),
+    LayerSize(batch=2, seq=512, hidden=1024, heads=16, intermediate=4096),
+    LayerSize(batch=1, seq=32, dtype=torch.float16),
+]
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=str)
+def costs(request: pytest.FixtureRequest) -> tuple[LayerSize, dict[str, dict[str, Cost]]]:
+    return request.param, layer_costs(request.param)
+
+
+def token_bytes(size: LayerSize) -> int:
+    """Of the hidden states."""
+    return size.batch * size.seq * size.hidden * size.dtype.itemsize
+
+
+def test_evaluation_is_seven_launches_and_two_thirds_of_stocks_bytes(costs: Any) -> None:
+    size, by_name = costs
+    stock, ours, fused = (by_name[name]["evaluation"] for name in (STOCK, OURS, FUSED))
+    assert stock.forward_launches == 12
+    assert ours.forward_launches == 8
+    assert fused.forward_launches == 7
+    assert 40.0 <= stock.activation_bytes / token_bytes(size) <= 40.1
+    assert fused.activation_bytes / token_bytes(size) == 26.0
+    assert fused.activation_bytes <= 0.65 * stock.activation_bytes
+    for one in (stock, ours, fused):
+        assert (one.backward, one.saved_bytes) == ((), 0)
+
+
+def test_training_saves_two_thirds_of_stocks_bytes(costs: Any) -> None:
+    size, by_name = costs
+    stock, ours, fused = (by_name[name]["training"] for name in (STOCK, OURS, FUSED))
+    assert 17.0 <= stock.saved_bytes / token_bytes(size) <= 17.2
+    for one in (ours, fused):
+        assert 11.0 <= one.saved_bytes / token_bytes(size) <= 11.2
+        assert one.saved_bytes <= 0.65 * stock.saved_bytes
+        assert one.backward_launches < stock.backward_launches
+        assert one.activation_bytes < stock.activation_bytes
+
+
+def test_both_multiply_as_much(costs: Any) -> None:
+    _, by_name = costs
+    in_evaluation = {sum(step.flops for step in by["evaluation"].forward) for by in by_name.values()}
+    assert len(in_evaluation) == 1
+
+
+def test_a_recorded_step() -> None:
+    weight = torch.empty(8, 16, device="meta")
+    x = torch.empty(5, 16, device="meta")
+    with Recorder([weight]) as recorder:
+        F.gelu(F.linear(x, weight).view(40)[:8])
+        torch.cat([weight, weight])
+        x.add_(1.0)
+    product, gelu, cat, add = recorder.steps
+    assert (product.activation_bytes, product.parameter_bytes) == (4 * (80 + 40), 4 * 128)
+    assert product.flops == 2 * 5 * 16 * 8
+    assert (gelu.op, gelu.activation_bytes, gelu.flops) == ("aten::gelu", 4 * 16, 0)
+    assert (cat.activation_bytes, cat.parameter_bytes) == (0, 4 * 4 * 128)  # made of parameters alone
+    assert (add.op, add.launches) == ("aten::add_", 1)
+    assert sum(step.launches for step in recorder.steps) == 4
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("seq", [7, 131])
+def test_our_ops_launch_as_many_kernels_as_is_said(
+    seq: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime import interpreter
+
+    from pyaccel.ops import linear
+
+    launched = 0
+    call = interpreter.GridExecutor.__call__
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal launched
+        launched += 1
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", count)
+    monkeypatch.setattr(linear, "_on_gpu", lambda x: True)
+    layer = BertLayer(BertConfig(hidden_size=32, num_attention_heads=2, intermediate_size=48)).train()
+    hidden = torch.randn(seq, 32, requires_grad=True)
+    recorder = Recorder(list(layer.parameters()))
+    ops = ["residual_layernorm", "bias_gelu", "varlen_attention", *(["linear_activation"] if fused else [])]
+    with dispatch.use_backend("triton", ops=ops), recorder:
+        layer(hidden, layout(torch.ones(1, seq, dtype=torch.bool))).square().sum().backward()
+    names = [step.op for step in recorder.steps if step.op.startswith("pyaccel::")]
+    assert len(names) >= 9
+    assert launched == sum(step.launches for step in recorder.steps if step.op in names)
+
+
+def test_the_command_prints_the_figures() -> None:
+    result = CliRunner().invoke(app, ["cost", "--batch", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.output)
+    assert [row["mode"] for row in rows] == ["evaluation"] * 3 + ["training"] * 3
+    assert {row["layer"] for row in rows} == {STOCK, OURS, FUSED}
+    assert rows[5]["saved_bytes_of_stock"] <= 0.65
+    table = CliRunner().invoke(app, ["cost", "--card", "H100"])
+    assert table.exit_code == 0, table.output
+    assert "64." in table.output
+    assert "fused product" in table.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--card", "B3"], "expected one of A100"),
+        (["--dtype", "int4"], "expected one of"),
+        (["--hidden-size", "70"], "not a multiple of 12 heads"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, ["cost", *arguments])
+    assert words in str(result.exception)
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        layer_costs(LayerSize())
+
+
+def test_least_time_is_the_greater_of_bytes_and_flops() -> None:
+    card = cost.Card(bandwidth=10.0, flops=100.0)
+    steps = (cost.Step("a", 1, 15, 5, 100), cost.Step("b", 1, 10, 0, 500))
+    assert Cost(steps, (), 0).seconds(card) == 2.0 + 5.0
