@@ -94,3 +94,25 @@ def column_sum() -> ColumnSumConfig:
 def persistent_programs(config: RowConfig, n_rows: int, num_sms: int) -> int:
     """Programs of a persistent row kernel: what the device holds at once, and no more than there are blocks."""
     return min(-(-n_rows // config.block_rows), config.programs_per_sm * num_sms)
+
+
+# A chunk of logits: large enough for matrix products at full speed, small beside a layer's activations.
+CROSS_ENTROPY_CHUNK_BYTES = 128 * 2**20
+CROSS_ENTROPY_MIN_CHUNK = 256
+
+
+def cross_entropy(n_cols: int) -> RowConfig:
+    """A row of the vocabulary in tiles, 16 elements a thread: two or four wide loads are under way at a time."""
+    block_n = 1024 if n_cols <= 1024 else 4096
+    return RowConfig(1, block_n, num_warps=block_n // 512, tiled=True)
+
+
+def cross_entropy_width(n_cols: int) -> int:
+    """Columns of the buffer that holds rows of ``n_cols`` logits: each row starts at a multiple of 128 bytes."""
+    return -(-n_cols // 64) * 64
+
+
+def cross_entropy_chunk(n_cols: int, itemsize: int) -> int:
+    """Rows of logits that are held at a time: 2048 of BERT's vocabulary in 16 bits."""
+    rows = CROSS_ENTROPY_CHUNK_BYTES // (cross_entropy_width(n_cols) * itemsize)
+    return max(1 << max(rows, 1).bit_length() - 1, CROSS_ENTROPY_MIN_CHUNK)

@@ -106,6 +106,7 @@ def op_names() -> tuple[str, ...]:
         "quantize_per_channel",
         "quantize_per_tensor",
         "int8_matmul",
+        "masked_lm_cross_entropy",
     )
 
 
