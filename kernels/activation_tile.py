@@ -30,18 +30,26 @@ def activation_tile(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_and_grad(u):
+    """sigmoid(u) and its derivative, by one exponential. As s * (1 - s) the derivative would cancel near s = 1."""
+    e = tl.exp(-tl.abs(u))
+    r = 1.0 / (1.0 + e)
+    return tl.where(u >= 0.0, r, e * r), e * r * r
+
+
+@triton.jit
 def activation_grad_tile(x, ACTIVATION: tl.constexpr):
     """The derivative of the activation at x (fp32)."""
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(x * SQRT_HALF))
         return cdf + x * tl.exp(-0.5 * x * x) * INV_SQRT_2PI
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid((x + x * x * x * CUBIC) * SQRT_8_OVER_PI)
+        s, ds = _sigmoid_and_grad((x + x * x * x * CUBIC) * SQRT_8_OVER_PI)
         slope = (1.0 + x * x * (3.0 * CUBIC)) * SQRT_8_OVER_PI
-        return s + x * s * (1.0 - s) * slope
+        return s + x * ds * slope
     elif ACTIVATION == "relu":
         return tl.where(x <= 0.0, 0.0, 1.0)
     else:
         tl.static_assert(ACTIVATION == "silu")
-        s = tl.sigmoid(x)
-        return s * (1.0 + x * (1.0 - s))
+        s, ds = _sigmoid_and_grad(x)
+        return s + x * ds

@@ -51,7 +51,8 @@ def forward_kernel(
     if cu_q_ptr is not None and stream >= n_streams:
         n_sequences, first = n_streams // n_heads, n_streams * n_blocks
         clear_tail(out_ptr, 0.0, cu_q_ptr, n_sequences, total, stride_out, 1, first)
-        clear_tail(lse_ptr, float("-inf"), cu_q_ptr, n_sequences, total, stride_lse, n_heads, first)
+        if lse_ptr is not None:
+            clear_tail(lse_ptr, float("-inf"), cu_q_ptr, n_sequences, total, stride_lse, n_heads, first)
         return
     batch, head = stream // n_heads, stream % n_heads
     first_q, len_q = sequence(cu_q_ptr, batch, seq_q)
@@ -165,7 +166,7 @@ def forward_kernel(
 
 
 def forward(
-    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
+    out: Tensor, lse: Tensor | None, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> None:
     """Launch the forward kernel: ``out`` [batch, heads, seq_q, value_dim], ``lse`` [batch, heads, seq_q] fp32 and, if
     it is wanted, what rounding took from that."""
@@ -180,7 +181,7 @@ def forward(
 
 
 def forward_arguments(
-    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
+    out: Tensor, lse: Tensor | None, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> dict[str, Any]:
     """The kernel's arguments by name."""
     return {
@@ -188,7 +189,7 @@ def forward_arguments(
         "lse_ptr": lse,
         "lse_error_ptr": lse_error,
         "stride_out": call.strides(out),
-        "stride_lse": call.strides(lse),
+        "stride_lse": (0, 0, 0) if lse is None else call.strides(lse),
         "total": call.query.shape[2],
         **call.arguments(),
         **call.offsets(),

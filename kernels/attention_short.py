@@ -84,7 +84,10 @@ def forward_short_kernel(
     if cu_q_ptr is not None and first_tile >= n_tiles:
         n_sequences, first_program = n_streams // n_heads, tl.cdiv(n_tiles, TILES)
         clear_tail(out_ptr, 0.0, cu_q_ptr, n_sequences, total, stride_out, 1, first_program)
-        clear_tail(lse_ptr, float("-inf"), cu_q_ptr, n_sequences, total, stride_lse, n_heads, first_program)
+        if lse_ptr is not None:
+            clear_tail(
+                lse_ptr, float("-inf"), cu_q_ptr, n_sequences, total, stride_lse, n_heads, first_program
+            )
         return
     o_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     for tile in range(first_tile, tl.minimum(first_tile + TILES, n_tiles)):
@@ -205,7 +208,7 @@ def backward_short_kernel(
 
 
 def forward_short(
-    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
+    out: Tensor, lse: Tensor | None, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> None:
     """Launch the forward kernel, as :func:`pyaccel.kernels.attention.forward`, for ``seq_k <= config.block_n``."""
     tiles = call.n_streams * triton.cdiv(call.seq_q, config.block_m)
@@ -216,7 +219,7 @@ def forward_short(
 
 
 def forward_short_arguments(
-    out: Tensor, lse: Tensor, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
+    out: Tensor, lse: Tensor | None, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> dict[str, Any]:
     """The kernel's arguments by name."""
     return {
@@ -224,7 +227,7 @@ def forward_short_arguments(
         "lse_ptr": lse,
         "lse_error_ptr": lse_error,
         "stride_out": call.strides(out),
-        "stride_lse": call.strides(lse),
+        "stride_lse": (0, 0, 0) if lse is None else call.strides(lse),
         "total": call.query.shape[2],
         **call.arguments(),
         **call.offsets(),

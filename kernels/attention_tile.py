@@ -176,7 +176,8 @@ def store_lse(lse_ptr, lse_error_ptr, offset, m_row, maximum, row_sum):
     """
     log_sum = tl.log(row_sum)
     lse = tl.where(row_sum == 0.0, float("-inf"), maximum + log_sum)
-    tl.store(lse_ptr + offset, lse, mask=m_row)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + offset, lse, mask=m_row)
     if lse_error_ptr is not None:
         error = tl.where(row_sum == 0.0, 0.0, (maximum - lse) + log_sum)
         tl.store(lse_error_ptr + offset, error, mask=m_row)

@@ -116,3 +116,35 @@ def cross_entropy_chunk(n_cols: int, itemsize: int) -> int:
     """Rows of logits that are held at a time: 2048 of BERT's vocabulary in 16 bits."""
     rows = CROSS_ENTROPY_CHUNK_BYTES // (cross_entropy_width(n_cols) * itemsize)
     return max(1 << max(rows, 1).bit_length() - 1, CROSS_ENTROPY_MIN_CHUNK)
+
+
+def bias_gelu_forward(n_cols: int) -> RowConfig:
+    """Tiles of 16 elements a thread. The widths of feed-forward layers are multiples of 512."""
+    _check_width(n_cols)
+    block_n = 512 if n_cols >= 512 else 128
+    return RowConfig(2048 // block_n, block_n, num_warps=4)
+
+
+def bias_gelu_backward(n_cols: int) -> RowConfig:
+    """A persistent grid of tiles: 8 elements a thread of each gradient and of the column sums, 32 warps an SM."""
+    _check_width(n_cols)
+    block_n = 512 if n_cols >= 512 else 128
+    return RowConfig(2048 // block_n, block_n, num_warps=8, programs_per_sm=4)
+
+
+def bias_gelu_quantize(n_cols: int) -> RowConfig:
+    """Rows stay in registers, 16 elements a thread or 32: a row needs its largest value before its first code."""
+    _check_row(n_cols)
+    block_n = max(_next_power_of_2(n_cols), 512)
+    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min(max(block_n // 512, 4), 16))
+
+
+def programs_per_column(config: RowConfig, n_rows: int, n_cols: int, num_sms: int) -> int:
+    """Programs that share each block of columns of a persistent grid: the device's, spread over the blocks."""
+    at_once = config.programs_per_sm * num_sms // -(-n_cols // config.block_n)
+    return min(-(-n_rows // config.block_rows), max(at_once, 1))
+
+
+def _check_width(n_cols: int) -> None:
+    if n_cols < 1:
+        raise ValueError(f"rows have 1 element or more, got {n_cols}")

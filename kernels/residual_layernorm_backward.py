@@ -1,4 +1,4 @@
-"""Bias + dropout + residual + LayerNorm, backward: all five gradients in one pass over the rows.
+"""Bias + dropout + residual + LayerNorm (or RMSNorm), backward: all five gradients in one pass over the rows.
 
 A persistent grid; each program sums its rows' share of the weight, bias and x_bias gradients in fp32 and writes
 one row of partial sums; a second, small kernel adds these rows up. No atomics: two runs give the same bits.
@@ -24,7 +24,7 @@ def _load_tile(
     dy = tl.load(dy_ptr + row * stride_dy_row + col.to(tl.int64) * stride_dy_col, mask=mask, other=0.0)
     dy = dy.to(tl.float32)
     z = tl.load(sum_ptr + row * n_cols + col, mask=mask, other=0.0).to(tl.float32)
-    x_hat = (z - mean[:, None]) * rstd[:, None]
+    x_hat = (z if mean is None else z - mean[:, None]) * rstd[:, None]
     wdy = dy
     if weight_ptr is not None:
         wdy = dy * tl.load(weight_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
@@ -74,7 +74,9 @@ def backward_kernel(
         m_row = o_row < n_rows
         mask = m_row[:, None] & m_col[None, :]
         row = o_row[:, None]
-        mean = tl.load(mean_ptr + o_row, mask=m_row, other=0.0)
+        mean = None
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + o_row, mask=m_row, other=0.0)
         rstd = tl.load(rstd_ptr + o_row, mask=m_row, other=0.0)
         dy, wdy, x_hat = _load_tile(
             dy_ptr,
@@ -94,9 +96,11 @@ def backward_kernel(
             b_dweight += dy * x_hat
         if dbias_ptr is not None:
             b_dbias += dy
-        mean_wdy = tl.sum(wdy, axis=1) / n_cols  # [BLOCK_ROWS]
-        mean_wdy_x_hat = tl.sum(wdy * x_hat, axis=1) / n_cols
-        dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]
+        mean_wdy_x_hat = tl.sum(wdy * x_hat, axis=1) / n_cols  # [BLOCK_ROWS]
+        dz = wdy - x_hat * mean_wdy_x_hat[:, None]
+        if mean_ptr is not None:
+            dz -= (tl.sum(wdy, axis=1) / n_cols)[:, None]
+        dz *= rstd[:, None]
         dx = _store_tile(
             dx_ptr, dresidual_ptr, dsum_ptr, key_ptr, dz, o_row, row, o_col, 0, mask,
             stride_dsum_row, stride_dsum_col, n_cols, threshold, scale, BLOCK_ROWS, BLOCK_N,
@@ -134,7 +138,9 @@ def backward_tiled_kernel(
         o_row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)  # [BLOCK_ROWS]
         m_row = o_row < n_rows
         row = o_row[:, None]
-        mean = tl.load(mean_ptr + o_row, mask=m_row, other=0.0)
+        mean = None
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + o_row, mask=m_row, other=0.0)
         rstd = tl.load(rstd_ptr + o_row, mask=m_row, other=0.0)
         b_wdy = tl.zeros((BLOCK_ROWS, BLOCK_N), dtype=tl.float32)
         b_wdy_x_hat = tl.zeros((BLOCK_ROWS, BLOCK_N), dtype=tl.float32)
@@ -158,8 +164,8 @@ def backward_tiled_kernel(
             )
             b_wdy += wdy
             b_wdy_x_hat += wdy * x_hat
-        mean_wdy = tl.sum(b_wdy, axis=1) / n_cols  # [BLOCK_ROWS]
-        mean_wdy_x_hat = tl.sum(b_wdy_x_hat, axis=1) / n_cols
+        mean_wdy_x_hat = tl.sum(b_wdy_x_hat, axis=1) / n_cols  # [BLOCK_ROWS]
+        mean_wdy = tl.sum(b_wdy, axis=1) / n_cols
         for first_col in range(0, n_cols, BLOCK_N):
             o_col = first_col + tl.arange(0, BLOCK_N)
             m_col = o_col < n_cols
@@ -178,7 +184,10 @@ def backward_tiled_kernel(
                 stride_dy_col,
                 n_cols,
             )
-            dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]
+            dz = wdy - x_hat * mean_wdy_x_hat[:, None]
+            if mean_ptr is not None:
+                dz -= mean_wdy[:, None]
+            dz *= rstd[:, None]
             dx = _store_tile(
                 dx_ptr, dresidual_ptr, dsum_ptr, key_ptr, dz, o_row, row, o_col, first_col, mask,
                 stride_dsum_row, stride_dsum_col, n_cols, threshold, scale, BLOCK_ROWS, BLOCK_N,
@@ -202,7 +211,7 @@ def backward(
     dy: Tensor,
     dsum: Tensor | None,
     total: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor | None,
     dropout_key: Tensor | None,
@@ -213,7 +222,8 @@ def backward(
     """Launch the backward kernel; it writes dx, dresidual and the partial sums, whichever are not None.
 
     Shapes: dy, dsum ``[rows, cols]`` of any strides; dx, dresidual, total the same, contiguous; partial sums
-    ``[n_programs, cols]`` fp32; mean, rstd ``[rows]`` fp32. ``n_programs`` is at most the number of row blocks.
+    ``[n_programs, cols]`` fp32; mean (None for RMSNorm), rstd ``[rows]`` fp32. ``n_programs`` is at most the number
+    of row blocks.
     """
     n_rows, n_cols = total.shape
     if n_rows == 0:

@@ -1,6 +1,7 @@
 """The public functions: each validates, chooses a backend, and says why it can't where it can't."""
 
 from pyaccel.ops.attention import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
 from pyaccel.ops.masked_lm_cross_entropy import masked_lm_cross_entropy
@@ -9,6 +10,7 @@ from pyaccel.ops.residual_layernorm import residual_layernorm
 
 __all__ = [
     "attention_probs",
+    "bias_gelu",
     "int8_matmul",
     "linear_activation",
     "linear_residual_layernorm",

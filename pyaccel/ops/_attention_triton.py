@@ -67,9 +67,10 @@ def forward_op(
     is_causal: bool,
     window_left: int,
     window_right: int,
+    want_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``, and LSE ``[batch, heads, seq_q]`` fp32; then
-    what rounding took from the LSE, where a float attn_mask may make that large."""
+    """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``; LSE ``[batch, heads, seq_q]`` fp32, and what
+    rounding took from it, where a float attn_mask may make that large."""
     from pyaccel.kernels import attention, attention_short
     from pyaccel.kernels import attention_config as config
 
@@ -77,13 +78,13 @@ def forward_op(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
-    out, lse, lse_error = _forward_outputs(query, value, attn_mask)
-    error = _wanted(lse_error)
+    out, lse, lse_error = _forward_outputs(query, value, attn_mask, want_lse)
+    wanted = (_wanted(lse), _wanted(lse_error))
     short = config.attention_short("forward_short", call.shape)
     if short is not None:
-        attention_short.forward_short(out, lse, error, call, short)
+        attention_short.forward_short(out, *wanted, call, short)
     else:
-        attention.forward(out, lse, error, call, config.attention("forward", call.shape))
+        attention.forward(out, *wanted, call, config.attention("forward", call.shape))
     return out, lse, lse_error
 
 
@@ -97,9 +98,11 @@ def _like(x: Tensor, dim: int) -> Tensor:
     return x.new_empty(batch, seq, heads, dim).transpose(1, 2)
 
 
-def _forward_outputs(query: Tensor, value: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    is_float = attn_mask is not None and attn_mask.dtype != torch.bool
+def _forward_outputs(
+    query: Tensor, value: Tensor, attn_mask: Tensor | None, want_lse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
+    is_float = want_lse and attn_mask is not None and attn_mask.dtype != torch.bool
     return _like(query, value.shape[3]), lse, torch.empty_like(lse) if is_float else lse.new_empty(0)
 
 
@@ -120,8 +123,9 @@ def _(
     is_causal: bool,
     window_left: int,
     window_right: int,
+    want_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_outputs(query, value, attn_mask)
+    return _forward_outputs(query, value, attn_mask, want_lse)
 
 
 @torch.library.custom_op("pyaccel::attention_backward", mutates_args=())
@@ -330,7 +334,7 @@ class AttentionFunction(torch.autograd.Function):
         *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What :func:`forward_op` gives; the arguments are its."""
-        return forward_op(query, key, value, attn_mask, *rest)
+        return forward_op(query, key, value, attn_mask, *rest, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -356,13 +360,13 @@ class AttentionFunction(torch.autograd.Function):
         )
 
 
-def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _attend(*arguments: Any, want_lse: bool) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
         if torch.compiler.is_compiling():
             arguments = _distinct(arguments)
         out, lse, _ = AttentionFunction.apply(*arguments)
     else:
-        out, lse, _ = forward_op(*arguments)
+        out, lse, _ = forward_op(*arguments, want_lse)
     return out, lse
 
 
@@ -395,7 +399,7 @@ def padded(
     attn_mask, key_mask = _masks(attn_mask, key_padding_mask)
     out, lse = _attend(
         query, key, value, attn_mask, key_mask, None, None, seed, query.shape[2], key.shape[2],
-        _scale(query, scale), dropout_p, is_causal, *(window_size or (-1, -1)),
+        _scale(query, scale), dropout_p, is_causal, *(window_size or (-1, -1)), want_lse=return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -419,7 +423,7 @@ def packed(
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     out, lse = _attend(
         q, k, v, None, None, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed, max_seqlen_q,
-        max_seqlen_k, _scale(query, scale), dropout_p, is_causal, *(window_size or (-1, -1)),
+        max_seqlen_k, _scale(query, scale), dropout_p, is_causal, *(window_size or (-1, -1)), want_lse=return_lse,
     )  # fmt: skip
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out

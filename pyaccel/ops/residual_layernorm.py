@@ -1,12 +1,12 @@
-"""Bias + dropout + residual + LayerNorm: the registered ops, their autograd Function and the public function.
+"""Bias + dropout + residual + LayerNorm or RMSNorm: the registered ops, their autograd Function and the function.
 
 Everything that stands between two matrix products of a post-norm (or pre-norm) Transformer layer, as one kernel
-forward and one backward. Source: LayerNorm, arXiv:1607.06450; placements, arXiv:2002.04745.
+forward and one backward. Source: LayerNorm, arXiv:1607.06450; RMSNorm, arXiv:1910.07467; placements, arXiv:2002.04745.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from pyaccel import dispatch, reference
 from pyaccel.ops._dropout import dropout_key, dropout_reasons
+from pyaccel.reference.residual_layernorm import normalise
 
 OP = "residual_layernorm"
+MAX_ROW = 16384
+MAX_CODES_ROW = 8192  # a longer row and its codes don't fit in registers together
 
 
 # --- registered ops -------------------------------------------------------------------------------------------
@@ -33,17 +36,27 @@ def forward_op(
     eps: float,
     dropout_p: float,
     out_dtype: torch.dtype,
+    rms_norm: bool,
+    want_out: bool,
     want_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[rows, cols]``, sum ``[rows, cols]`` or size 0, mean and rstd ``[rows]`` fp32."""
+    want_codes: bool,
+    want_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output and sum ``[rows, cols]``, int8 codes of the output and their scales ``[rows]`` fp32, mean (not of RMSNorm)
+    and rstd ``[rows]`` fp32, for the backward."""
     from pyaccel.kernels import config, residual_layernorm
 
-    out, total, mean, rstd = _forward_outputs(x, residual, out_dtype, want_sum)
+    outputs = _forward_outputs(
+        x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics
+    )
+    out, total, codes, codes_scale, mean, rstd = outputs
     residual_layernorm.forward(
-        out,
+        out if want_out else None,
         total if want_sum else None,
-        mean,
-        rstd,
+        codes if want_codes else None,
+        codes_scale if want_codes else None,
+        mean if want_statistics and not rms_norm else None,
+        rstd if want_statistics else None,
         x,
         residual,
         weight,
@@ -52,20 +65,30 @@ def forward_op(
         dropout_key,
         eps,
         dropout_p,
+        rms_norm,
         config.residual_layernorm_forward(x.shape[1]),
     )
-    return out, total, mean, rstd
+    return outputs
 
 
 def _forward_outputs(
-    x: Tensor, residual: Tensor | None, out_dtype: torch.dtype, want_sum: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    rms_norm: bool,
+    want_out: bool,
+    want_sum: bool,
+    want_codes: bool,
+    want_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_rows, n_cols = x.shape
     return (
-        x.new_empty(n_rows, n_cols, dtype=out_dtype),
+        x.new_empty(n_rows if want_out else 0, n_cols, dtype=out_dtype),
         x.new_empty(n_rows if want_sum else 0, n_cols, dtype=_sum_dtype(x, residual)),
-        x.new_empty(n_rows, dtype=torch.float32),
-        x.new_empty(n_rows, dtype=torch.float32),
+        x.new_empty(n_rows if want_codes else 0, n_cols, dtype=torch.int8),
+        x.new_empty(n_rows if want_codes else 0, dtype=torch.float32),
+        x.new_empty(n_rows if want_statistics and not rms_norm else 0, dtype=torch.float32),
+        x.new_empty(n_rows if want_statistics else 0, dtype=torch.float32),
     )
 
 
@@ -80,9 +103,13 @@ def _(
     eps: float,
     dropout_p: float,
     out_dtype: torch.dtype,
+    rms_norm: bool,
+    want_out: bool,
     want_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(x, residual, out_dtype, want_sum)
+    want_codes: bool,
+    want_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward_outputs(x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics)
 
 
 @torch.library.custom_op("pyaccel::residual_layernorm_backward", mutates_args=())
@@ -101,7 +128,10 @@ def backward_op(
     dbias_dtype: torch.dtype | None,
     dx_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual ``[rows, cols]``, weight, bias, x_bias ``[cols]``; size 0 where the dtype is None."""
+    """Gradients of x, residual ``[rows, cols]``, weight, bias, x_bias ``[cols]``; size 0 where the dtype is None.
+
+    RMSNorm has a mean of size 0.
+    """
     from pyaccel.kernels import column_sum, config, residual_layernorm_backward
     from pyaccel.kernels.device import device_info
 
@@ -126,7 +156,7 @@ def backward_op(
         dy,
         dsum,
         total,
-        mean,
+        mean if mean.numel() else None,
         rstd,
         weight,
         dropout_key,
@@ -201,15 +231,33 @@ class ResidualLayerNormFunction(torch.autograd.Function):
         eps: float,
         dropout_p: float,
         out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output, sum, mean and rstd; the last two carry no gradient."""
-        return forward_op(x, residual, weight, bias, x_bias, key, eps, dropout_p, out_dtype, True)
+        rms_norm: bool,
+        want_codes: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What :func:`forward_op` gives; only output and sum carry gradients."""
+        return forward_op(
+            x,
+            residual,
+            weight,
+            bias,
+            x_bias,
+            key,
+            eps,
+            dropout_p,
+            out_dtype,
+            rms_norm,
+            True,
+            True,
+            want_codes,
+            True,
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, weight, bias, x_bias, key, _, dropout_p, _ = inputs
-        _, total, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        x, residual, weight, bias, x_bias, key, _, dropout_p, *_ = inputs
+        _, total, *others = output
+        ctx.mark_non_differentiable(*others)
+        mean, rstd = others[-2:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, mean, rstd, weight, key)
         ctx.dropout_p = dropout_p
@@ -231,7 +279,7 @@ class ResidualLayerNormFunction(torch.autograd.Function):
         wanted = [g if n else None for g, n in zip(out, needed, strict=True)]
         if same:
             wanted[1] = wanted[0]
-        return *wanted, None, None, None, None
+        return *wanted, *(None,) * 6
 
 
 # --- the public function --------------------------------------------------------------------------------------
@@ -279,7 +327,7 @@ def residual_layernorm(
     dropout_p: float = ...,
     training: bool = ...,
     x_bias: Tensor | None = ...,
-    return_sum: Literal[False] = ...,
+    rms_norm: bool = ...,
 ) -> Tensor: ...
 @overload
 def residual_layernorm(
@@ -292,21 +340,11 @@ def residual_layernorm(
     dropout_p: float = ...,
     training: bool = ...,
     x_bias: Tensor | None = ...,
-    return_sum: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def residual_layernorm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    eps: float = ...,
-    dropout_p: float = ...,
-    training: bool = ...,
-    x_bias: Tensor | None = ...,
-    return_sum: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+    rms_norm: bool = ...,
+    return_output: bool = ...,
+    return_sum: bool = ...,
+    quantize_output: bool = ...,
+) -> Any: ...
 def residual_layernorm(
     x: Tensor,
     residual: Tensor | None,
@@ -317,8 +355,11 @@ def residual_layernorm(
     dropout_p: float = 0.0,
     training: bool = False,
     x_bias: Tensor | None = None,
+    rms_norm: bool = False,
+    return_output: bool = True,
     return_sum: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    quantize_output: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """``LayerNorm(dropout(x + x_bias) + residual) * weight + bias`` over the last dimension, in one pass.
 
     Args:
@@ -329,63 +370,89 @@ def residual_layernorm(
         dropout_p: probability of dropping an element of ``x + x_bias``; it counts only in training.
         training: whether dropout is active.
         x_bias: ``[hidden]``, the bias of the Linear that made x, if that Linear left it out.
+        rms_norm: divide by the root mean square, without taking off the mean: RMSNorm.
         return_sum: also return ``dropout(x + x_bias) + residual``: the residual stream of a pre-norm layer.
+        quantize_output: also return int8 codes of the output and their scales, one a row, as
+            :func:`quantize_per_token` gives them for the output in fp32: the next int8 matmul's input, in one pass.
+        return_output: False leaves out the floating output, where its codes or the sum are all that is used.
 
     Returns:
-        the output ``[..., hidden]``, or (output, sum). The sum has the promoted dtype of x and residual, the
-        output that of the sum; under autocast the output is float32, as ``F.layer_norm``'s is. Statistics are
-        computed in fp32 from the unrounded sum.
+        what is asked for, in the order output, sum, codes, scales; a tensor if that is one, else a tuple. Output
+        ``[..., hidden]``, sum the same, codes the same in int8, scales ``[...]`` fp32. The sum has the promoted dtype
+        of x and residual, the output that of the sum; under autocast the output is float32, as ``F.layer_norm``'s is.
+        Statistics are computed in fp32 from the unrounded sum. Codes carry no gradient.
 
-    Triton serves float32, float16 and bfloat16 and rows of up to 16384. The Triton and reference backends draw
-    the same dropout mask (:func:`pyaccel.reference.philox.keep_mask`); the torch backend uses ``F.dropout``.
+    Triton serves float32, float16 and bfloat16 and rows of up to 16384, with int8 codes up to 8192. The Triton and
+    reference backends draw the same dropout mask (:func:`pyaccel.reference.philox.keep_mask`); the torch backend
+    uses ``F.dropout``.
 
     Raises:
         ValueError: naming every argument that makes no sense.
         pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
     """
-    dispatch.invalid(
-        OP, not_supported_reasons(x, residual, weight, bias, eps=eps, dropout_p=dropout_p, x_bias=x_bias)
-    )
+    reasons = not_supported_reasons(x, residual, weight, bias, eps=eps, dropout_p=dropout_p, x_bias=x_bias)
+    if not (return_output or return_sum or quantize_output):
+        reasons.append("nothing is to be returned: ask for the output, the sum or the codes")
+    dispatch.invalid(OP, reasons)
     dropout_p = dropout_p if training else 0.0
     out_dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else _sum_dtype(x, residual)
-    choice = _choose(x, residual, weight, bias, x_bias)
-    if choice.backend == "torch":
-        out, total = _torch_backend(x, residual, weight, bias, eps, dropout_p, x_bias, out_dtype)
-        return (out, total) if return_sum else out
-    key = dropout_key(x.device) if dropout_p > 0.0 else None
-    if choice.backend == "reference":
-        result = reference.residual_layernorm(
-            x,
-            residual,
-            weight,
-            bias,
-            eps=eps,
-            dropout_p=dropout_p,
-            x_bias=x_bias,
-            dropout_key=key,
-            upcast=False,
-            out_dtype=out_dtype,
+    choice = _choose(quantize_output, x, residual, weight, bias, x_bias)
+    wanted = (return_output, return_sum, quantize_output, quantize_output)
+    if choice.backend == "triton":
+        results = _triton_backend(
+            x, residual, weight, bias, eps, dropout_p, x_bias, rms_norm, out_dtype, wanted
         )
-        return (result.output, result.sum) if return_sum else result.output
+    else:
+        run = _torch_backend if choice.backend == "torch" else _reference_backend
+        # Codes are of the output in fp32, before it is rounded to its dtype.
+        dtype = torch.promote_types(out_dtype, torch.float32) if quantize_output else out_dtype
+        out, total = run(x, residual, weight, bias, eps, dropout_p, x_bias, rms_norm, dtype)
+        codes = reference.quantize_per_token(out.detach()) if quantize_output else (out, out)
+        results = (out.to(out_dtype), total, *codes)
+    given = tuple(t for t, want in zip(results, wanted, strict=True) if want)
+    return given[0] if len(given) == 1 else given
+
+
+def _triton_backend(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    x_bias: Tensor | None,
+    rms_norm: bool,
+    out_dtype: torch.dtype,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    want_out, want_sum, want_codes, _ = wanted
+    key = dropout_key(x.device) if dropout_p > 0.0 else None
     hidden = x.shape[-1]
     rows = (x.reshape(-1, hidden), None if residual is None else residual.reshape(-1, hidden))
     vectors = tuple(None if t is None else t.contiguous() for t in (weight, bias, x_bias))
     given = [t for t in (*rows, *vectors) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        out, total, _, _ = ResidualLayerNormFunction.apply(*rows, *vectors, key, eps, dropout_p, out_dtype)
+    arguments = (*rows, *vectors, key, eps, dropout_p, out_dtype, rms_norm)
+    if torch.is_grad_enabled() and (want_out or want_sum) and any(t.requires_grad for t in given):
+        out, total, codes, scales, *_ = ResidualLayerNormFunction.apply(*arguments, want_codes)
     else:
-        out, total, _, _ = forward_op(*rows, *vectors, key, eps, dropout_p, out_dtype, return_sum)
-    return (out.view(x.shape), total.view(x.shape)) if return_sum else out.view(x.shape)
+        with torch.no_grad():  # codes alone have no gradient, whatever the inputs want
+            out, total, codes, scales, *_ = forward_op(*arguments, want_out, want_sum, want_codes, False)
+    results = zip((out, total, codes), wanted, strict=False)
+    return *(t.view(x.shape) if want else t for t, want in results), (
+        scales.view(x.shape[:-1]) if want_codes else scales
+    )
 
 
 def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def _choose(x: Tensor, *others: Tensor | None) -> dispatch.Choice:
+def _choose(quantize_output: bool, x: Tensor, *others: Tensor | None) -> dispatch.Choice:
     triton = dispatch.triton_reasons(x, *others)
-    if x.shape[-1] > 16384:
-        triton.append(f"the kernels take rows of up to 16384, not {x.shape[-1]}")
+    if x.shape[-1] > MAX_ROW:
+        triton.append(f"the kernels take rows of up to {MAX_ROW}, not {x.shape[-1]}")
+    if quantize_output and x.shape[-1] > MAX_CODES_ROW:
+        triton.append(f"the kernel makes int8 codes of rows of up to {MAX_CODES_ROW}, not {x.shape[-1]}")
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
     return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []})
@@ -399,6 +466,7 @@ def _torch_backend(
     eps: float,
     dropout_p: float,
     x_bias: Tensor | None,
+    rms_norm: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     total = x if x_bias is None else x + x_bias.to(x.dtype)
@@ -406,9 +474,31 @@ def _torch_backend(
         total = F.dropout(total, dropout_p)
     if residual is not None:
         total = total + residual
-    # F.layer_norm wants one dtype; a 16-bit sum with fp32 parameters is normalised in fp32, as autocast does it.
-    dtype = total.dtype
-    for vector in (weight, bias):
-        dtype = dtype if vector is None else torch.promote_types(dtype, vector.dtype)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    return F.layer_norm(total.to(dtype), (total.shape[-1],), weight, bias, eps).to(out_dtype), total
+    return normalise(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype), total
+
+
+def _reference_backend(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    x_bias: Tensor | None,
+    rms_norm: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    result = reference.residual_layernorm(
+        x,
+        residual,
+        weight,
+        bias,
+        eps=eps,
+        dropout_p=dropout_p,
+        x_bias=x_bias,
+        dropout_key=dropout_key(x.device) if dropout_p > 0.0 else None,
+        rms_norm=rms_norm,
+        upcast=False,
+        out_dtype=out_dtype,
+    )
+    return result.output, result.sum

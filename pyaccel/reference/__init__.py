@@ -2,6 +2,7 @@
 
 from pyaccel.reference.activation import activation
 from pyaccel.reference.attention import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.reference.bias_gelu import bias_gelu
 from pyaccel.reference.int8_matmul import int8_matmul
 from pyaccel.reference.masked_lm_cross_entropy import masked_lm_cross_entropy
 from pyaccel.reference.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
@@ -11,6 +12,7 @@ __all__ = [
     "ResidualLayerNormOutput",
     "activation",
     "attention_probs",
+    "bias_gelu",
     "int8_matmul",
     "masked_lm_cross_entropy",
     "quantize_per_channel",

@@ -132,7 +132,7 @@ def _row_configs(heuristic: Callable[[int], Any]) -> dict[Any, int]:
 
 
 def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
-    """The family's kernels: forward and backward, lean (inference, no dropout) and with every option."""
+    """The family's kernels: forward and backward, lean (inference) and with every option; int8 as inference has it."""
     # Not a multiple of 16: packed batches have any number of rows.
     n_rows = 4099
     threshold = {"threshold": 429496730}
@@ -140,23 +140,28 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
     for dtype in dtypes:
         x, stream, parameter, out = (f"*{name}" for name in ROW_DTYPES[dtype])
         for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_forward).items():
-            for full in (False, True):
+            for variant in ("", ", dropout", ", int8"):
+                dropout, int8 = variant == ", dropout", variant == ", int8"
+                if int8 and n_cols > 8192:  # pyaccel.ops.residual_layernorm.MAX_CODES_ROW
+                    continue
                 specs.append(
                     kernel_spec(
                         "residual_layernorm",
-                        "forward, dropout" if full else "forward",
+                        "forward" + variant,
                         "pyaccel.kernels.residual_layernorm:forward_kernel",
                         {
                             "out_ptr": out,
-                            "sum_ptr": stream if full else None,
-                            "mean_ptr": "*fp32",
-                            "rstd_ptr": "*fp32",
+                            "sum_ptr": stream if dropout else None,
+                            "codes_ptr": "*i8" if int8 else None,
+                            "codes_scale_ptr": "*fp32" if int8 else None,
+                            "mean_ptr": "*fp32" if dropout else None,
+                            "rstd_ptr": "*fp32" if dropout else None,
                             "x_ptr": x,
                             "residual_ptr": stream,
                             "weight_ptr": parameter,
                             "bias_ptr": parameter,
-                            "x_bias_ptr": parameter if full else None,
-                            "key_ptr": "*i64" if full else None,
+                            "x_bias_ptr": parameter if variant else None,
+                            "key_ptr": "*i64" if dropout else None,
                             "stride_x_row": n_cols,
                             "stride_x_col": 1,
                             "stride_residual_row": n_cols,
@@ -167,7 +172,11 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
                             "scale": 1.1,
                             **threshold,
                         },
-                        {"BLOCK_ROWS": row_config.block_rows, "BLOCK_N": row_config.block_n},
+                        {
+                            "RMS_NORM": False,
+                            "BLOCK_ROWS": row_config.block_rows,
+                            "BLOCK_N": row_config.block_n,
+                        },
                         dtype=dtype,
                         config=row_config.label,
                         num_warps=row_config.num_warps,

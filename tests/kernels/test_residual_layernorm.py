@@ -26,12 +26,13 @@ def test_forward_and_backward_write_all_of_their_outputs_and_nothing_else(
     weight, bias, x_bias = torch.randn(3, cols, device=device).to(dtype).unbind()
     key = dropout_key(device)
     out, total, dx, dresidual = (guarded_empty((rows, cols), dtype=dtype, device=device) for _ in range(4))
-    mean, rstd = (guarded_empty((rows,), device=device) for _ in range(2))
+    codes = guarded_empty((rows, cols), dtype=torch.int8, device=device)
+    codes_scale, mean, rstd = (guarded_empty((rows,), device=device) for _ in range(3))
     residual_layernorm.forward(
-        out, total, mean, rstd, x, residual, weight, bias, x_bias, key, 1e-12, 0.25,
-        config.residual_layernorm_forward(cols),
+        out, total, codes, codes_scale, mean, rstd, x, residual, weight, bias, x_bias, key, 1e-12, 0.25,
+        False, config.residual_layernorm_forward(cols),
     )  # fmt: skip
-    for t in (out, total, mean, rstd):
+    for t in (out, total, codes_scale, mean, rstd):
         assert not t.isnan().any()
 
     row_config = config.residual_layernorm_backward(cols)
@@ -56,6 +57,8 @@ def test_forward_and_backward_write_all_of_their_outputs_and_nothing_else(
         x, residual, weight, bias, dropout_p=0.25, x_bias=x_bias, dropout_key=key, upcast=False
     )
     assert_close_to_truth(out, expected.output, naive.output)
+    error = (codes.double() * codes_scale.double()[:, None] - expected.output).abs()
+    assert (error <= 0.51 * codes_scale[:, None] + 0.02 * expected.output.abs()).all()
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(37, 100), (41, 4200)])

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from pyaccel.kernels import column_sum, config, residual_layernorm, residual_layernorm_backward
+from pyaccel.ops.residual_layernorm import MAX_CODES_ROW
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
 
@@ -69,7 +70,7 @@ def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], A
 def test_every_kernel_dtype_and_architecture_is_there(compiled: Compiled) -> None:
     forward = {config.residual_layernorm_forward(n) for n in range(1, config.MAX_ROW + 1)}
     backward = {config.residual_layernorm_backward(n) for n in range(1, config.MAX_ROW + 1)}
-    full = len(forward) + len(backward) + 1
+    full = 2 * len(forward) - 1 + len(backward) + 1  # no codes of the longest rows
     expected = {(dtype, arch): full for dtype, archs in MATRIX.items() for arch in archs}
     expected[LEAN] += len(forward) + len(backward)
     assert Counter((code.dtype, code.arch) for _, code in compiled) == expected
@@ -110,10 +111,11 @@ def test_persistent_grids_are_resident_at_once(compiled: Compiled) -> None:
 
 
 def test_forward_occupancy(compiled: Compiled) -> None:
-    """Memory-bound kernels hide latency with warps: 3/8 of the most, 1/4 for rows above 8192."""
+    """Memory-bound kernels hide latency with warps: 3/8 of the most, 1/4 for rows above 8192, 2048 with codes."""
 
     def broken(spec: KernelSpec, code: MachineCode) -> str:
-        least = 0.25 if spec.constexprs["BLOCK_N"] > 8192 else 0.375
+        longest = 2048 if spec.name.endswith("int8") else 8192
+        least = 0.25 if spec.constexprs["BLOCK_N"] > longest else 0.375
         return f"occupancy {code.occupancy:.0%}" * (code.occupancy < least)
 
     forward = [(spec, code) for spec, code in compiled if spec.name.startswith("forward")]
@@ -177,6 +179,7 @@ def as_spec(launch: Launch, like: KernelSpec) -> KernelSpec:
         torch.bfloat16: "*bf16",
         torch.float32: "*fp32",
         torch.int64: "*i64",
+        torch.int8: "*i8",
     }
     values = {key: names[v.dtype] if isinstance(v, torch.Tensor) else v for key, v in named.items()}
     constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
@@ -201,12 +204,15 @@ TORCH_DTYPES = {
 }
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lean", "all options"])
+@pytest.mark.parametrize("variant", ["", ", dropout", ", int8"])
 @pytest.mark.parametrize("dtype", MATRIX)
 @pytest.mark.parametrize("n_cols", [64, 1024, 4096, 16384])
 def test_the_specs_are_what_the_launchers_launch(
-    launches: list[Launch], n_cols: int, dtype: str, full: bool
+    launches: list[Launch], n_cols: int, dtype: str, variant: str
 ) -> None:
+    if variant == ", int8":
+        n_cols = min(n_cols, MAX_CODES_ROW)
+    full, int8 = variant == ", dropout", variant == ", int8"
     branch, stream = TORCH_DTYPES[dtype]
     n_rows = 5
     x = torch.empty(n_rows, n_cols, dtype=branch)
@@ -221,16 +227,19 @@ def test_the_specs_are_what_the_launchers_launch(
     residual_layernorm.forward(
         torch.empty_like(residual),
         torch.empty_like(residual) if full else None,
-        statistics,
-        statistics,
+        torch.empty_like(residual, dtype=torch.int8) if int8 else None,
+        statistics if int8 else None,
+        statistics if full else None,
+        statistics if full else None,
         x,
         residual,
         vector,
         vector,
-        vector if full else None,
+        vector if variant else None,
         key,
         1e-12,
         dropout_p,
+        False,
         forward_config,
     )
     residual_layernorm_backward.backward(
@@ -254,7 +263,7 @@ def test_the_specs_are_what_the_launchers_launch(
 
     suffix = ", dropout" if full else ""
     labels = [
-        ("forward" + suffix, forward_config.label),
+        ("forward" + variant, forward_config.label),
         ("backward" + suffix, backward_config.label),
         ("column sum", config.column_sum().label),
     ]

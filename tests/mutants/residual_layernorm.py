@@ -8,6 +8,7 @@ FORWARD = "kernels/residual_layernorm.py"
 BACKWARD = "kernels/residual_layernorm_backward.py"
 COLUMN_SUM = "kernels/column_sum.py"
 PHILOX = "kernels/philox.py"
+QUANTIZE = "kernels/quantize_tile.py"
 CONFIG = "kernels/config.py"
 OP = "pyaccel/ops/residual_layernorm.py"
 
@@ -52,9 +53,17 @@ MUTANTS = [
     Mutant("dropout: signed comparison", PHILOX, "words >= threshold.to(tl.uint32, bitcast=True)", "words.to(tl.int32, bitcast=True) >= threshold"),
     Mutant("dropout: the same mask for every row", PHILOX, "o_row.to(tl.uint32)[:, None]", "(o_row * 0).to(tl.uint32)[:, None]"),
     Mutant("dropout: active in evaluation", OP, "    dropout_p = dropout_p if training else 0.0\n", ""),
-    Mutant("backward: no gradient through the mean", BACKWARD, "dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n        dx =", "dz = (wdy - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n        dx ="),
-    Mutant("backward: no gradient through the variance", BACKWARD, "dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n        dx =", "dz = (wdy - mean_wdy[:, None]) * rstd[:, None]\n        dx ="),
-    Mutant("backward, tiled: no gradient through the variance", BACKWARD, "dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]\n            dx =", "dz = (wdy - mean_wdy[:, None]) * rstd[:, None]\n            dx ="),
+    Mutant("backward: no gradient through the mean", BACKWARD, "dz -= (tl.sum(wdy, axis=1) / n_cols)[:, None]", "dz -= 0.0"),
+    Mutant("backward: no gradient through the variance", BACKWARD, "        dz = wdy - x_hat * mean_wdy_x_hat[:, None]\n        if", "        dz = wdy\n        if"),
+    Mutant("backward, tiled: no gradient through the variance", BACKWARD, "            dz = wdy - x_hat * mean_wdy_x_hat[:, None]\n            if", "            dz = wdy\n            if"),
+    Mutant("backward, tiled: no gradient through the mean", BACKWARD, "dz -= mean_wdy[:, None]", "dz -= 0.0"),
+    Mutant("RMSNorm: the mean is taken off", FORWARD, "centred = tl.where(mask, x, 0.0)", "centred = tl.where(mask, x - (tl.sum(x, axis=1) / n_cols)[:, None], 0.0)"),
+    Mutant("RMSNorm: a gradient through a mean", BACKWARD, "        if mean_ptr is not None:\n            dz -=", "        if True:\n            dz -="),
+    Mutant("int8: codes of the rounded output", FORWARD, "quantize_rows(out, mask)", "quantize_rows(out.to(x_ptr.dtype.element_ty).to(tl.float32), mask)"),
+    Mutant("int8: rounded towards zero", QUANTIZE, "((codes + ROUND) - ROUND).to(tl.int8)", "codes.to(tl.int8)"),
+    Mutant("int8: half away from zero", QUANTIZE, "((codes + ROUND) - ROUND)", "tl.where(codes < 0.0, tl.math.ceil(codes - 0.5), tl.math.floor(codes + 0.5))"),
+    Mutant("int8: a row with NaN has a finite scale", QUANTIZE, "tl.where(has_nan, float(\"nan\"), ", "tl.where(has_nan & False, float(\"nan\"), "),
+    Mutant("int8: zeros have scale 0", QUANTIZE, "tl.where(scale == 0.0, 1.0, scale)", "scale"),
     Mutant("backward: weight left out of dx", BACKWARD, "        wdy = dy * tl.load(", "        wdy = dy + 0.0 * tl.load("),
     Mutant("backward: dropout mask left out of dx", BACKWARD, "    if key_ptr is not None:\n        dz = dropout_tile(", "    if key_ptr is not None and dsum_ptr is None:\n        dz = dropout_tile("),
     Mutant("backward, tiled: dropout mask of the first tile everywhere", BACKWARD, "dz, key_ptr, o_row, first_col, tl.to_tensor(0)", "dz, key_ptr, o_row, first_col * 0, tl.to_tensor(0)"),

@@ -27,11 +27,12 @@ def test_opcheck_residual_layernorm(dtype: torch.dtype, full: bool, device: torc
     weight, bias, x_bias = torch.randn(3, cols, device=device).unbind()
     key = dropout_key(device)
     if full:
-        forward = (x, residual, weight, bias, x_bias, key, 1e-12, 0.2, dtype, True)
+        forward = (x, residual, weight, bias, x_bias, key, 1e-12, 0.2, dtype, False, True, True, True, True)
     else:
-        forward = (x, None, None, None, None, None, 1e-5, 0.0, F32, False)
+        forward = (x, None, None, None, None, None, 1e-5, 0.0, F32, True, False, True, False, True)
     torch.library.opcheck(forward_op, forward)
-    _, total, mean, rstd = forward_op(*forward[:-1], True)
+    torch.library.opcheck(forward_op, (*forward[:-1], False))
+    _, total, _, _, mean, rstd = forward_op(*forward)
     grads = (
         (dy, dsum, total, mean, rstd, weight, key, 0.2)
         if full
@@ -140,8 +141,9 @@ def test_opcheck_attention(case: str, device: torch.device) -> None:
         for seq, heads in ((5, 4), (9, kv_heads), (9, kv_heads))
     )
     given = (query, key, value, *{**USUAL, **options}.values())
-    torch.library.opcheck(attention.forward_op, given)
-    out, lse, error = attention.forward_op(*given)
+    for want_lse in (True, False):
+        torch.library.opcheck(attention.forward_op, (*given, want_lse))
+    out, lse, error = attention.forward_op(*given, True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     mask = options.get("attn_mask")
     want_dmask = mask is not None and mask.is_floating_point()

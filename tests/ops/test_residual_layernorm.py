@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -30,11 +31,13 @@ class Case:
     dropout_p: float = 0.0
     absent: tuple[str, ...] = ()
     eps: float = 1e-12
+    rms_norm: bool = False
 
     def __str__(self) -> str:
         kinds = "/".join(str(d).removeprefix("torch.") for d in dict.fromkeys(self.dtypes))
         no = "".join(f"-no_{n}" for n in self.absent)
-        return f"{self.rows}x{self.cols}-{kinds}-p{self.dropout_p}{no}-eps{self.eps}"
+        rms = "-rms" * self.rms_norm
+        return f"{self.rows}x{self.cols}-{kinds}-p{self.dropout_p}{no}-eps{self.eps}{rms}"
 
 
 AUTOCAST = (BF16, F32, F32)
@@ -58,6 +61,11 @@ CASES = [
     Case(13, 4100, dropout_p=0.1),
     Case(5, 5000, AUTOCAST, absent=("weight",)),
     Case(3, 16384, (F16, F16, F16)),
+    Case(7, 384, (BF16, BF16, BF16), dropout_p=0.1, rms_norm=True),
+    Case(7, 100, absent=("bias", "x_bias"), rms_norm=True),
+    Case(5, 768, AUTOCAST, rms_norm=True),
+    Case(1, 1, rms_norm=True),
+    Case(5, 5000, dropout_p=0.1, absent=("bias",), eps=1e-5, rms_norm=True),
 ]
 
 
@@ -109,9 +117,7 @@ def test_output_sum_and_gradients_are_as_right_as_plain_torch(
     case: Case, backend: str, device: torch.device, poison: None, seed: int
 ) -> None:
     if backend == "torch" and case.dropout_p > 0:
-        case = Case(
-            case.rows, case.cols, case.dtypes, 0.0, case.absent, case.eps
-        )  # F.dropout draws its own mask
+        case = dataclasses.replace(case, dropout_p=0.0)  # F.dropout draws its own mask
     inputs = make_inputs(case, device)
     dy = torch.randn(case.rows, case.cols, device=device) + 0.3
     dsum = torch.randn(case.rows, case.cols, device=device) - 0.2
@@ -128,6 +134,7 @@ def test_output_sum_and_gradients_are_as_right_as_plain_torch(
             dropout_p=case.dropout_p,
             training=True,
             x_bias=ours["x_bias"],
+            rms_norm=case.rms_norm,
             return_sum=True,
         )
     torch.manual_seed(seed)
@@ -145,6 +152,7 @@ def test_output_sum_and_gradients_are_as_right_as_plain_torch(
             dropout_p=case.dropout_p,
             x_bias=given["x_bias"],
             dropout_key=key,
+            rms_norm=case.rms_norm,
             upcast=upcast,
         )
         results[name] = (result.output, result.sum, gradients(result.output, result.sum, given, dy, dsum))
@@ -161,14 +169,90 @@ def test_saved_statistics_are_fp32_numbers(case: Case, device: torch.device, poi
     key = dropout_key(device) if case.dropout_p else None
     out_dtype = F32 if inputs["residual"] is None else torch.promote_types(case.dtypes[0], case.dtypes[1])
     args = [inputs[n] for n in NAMES]
-    _, _, mean, rstd = forward_op(*args, key, case.eps, case.dropout_p, out_dtype, False)
-    truth = reference.residual_layernorm(
-        *args[:4], eps=case.eps, dropout_p=case.dropout_p, x_bias=args[4], dropout_key=key
+    *_, mean, rstd = forward_op(
+        *args, key, case.eps, case.dropout_p, out_dtype, case.rms_norm, True, False, False, True
     )
-    assert_statistic(mean, truth.mean, scale=truth.sum.abs().mean(-1), name="mean")
+    truth = reference.residual_layernorm(
+        *args[:4],
+        eps=case.eps,
+        dropout_p=case.dropout_p,
+        x_bias=args[4],
+        dropout_key=key,
+        rms_norm=case.rms_norm,
+    )
+    if case.rms_norm:
+        assert mean.numel() == 0
+    else:
+        assert_statistic(mean, truth.mean, scale=truth.sum.abs().mean(-1), name="mean")
     # A row of one element has variance 0 exactly; elsewhere the sum cancels by at most its mean over its deviation.
     scale = truth.rstd * truth.rstd.clamp(max=1e3) * truth.mean.abs()
     assert_statistic(rstd, truth.rstd, scale=scale, name="rstd")
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+@pytest.mark.parametrize("case", [c for c in CASES if c.cols <= 5000], ids=str)
+def test_int8_output_is_that_of_the_fp32_result(
+    case: Case, backend: str, device: torch.device, poison: None, seed: int
+) -> None:
+    """Bit for bit, whatever else is returned, and whatever the output's own dtype."""
+    given = make_inputs(case, device)
+    options = {
+        "eps": case.eps, "dropout_p": case.dropout_p, "training": True, "x_bias": given["x_bias"],
+        "rms_norm": case.rms_norm, "quantize_output": True,
+    }  # fmt: skip
+    args = [given[n] for n in NAMES[:4]]
+    found = []
+    for autocast, more in (
+        (False, {"return_sum": True}),
+        (False, {"return_output": False}),
+        (True, {}),  # the output in fp32
+    ):
+        torch.manual_seed(seed)
+        with dispatch.use_backend(backend), torch.autocast(device.type, BF16, enabled=autocast):
+            found.append(ops.residual_layernorm(*args, **options, **more))
+    out, total, codes, scale = found[0]
+    plain = {name: value for name, value in options.items() if name != "quantize_output"}
+    torch.manual_seed(seed)
+    with dispatch.use_backend(backend):
+        expected = ops.residual_layernorm(*args, **plain, return_sum=True)
+    if backend == "triton":
+        assert_bits_equal(out, expected[0], name="output")
+    assert_bits_equal(total, expected[1], name="sum")
+    wide, *_ = found[2]
+    assert wide.dtype == F32
+    expected_codes, expected_scale = reference.quantize_per_token(wide)
+    assert codes.dtype == torch.int8
+    for others in ((codes, scale), found[1], found[2][1:]):
+        assert_bits_equal(others[0], expected_codes, name="codes")
+        assert_bits_equal(others[1], expected_scale, name="scale")
+
+
+def test_int8_output_of_rows_that_are_not_numbers_or_nothing(device: torch.device) -> None:
+    x = torch.randn(4, 3, 40, device=device)
+    x[0, 1, 7], x[1, 2, 3] = float("nan"), float("inf")
+    weight = torch.zeros(40, device=device)
+    halves = torch.arange(-20.0, 20.0, device=device) + 0.5  # rounded half to even where the scale is 1
+    halves[0] = 127.0
+    for parameters in ((None, None), (weight, None), (weight, halves)):
+        _, codes, scale = call(x, None, *parameters, quantize_output=True)
+        out = call(x, None, *parameters)
+        expected_codes, expected_scale = reference.quantize_per_token(out)
+        assert_bits_equal(codes, expected_codes)
+        assert torch.equal(scale.nan_to_num(-1.0), expected_scale.nan_to_num(-1.0))
+    codes, scale = call(x[:0], None, weight, None, quantize_output=True, return_output=False)
+    assert (codes.shape, scale.shape) == ((0, 3, 40), (0, 3))
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_int8_output_carries_no_gradient(backend: str, device: torch.device) -> None:
+    x, weight = torch.randn(6, 32, device=device, requires_grad=True), torch.randn(32, device=device)
+    with dispatch.use_backend(backend):
+        out, codes, scale = ops.residual_layernorm(x, None, weight, None, quantize_output=True)
+        alone = ops.residual_layernorm(x, None, weight, None, quantize_output=True, return_output=False)
+        plain = ops.residual_layernorm(x, None, weight, None)
+    assert not any(t.requires_grad for t in (codes, scale, *alone))
+    grad = torch.randn(6, 32, device=device)
+    assert_bits_equal(*(torch.autograd.grad(y, x, grad)[0] for y in (out, plain)))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.75, 1.0])
@@ -407,6 +491,8 @@ def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
         ops.residual_layernorm(x, x[:2], x, x[0, :3], dropout_p=1.5, eps=-1.0)
     assert "dropout_p must be between 0 and 1" in str(info.value)
     assert "eps must be at least 0" in str(info.value)
+    with pytest.raises(ValueError, match="nothing is to be returned"):
+        ops.residual_layernorm(x, None, None, None, return_output=False)
     with pytest.raises(ValueError, match="floating dtype"):
         ops.residual_layernorm(x.int(), None, None, None)
     with pytest.raises(ValueError, match="hidden at least 1"):
@@ -420,6 +506,9 @@ def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -
     wide = torch.randn(1, 16385, device=device)
     with dispatch.use_backend("triton"), pytest.raises(dispatch.NotSupportedError, match="up to 16384"):
         ops.residual_layernorm(wide, None, None, None)
+    with dispatch.use_backend("triton"), pytest.raises(dispatch.NotSupportedError, match="up to 8192"):
+        ops.residual_layernorm(wide[:, :8193], None, None, None, quantize_output=True)
+    ops.residual_layernorm(wide, None, None, None, quantize_output=True)
     with dispatch.record() as choices:
         ops.residual_layernorm(x, x, None, None)
     assert [c.backend for c in choices] == ["torch"]

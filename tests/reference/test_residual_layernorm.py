@@ -44,6 +44,18 @@ def test_against_torch(upcast: bool) -> None:
     assert torch.equal(plain.output, F.layer_norm(x, (33,), eps=1e-5))
 
 
+def test_rms_norm_against_torch() -> None:
+    x, residual = torch.randn(2, 4, 33, dtype=torch.float64).add_(1.0).unbind()
+    weight, bias = torch.randn(2, 33, dtype=torch.float64).unbind()
+    result = reference.residual_layernorm(x, residual, weight, None, eps=1e-5, rms_norm=True)
+    assert torch.equal(result.output, F.rms_norm(x + residual, (33,), weight, 1e-5))
+    assert not result.mean.any()
+    rms = (x + residual).square().mean(-1)
+    torch.testing.assert_close(result.rstd, (rms + 1e-5) ** -0.5, rtol=1e-14, atol=0)
+    biased = reference.residual_layernorm(x, residual, weight, bias, eps=1e-5, rms_norm=True)
+    assert torch.equal(biased.output, result.output + bias)
+
+
 def test_dropout_is_between_bias_and_residual() -> None:
     x, residual = torch.randn(2, 3, 6, 16, dtype=torch.float64).unbind()
     x_bias, key = torch.randn(16, dtype=torch.float64), torch.tensor([3, 4])
