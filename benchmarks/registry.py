@@ -12,7 +12,12 @@ from torch import Tensor
 
 from pyaccel import dispatch
 
-CASES = ("residual_layernorm", "attention", "varlen_attention")  # modules of this package, each with a CASE
+CASES = (
+    "residual_layernorm",
+    "attention",
+    "varlen_attention",
+    "bias_gelu",
+)  # modules of this package, each with a CASE
 
 
 @dataclass(frozen=True)

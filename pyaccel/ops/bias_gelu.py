@@ -152,7 +152,7 @@ def not_supported_reasons(
         reasons.append(f"unknown activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
     if quantize_output and _needs_gradient(x, bias):
         reasons.append(
-            "quantize_output=True is for inference, int8 codes have no gradient, and x or bias requires one: call it "
+            "quantize_output=True is for inference: int8 codes have no gradient, and x or bias requires one. Call it "
             "under torch.no_grad(), or leave quantize_output=False"
         )
     return reasons

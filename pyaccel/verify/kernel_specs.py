@@ -249,9 +249,17 @@ def attention() -> list[KernelSpec]:
     return attention_specs.attention()
 
 
+def bias_gelu() -> list[KernelSpec]:
+    """The family's kernels: forward, forward into int8, and backward, by every activation."""
+    from pyaccel.verify import bias_gelu_specs
+
+    return bias_gelu_specs.bias_gelu()
+
+
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
+    "bias_gelu": bias_gelu,
 }
 
 

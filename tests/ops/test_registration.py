@@ -12,6 +12,9 @@ from torch import Tensor
 from pyaccel import dispatch, ops
 from pyaccel.ops import _attention_triton as attention
 from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.bias_gelu import backward_op as bias_gelu_backward
+from pyaccel.ops.bias_gelu import forward_op as bias_gelu_forward
+from pyaccel.ops.bias_gelu import quantize_op as bias_gelu_quantize
 from pyaccel.ops.residual_layernorm import backward_op, forward_op
 from tests.assertions import assert_bits_equal
 from tests.ops import attention_cases as cases
@@ -259,3 +262,45 @@ def test_attention_probs_compile(device: torch.device) -> None:
     with dispatch.use_backend("triton"):
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
         assert_bits_equal(compiled(query, key), run(query, key))
+
+
+# --- bias + activation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_opcheck_bias_gelu(dtype: torch.dtype, has_bias: bool, device: torch.device) -> None:
+    x, dy = torch.randn(2, 5, 48, device=device).to(dtype).unbind()
+    bias = torch.randn(48, device=device) if has_bias else None
+    torch.library.opcheck(bias_gelu_forward, (x, bias, "gelu"))
+    torch.library.opcheck(bias_gelu_quantize, (x, bias, "silu"))
+    for want_dbias in {has_bias, False}:
+        torch.library.opcheck(bias_gelu_backward, (dy, x, bias, "gelu_tanh", True, want_dbias))
+    torch.library.opcheck(bias_gelu_backward, (dy.T[:5, :5], x[:, :5], None, "relu", False, False))
+
+
+def feed_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """Bias and activation between other ops, a view before them."""
+    out = ops.bias_gelu((x * 2.0).view(1, *x.shape), bias)
+    with torch.no_grad():
+        codes, scale = ops.bias_gelu(x, bias, "relu", quantize_output=True)
+    return out[0].sin() + codes * scale[:, None]
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_bias_gelu_compiles_to_one_graph_and_other_sizes_do_not_recompile(
+    backend: str, device: torch.device
+) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(feed_forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    bias = torch.randn(48, device=device).requires_grad_()
+    with dispatch.use_backend(backend), torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9, 2, 70):
+            x, dy = torch.randn(2, rows, 48, device=device).unbind()
+            x.requires_grad_()
+            results = []
+            for function in (compiled, feed_forward):
+                out = function(x, bias)
+                results.append((out, *torch.autograd.grad(out, (x, bias), dy)))
+            for a, b in zip(*results, strict=True):
+                assert_bits_equal(a, b)
