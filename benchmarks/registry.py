@@ -17,6 +17,7 @@ CASES = (
     "attention",
     "varlen_attention",
     "bias_gelu",
+    "linear_activation",
 )  # modules of this package, each with a CASE
 
 

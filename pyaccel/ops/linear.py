@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, reference
+from pyaccel.ops import _linear_activation_triton as triton_backend
+from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
 _ONEDNN_ACTIVATIONS = {
@@ -80,6 +82,8 @@ def not_supported_reasons(
 ) -> list[str]:
     """Every reason why these arguments of :func:`linear_activation` make no sense; empty if they do."""
     reasons = _linear_reasons(x, weight, bias)
+    if x.dtype != weight.dtype and triton_backend.autocast_dtype(x) is None:
+        reasons.append(f"x is {x.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
     if activation not in ACTIVATIONS:
         reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
     return reasons
@@ -91,13 +95,19 @@ def linear_activation(
     """``activation(x @ weight.T + bias)``.
 
     Args:
-        x: ``[..., in_features]``, floating.
-        weight: ``[out_features, in_features]``, in x's dtype (any under autocast).
-        bias: ``[out_features]`` or None.
-        activation: None, ``"gelu"`` (erf, BERT's), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        x: ``[..., in_features]``, floating, of any strides.
+        weight: ``[out_features, in_features]``, in x's dtype (any under autocast), of any strides.
+        bias: ``[out_features]``, in x's dtype or another floating one, or None.
+        activation: None, ``"gelu"`` (erf, BERT's; arXiv:1606.08415), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
 
     Returns:
-        ``[..., out_features]`` in x's dtype.
+        ``[..., out_features]`` in x's dtype, or in autocast's.
+
+    Triton serves float32, float16 and bfloat16, with bias and activation in the product's epilogue: it sums in fp32,
+    rounds once, and in training writes the pre-activation too, at which backward takes the derivative, saving nothing
+    else beside x and weight. It isn't chosen by itself until a measurement says so. The torch backend is oneDNN's
+    fused product on a CPU in evaluation; on a GPU ``F.linear`` and one pass of :func:`bias_gelu`, where Triton serves
+    that; ``F.linear`` and the activation elsewhere.
 
     Raises:
         ValueError: naming every argument that makes no sense.
@@ -107,16 +117,46 @@ def linear_activation(
     declined = _onednn_reasons(x, weight, bias)
     if activation not in _ONEDNN_ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
-    why = (
-        "F.linear, then the activation: " + "; ".join(declined)
-        if declined
-        else "oneDNN, bias and activation fused"
+    by_bias_gelu = activation is not None and _bias_gelu_serves(x, weight, bias)
+    choice = dispatch.choose(
+        "linear_activation",
+        {"triton": dispatch.triton_reasons(x, weight, bias), "torch": [], "reference": []},
+        "torch",
+        _why_torch(x, declined, by_bias_gelu=by_bias_gelu),
     )
-    choice = dispatch.choose("linear_activation", {"torch": [], "reference": []}, "torch", why)
-    if choice.backend == "reference" or declined:
-        return reference.activation(F.linear(x, weight, bias), activation)
-    attribute, algorithm = _ONEDNN_ACTIVATIONS[activation]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+    if choice.backend == "triton":
+        return triton_backend.linear_activation(x, weight, bias, activation)
+    if choice.backend == "torch" and not declined:
+        attribute, algorithm = _ONEDNN_ACTIVATIONS[activation]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+    if choice.backend == "torch" and by_bias_gelu:
+        return bias_gelu(F.linear(x, weight), bias, activation or "")
+    if bias is not None and bias.dtype != x.dtype and triton_backend.autocast_dtype(x) is None:
+        bias = bias.to(x.dtype)
+    return reference.activation(F.linear(x, weight, bias), activation)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return not x.is_cpu
+
+
+def _why_torch(x: Tensor, declined: list[str], *, by_bias_gelu: bool) -> str:
+    if not declined:
+        return "oneDNN, bias and activation fused"
+    if not _on_gpu(x) or torch.compiler.is_compiling():
+        return "F.linear, then the activation: " + "; ".join(declined)
+    then = "bias and activation in one pass" if by_bias_gelu else "the activation"
+    return f"F.linear, then {then}: the fused product is not measured on this card yet"
+
+
+def _bias_gelu_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether on this GPU Triton makes bias and activation one pass, forward and backward."""
+    return (
+        _on_gpu(x)
+        and weight.shape[0] > 0
+        and dispatch.requested("bias_gelu") in ("auto", "triton")
+        and not dispatch.triton_reasons(x, weight, bias)
+    )
 
 
 def linear_residual_layernorm(

@@ -256,10 +256,18 @@ def bias_gelu() -> list[KernelSpec]:
     return bias_gelu_specs.bias_gelu()
 
 
+def linear_activation() -> list[KernelSpec]:
+    """The family's kernel, by every activation."""
+    from pyaccel.verify import linear_activation_specs
+
+    return linear_activation_specs.linear_activation()
+
+
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
     "bias_gelu": bias_gelu,
+    "linear_activation": linear_activation,
 }
 
 

@@ -45,6 +45,11 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path, capsys: pytest.Captur
             {"pyaccel triton"},
         ),
         (
+            "linear_activation",
+            {"pyaccel torch", "eager", "torch.compile"},
+            {"pyaccel triton"},
+        ),
+        (
             "attention",
             {"pyaccel torch", "eager", "torch.compile", "SDPA", "FlexAttention"},
             {"pyaccel triton", "FlexAttention", *SDPA_BACKENDS},

@@ -67,6 +67,14 @@ def families() -> dict[str, list[Mutant]]:
     return found
 
 
+def planted(mutant: Mutant, tree: Path) -> str:
+    """The text of `mutant`'s file in `tree` with the bug; raises ValueError or SyntaxError where it doesn't fit."""
+    mutated = mutant.apply((tree / mutant.file).read_text())
+    if mutant.file.endswith(".py"):
+        compile(mutated, mutant.file, "exec")
+    return mutated
+
+
 def fast_tests(family: str) -> list[str]:
     """What pytest is given to notice a family's bugs: its list's TESTS, or the tests of its launchers and its op."""
     # Guard bands first: a stray store should fail a test there before it corrupts the process elsewhere.
@@ -149,14 +157,11 @@ def try_mutant(mutant: Mutant | None, tests: Sequence[str], timeout: float) -> O
         tree = Path(folder)
         copy_tree(tree)
         if mutant is not None:
-            path = tree / mutant.file
             try:
-                mutated = mutant.apply(path.read_text())
-                if path.suffix == ".py":
-                    compile(mutated, mutant.file, "exec")
+                mutated = planted(mutant, tree)
             except (OSError, ValueError, SyntaxError) as error:
                 return Outcome("error", f"can't be planted: {error}", 0.0)
-            path.write_text(mutated)
+            (tree / mutant.file).write_text(mutated)
         return run_tests(tree, tests, timeout)
 
 

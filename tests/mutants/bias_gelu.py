@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant("int8: the largest value counts masked columns", QUANTIZE, "x = tl.where(mask, x, 0.0)", "x = tl.where(mask, x, 1.0)"),
     Mutant("int8: a scale of 128 steps", QUANTIZE, "INT8_MAX = tl.constexpr(127.0)", "INT8_MAX = tl.constexpr(128.0)"),
     Mutant("int8: zeros have scale zero", QUANTIZE, "tl.where(scale == 0.0, 1.0, scale)", "scale"),
-    Mutant("int8: rounded towards zero", QUANTIZE, "((codes + ROUND) - ROUND).to(tl.int8)", "codes.to(tl.int8)"),
+    Mutant("bias_gelu, int8: rounded towards zero", QUANTIZE, "((codes + ROUND) - ROUND).to(tl.int8)", "codes.to(tl.int8)"),
     Mutant("int8: the largest value without its sign", QUANTIZE, "tl.max(tl.abs(x), axis=1)", "tl.max(x, axis=1)"),
     Mutant("int8: NaN is passed over", QUANTIZE, "tl.where(has_nan, float(\"nan\"), tl.math", "tl.where(has_nan & (amax < 0), float(\"nan\"), tl.math"),
     Mutant("int8: without the bias", KERNEL, "    codes, scale = quantize_rows(activation_tile(x, ACTIVATION), mask)", "    if bias_ptr is not None:\n        x -= tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]\n    codes, scale = quantize_rows(activation_tile(x, ACTIVATION), mask)"),

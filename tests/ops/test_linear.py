@@ -14,7 +14,7 @@ from tests.assertions import assert_bits_equal, assert_close_to_truth
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *dispatch.BACKENDS])
 @pytest.mark.parametrize("activation", linear.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(3, 5, 40), (1, 40), (40,), (0, 40)], ids=str)

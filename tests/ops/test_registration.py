@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pyaccel import dispatch, ops
 from pyaccel.ops import _attention_triton as attention
+from pyaccel.ops import _linear_activation_triton as linear_activation
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.ops.bias_gelu import backward_op as bias_gelu_backward
 from pyaccel.ops.bias_gelu import forward_op as bias_gelu_forward
 from pyaccel.ops.bias_gelu import quantize_op as bias_gelu_quantize
 from pyaccel.ops.residual_layernorm import backward_op, forward_op
-from tests.assertions import assert_bits_equal
+from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.ops import attention_cases as cases
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -304,3 +305,52 @@ def test_bias_gelu_compiles_to_one_graph_and_other_sizes_do_not_recompile(
                 results.append((out, *torch.autograd.grad(out, (x, bias), dy)))
             for a, b in zip(*results, strict=True):
                 assert_bits_equal(a, b)
+
+
+# --- linear + activation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ["gelu", None])
+def test_opcheck_linear_activation(dtype: torch.dtype, activation: str | None, device: torch.device) -> None:
+    x, weight = torch.randn(5, 24, device=device).to(dtype), torch.randn(40, 24, device=device).to(dtype)
+    bias = torch.randn(40, device=device)
+    for want_pre in (True, False):
+        torch.library.opcheck(linear_activation.forward_op, (x, weight, bias, activation, want_pre))
+    torch.library.opcheck(
+        linear_activation.forward_op, (x.T[:, :3], weight[:, :3].T[:, :5].T, None, activation, True)
+    )
+    pre, dout = torch.randn(2, 5, 40, device=device).to(dtype).unbind()
+    for want_dpre, bias_dtype in ((True, F32), (True, None), (False, dtype)):
+        torch.library.opcheck(linear_activation.backward_op, (dout, pre, "silu", want_dpre, bias_dtype))
+    torch.library.opcheck(linear_activation.backward_op, (dout.T, pre.T, "relu", True, None))
+
+
+def two_linears(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """With an activation and without, in training and in evaluation, views before them."""
+    out = ops.linear_activation((x * 2.0).view(1, *x.shape), weight, bias, "gelu")
+    out = ops.linear_activation(out.sin(), weight.T.contiguous(), None)
+    with torch.no_grad():
+        detached = ops.linear_activation(x, weight, bias, "relu")
+    return torch.cat([out[0], detached], dim=-1)
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_linear_activation_compiles_to_one_graph_and_other_sizes_do_not_recompile(
+    backend: str, device: torch.device
+) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(two_linears, fullgraph=True, backend="aot_eager", dynamic=True)
+    weight = torch.randn(40, 24, device=device).requires_grad_()
+    bias = torch.randn(40, device=device).requires_grad_()
+    with dispatch.use_backend(backend), torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9, 2, 70):
+            x = torch.randn(rows, 24, device=device).requires_grad_()
+            grad = torch.randn(rows, 64, device=device)
+            results = []
+            for function in (compiled, two_linears):
+                out = function(x, weight, bias)
+                results.append((out, *torch.autograd.grad(out, (x, weight, bias), grad)))
+            for a, b in zip(*results, strict=True):
+                # oneDNN's fused product isn't used in a graph.
+                (assert_equivalent if backend == "torch" else assert_bits_equal)(a, b)

@@ -1,0 +1,175 @@
+"""The Triton backend of linear_activation: its registered ops, their autograd Function, and what calls them.
+
+Arguments are checked by :mod:`pyaccel.ops.linear`, which calls this. The forward product is the kernel's; the two of
+the backward pass are PyTorch's (cuBLAS), behind one pass that applies the activation's derivative and sums the bias
+gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# --- registered ops -------------------------------------------------------------------------------------------
+# Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
+
+
+@torch.library.custom_op("pyaccel::linear_activation_forward", mutates_args=())
+def forward_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, want_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """Output and pre-activation, bias included, ``[rows, out]`` in x's dtype.
+
+    Shapes: x ``[rows, in]``, weight ``[out, in]``, bias ``[out]``.
+    """
+    from pyaccel.kernels import linear_activation, linear_activation_config
+    from pyaccel.kernels.device import device_info
+
+    out, pre = _forward_outputs(x, weight, want_pre)
+    (n_rows, n_out), n_in = out.shape, x.shape[1]
+    config = linear_activation_config.linear_activation(
+        n_rows, n_out, n_in, x.itemsize, device_info(x.device).arch
+    )
+    # PyTorch's own flag for products of fp32 on CUDA.
+    allow_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    linear_activation.forward(
+        out, pre if want_pre else None, x, weight, bias, activation, config, allow_tf32=allow_tf32
+    )
+    return out, pre
+
+
+def _forward_outputs(x: Tensor, weight: Tensor, want_pre: bool) -> tuple[Tensor, Tensor]:
+    n_out = weight.shape[0]
+    return x.new_empty(x.shape[0], n_out), x.new_empty(x.shape[0] if want_pre else 0, n_out)
+
+
+@forward_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, want_pre: bool
+) -> tuple[Tensor, Tensor]:
+    return _forward_outputs(x, weight, want_pre)
+
+
+@torch.library.custom_op("pyaccel::linear_activation_backward", mutates_args=())
+def backward_op(
+    dout: Tensor, pre: Tensor, activation: str, want_dpre: bool, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the pre-activation ``[rows, out]`` in its dtype and of the bias ``[out]`` in ``bias_dtype``."""
+    from pyaccel.kernels import bias_gelu, column_sum, config
+    from pyaccel.kernels.device import device_info
+
+    dpre, dbias = _backward_outputs(pre, want_dpre, bias_dtype)
+    n_rows, n_cols = pre.shape
+    if n_cols == 0:
+        return dpre, dbias
+    row_config = config.bias_gelu_backward(n_cols)
+    n_programs = config.programs_per_column(row_config, n_rows, n_cols, device_info(pre.device).num_sms)
+    partial = None if bias_dtype is None else pre.new_empty(n_programs, n_cols, dtype=torch.float32)
+    bias_gelu.backward(
+        dpre if want_dpre else None, partial, dout, pre, None, activation, n_programs, row_config
+    )
+    if partial is not None:
+        column_sum.column_sum((dbias, None, None), (partial, None, None), config.column_sum())
+    return dpre, dbias
+
+
+def _backward_outputs(pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    n_rows, n_cols = pre.shape
+    return (
+        pre.new_empty(n_rows if want_dpre else 0, n_cols),
+        pre.new_empty(0 if bias_dtype is None else n_cols, dtype=bias_dtype or pre.dtype),
+    )
+
+
+@backward_op.register_fake
+def _(
+    dout: Tensor, pre: Tensor, activation: str, want_dpre: bool, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    return _backward_outputs(pre, want_dpre, bias_dtype)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "pyaccel.ops.linear_activation: a double backward (the gradient of a gradient) was asked for, and the Triton "
+        "backend has none. Use another backend for this call: "
+        "pyaccel.use_backend('torch', ops=['linear_activation'])."
+    )
+
+
+backward_op.register_autograd(_no_double_backward)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+class LinearActivationFunction(torch.autograd.Function):
+    """Saves x, weight and the rounded pre-activation, each only where a gradient needs it."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and pre-activation. The latter is for backward alone."""
+        return forward_op(x, weight, bias, activation, activation is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, activation = inputs
+        want_dx, want_dweight = ctx.needs_input_grad[:2]
+        # The pre-activation stays differentiable, although nobody has a gradient for it: what backward makes of it
+        # then is too, and a double backward finds the op that refuses it.
+        ctx.save_for_backward(
+            x if want_dweight else None,
+            weight if want_dx else None,
+            None if activation is None else output[1],
+        )
+        ctx.set_materialize_grads(False)
+        ctx.activation = activation
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return None, None, None, None
+        x, weight, pre = ctx.saved_tensors
+        want_dx, want_dweight, want_dbias = ctx.needs_input_grad[:3]
+        bias_dtype = ctx.bias_dtype if want_dbias else None
+        if pre is None:
+            dpre = dout
+            dbias = dout.sum(0, dtype=torch.float32).to(bias_dtype) if want_dbias else None
+        else:
+            dpre, dbias = backward_op(dout, pre, ctx.activation, want_dx or want_dweight, bias_dtype)
+        return (
+            dpre @ weight if want_dx else None,
+            dpre.mT @ x if want_dweight else None,
+            dbias if want_dbias else None,
+            None,
+        )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of the operands of a product, where it is on."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """As :func:`pyaccel.ops.linear_activation`, by the kernel: ``[..., in]`` -> ``[..., out]``."""
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    bias = None if bias is None else bias.contiguous()
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (rows, weight, bias)
+    )
+    if needs_gradient:
+        out, _ = LinearActivationFunction.apply(rows, weight, bias, activation)
+    else:
+        out, _ = forward_op(rows, weight, bias, activation, False)
+    return out.view(*x.shape[:-1], weight.shape[0])

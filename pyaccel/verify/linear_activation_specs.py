@@ -1,0 +1,94 @@
+"""What is compiled of linear_activation: every launch configuration that ships, for training and for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pyaccel.kernels.linear_activation_config import (
+    CONFIGS,
+    MAX_UNALIGNED_N,
+    LinearActivationConfig,
+    linear_activation_part,
+)
+from pyaccel.verify.kernel_specs import ARCHS, Argument, KernelSpec, kernel_spec
+
+# dtype label -> (matrices, bias) as Triton names them, and bytes of an element.
+DTYPES = {
+    "bf16": ("*bf16", "*bf16", 2),
+    "fp16": ("*fp16", "*fp16", 2),
+    "fp32": ("*fp32", "*fp32", 4),
+    "bf16 + fp32": ("*bf16", "*fp32", 2),
+}
+# The erf GELU, BERT's, takes most registers: it is compiled in every dtype, the others in bf16.
+ACTIVATIONS = {"gelu": tuple(DTYPES), "gelu_tanh": ("bf16",), "relu": ("bf16",), "silu": ("bf16",)}
+# The first product of a feed-forward layer. Rows aren't a multiple of 16: packed batches have any number.
+N_ROWS, N_OUT, N_IN = 4099, 3072, 768
+# Inner dimensions that the blocks of 16-bit configurations don't divide, of aligned rows and of others.
+UNEVEN_IN, UNALIGNED_IN = 784, 776
+
+
+def linear_activation() -> list[KernelSpec]:
+    """The family's kernel. The backward pass is bias_gelu's, and PyTorch's products."""
+    return [
+        spec
+        for activation, dtypes in ACTIVATIONS.items()
+        for dtype in dtypes
+        for config, archs in _archs_by_config(DTYPES[dtype][2]).items()
+        for spec in _specs(activation, dtype, config, archs)
+    ]
+
+
+def _archs_by_config(itemsize: int) -> dict[LinearActivationConfig, frozenset[str]]:
+    archs: dict[LinearActivationConfig, set[str]] = {}
+    for arch in ARCHS:
+        for config in CONFIGS[linear_activation_part(arch, itemsize)]:
+            archs.setdefault(config, set()).add(arch)
+    return {config: frozenset(of_config) for config, of_config in archs.items()}
+
+
+def _specs(
+    activation: str, dtype: str, config: LinearActivationConfig, archs: frozenset[str]
+) -> Iterator[KernelSpec]:
+    pointer, bias, _ = DTYPES[dtype]
+    for variant, n_in in (
+        ("training", N_IN),
+        ("inference", N_IN),
+        ("training, uneven", UNEVEN_IN),
+        ("training, unaligned", UNALIGNED_IN),
+    ):
+        if n_in == UNEVEN_IN and n_in % config.block_k == 0:
+            continue  # as training
+        if n_in == UNALIGNED_IN and config.block_n > MAX_UNALIGNED_N:
+            continue
+        training = variant.startswith("training")
+        arguments: dict[str, Argument] = {
+            "out_ptr": pointer,
+            "pre_ptr": pointer if training else None,
+            "x_ptr": pointer,
+            "weight_ptr": pointer,
+            "bias_ptr": bias,
+            "stride_x_row": n_in,
+            "stride_x_col": 1,
+            "stride_weight_row": n_in,
+            "stride_weight_col": 1,
+            "n_rows": N_ROWS,
+            "n_out": N_OUT,
+            "n_in": n_in,
+        }
+        yield kernel_spec(
+            "linear_activation",
+            f"{variant}, {activation}",
+            "pyaccel.kernels.linear_activation:forward_kernel",
+            arguments,
+            {
+                "ACTIVATION": activation,
+                "PRECISION": "ieee",
+                "EVEN_K": n_in % config.block_k == 0,
+                **config.blocks,
+            },
+            dtype=dtype,
+            config=config.label,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            archs=archs,
+        )

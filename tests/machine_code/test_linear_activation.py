@@ -1,0 +1,170 @@
+"""Machine code of the linear_activation family: every launch configuration that ships, for real GPUs.
+
+What is compiled: in bf16, which is what users run, the training kernel with erf GELU and every configuration for every
+architecture, and inference, inner dimensions that a block doesn't divide and the other activations for sm_90; in
+autocast's mix the training kernel for sm_90 and in fp32 for sm_80. fp16 is left out: it is bf16 with another conversion
+instruction. The backward pass is bias_gelu's kernel without a bias, which takes fewer registers than with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pyaccel.kernels import linear_activation
+from pyaccel.kernels import linear_activation_config as config
+from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.verify import linear_activation_specs
+from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
+from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+
+Compiled = list[tuple[KernelSpec, MachineCode]]
+
+
+def wanted(spec: KernelSpec, arch: str) -> bool:
+    variant, activation = spec.name.rsplit(", ", 1)
+    if spec.dtype == "fp32":
+        return arch == "sm_80" and variant == "training"
+    if spec.dtype != "bf16":
+        return spec.dtype != "fp16" and arch == "sm_90" and variant == "training"
+    if activation != "gelu":
+        return arch == "sm_90" and variant == "training"
+    return variant == "training" or arch == "sm_90" or (arch == "sm_100" and variant == "training, unaligned")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    """Every kernel of the matrix with its machine code."""
+    chosen = [(spec, arch) for spec, arch in tasks(specs("linear_activation"), ARCHS) if wanted(spec, arch)]
+    return [(spec, code) for (spec, _), code in zip(chosen, compile_tasks(chosen), strict=True)]
+
+
+def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
+    """The kernels for which `broken` returns what is wrong with them."""
+    found = ((code, broken(spec, code)) for spec, code in compiled)
+    return [f"{code}: {problem}" for code, problem in found if problem]
+
+
+def test_every_configuration_and_activation_is_there(compiled: Compiled) -> None:
+    for dtype, itemsize, archs in (("bf16", 2, ARCHS), ("bf16 + fp32", 2, ["sm_90"]), ("fp32", 4, ["sm_80"])):
+        for arch in archs:
+            shipped = {c.label for c in config.CONFIGS[config.linear_activation_part(arch, itemsize)]}
+            there = {
+                spec.config
+                for spec, code in compiled
+                if (code.dtype, code.arch, spec.name) == (dtype, arch, "training, gelu")
+            }
+            assert there == shipped
+    assert {spec.name.rsplit(", ", 1)[1] for spec, _ in compiled} == set(ACTIVATIONS) - {None}
+    for variant in ("inference", "training, uneven", "training, unaligned"):
+        assert f"{variant}, gelu" in {spec.name for spec, _ in compiled}
+
+
+def test_no_spills_and_no_stack(compiled: Compiled) -> None:
+    def broken(_: KernelSpec, code: MachineCode) -> str:
+        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
+        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
+
+    assert violations(compiled, broken) == []
+
+
+def test_shared_memory_fits(compiled: Compiled) -> None:
+    def broken(_: KernelSpec, code: MachineCode) -> str:
+        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
+
+    assert violations(compiled, broken) == []
+
+
+def test_hopper_multiplies_with_wgmma_alone(compiled: Compiled) -> None:
+    def broken(_: KernelSpec, code: MachineCode) -> str:
+        wrong = code.arch == "sm_90" and (code.wgmma == 0 or code.mma > 0)
+        return f"{code.wgmma} wgmma, {code.mma} other" * wrong
+
+    assert violations(compiled, broken) == []
+
+
+def test_16_bit_products_are_matrix_instructions_and_fp32_is_not_rounded_to_tf32(compiled: Compiled) -> None:
+    assert violations(compiled, lambda s, c: (c.wgmma + c.mma > 0) == (s.dtype == "fp32")) == []
+
+
+def test_matrices_move_512_bytes_a_warp(compiled: Compiled) -> None:
+    """Both operands are read and all outputs are written with accesses of 512 bytes a warp.
+
+    That is 128 bits for each of 32 lanes, the widest there is; half of it does for each of AMD's 64. What is left for
+    narrower loads is the bias; rows that aren't aligned can only be read element by element.
+    """
+
+    def broken(spec: KernelSpec, code: MachineCode) -> str:
+        warp = PARTS[code.arch].warp_size
+        wide = 512 * 8 // warp
+        blocks = [spec.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+        itemsize = linear_activation_specs.DTYPES[spec.dtype][2]
+        tiles = (blocks[0] + blocks[1]) * blocks[2] * itemsize
+        loaded = sum(bits * n for bits, n in code.loads.items() if bits >= wide) // 8 * warp * code.num_warps
+        narrow = any(bits < wide for bits in code.stores) or not code.stores
+        if "unaligned" not in spec.name:
+            narrow = narrow or loaded < tiles
+        return f"loads {code.loads}, stores {code.stores}" * narrow
+
+    assert violations(compiled, broken) == []
+
+
+# What is compiled above must be what the launcher launches: the same kernel, types, constants and options.
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TORCH_DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16 + fp32": (torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_the_specs_are_what_the_launcher_launches(
+    arch: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches: list[dict[str, Any]] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(kwargs)
+
+    kernel = linear_activation.forward_kernel
+    monkeypatch.setattr(type(kernel), "run", run)
+    x_dtype, bias_dtype = TORCH_DTYPES[dtype]
+    out = torch.empty(linear_activation_specs.N_ROWS, linear_activation_specs.N_OUT, dtype=x_dtype)
+    bias = torch.empty(linear_activation_specs.N_OUT, dtype=bias_dtype)
+    shipped = {(s.name, s.config): s for s in specs("linear_activation") if s.dtype == dtype}
+    for chosen in config.CONFIGS[config.linear_activation_part(arch, x_dtype.itemsize)]:
+        for variant, n_in in (("training", 768), ("inference", 768), ("training, uneven", 784)):
+            like = shipped.get((f"{variant}, gelu", chosen.label))
+            if like is None:  # the block divides that inner dimension too
+                assert n_in % chosen.block_k == 0
+                continue
+            x, weight = (
+                torch.empty(len(out), n_in, dtype=x_dtype),
+                torch.empty(len(bias), n_in, dtype=x_dtype),
+            )
+            pre = out if variant.startswith("training") else None
+            linear_activation.forward(out, pre, x, weight, bias, "gelu", chosen)
+            named = launches.pop()
+            values = {k: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else v for k, v in named.items()}
+            options = {key: values.pop(key) for key in ("num_warps", "num_stages")}
+            constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
+            launched = kernel_spec(
+                like.op,
+                like.name,
+                f"{kernel.fn.__module__}:{kernel.__name__}",
+                values,
+                constexprs,
+                dtype=dtype,
+                config=like.config,
+                archs=like.archs,
+                **options,
+            )
+            assert launched == like
