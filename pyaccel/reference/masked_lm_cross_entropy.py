@@ -40,7 +40,8 @@ def masked_lm_cross_entropy(
     logits = F.linear(torch.where(real[..., None], hidden, 0.0), weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     target = torch.where(real, labels, 0)
-    losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(labels.shape)
+    losses = F.cross_entropy(logits.reshape(-1, weight.shape[0]), target.flatten(), reduction="none")
+    losses = losses.view(labels.shape)
     losses = torch.where(real, losses, 0.0)
     if reduction == "none":
         return losses
