@@ -18,6 +18,7 @@ CASES = (
     "varlen_attention",
     "bias_gelu",
     "linear_activation",
+    "masked_lm_cross_entropy",
 )  # modules of this package, each with a CASE
 
 
