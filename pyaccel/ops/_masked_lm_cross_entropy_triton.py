@@ -297,15 +297,15 @@ class PerTokenFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        *given, labels = ctx.saved_tensors
+        hidden, weight, bias, labels = ctx.saved_tensors
         dtype, *options = ctx.options
         needed = ctx.needs_input_grad[:3]
-        converted = cast(*given, dtype)
+        converted = cast(hidden, weight, bias, dtype)
         grads = forward_op(*converted, labels, dlosses.contiguous(), *options, *needed)[1:]
         # A gradient that isn't in its input's dtype yet is cast to it; one that is comes back as it is.
         wanted = (
             g.to(t.dtype) if n and t is not None else None
-            for g, t, n in zip(grads, given, needed, strict=True)
+            for g, t, n in zip(grads, (hidden, weight, bias), needed, strict=True)
         )
         return *wanted, *(None,) * 5
 
