@@ -358,6 +358,26 @@ def test_in_the_op_what_is_not_wanted_has_no_elements(device: torch.device) -> N
         assert [t.numel() for t in grads] == [w * n for w, n in zip(wanted, (54, 240, 40), strict=True)]
 
 
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+def test_nothing_is_rounded_between_chunks_nor_before_it_is_scaled(
+    dtype: torch.dtype, use_triton: bool, device: torch.device
+) -> None:
+    labels = torch.arange(40, device=device) % 7
+    hidden, weight = torch.zeros(40, 6, device=device).to(dtype), torch.randn(30, 6, device=device).to(dtype)
+    bias = torch.randn(30, device=device).to(dtype)
+    parts, whole = (
+        registered.forward_op(hidden, weight, bias, labels, None, -100, size, use_triton, True, True, True)[3]
+        for size in (3, 40)
+    )
+    assert parts.dtype == F32
+    assert_equivalent(parts, whole)
+    grads = [torch.randn(9, 6, device=device).to(dtype), torch.randn(30, 6, device=device), whole]
+    dloss = torch.tensor(0.7, device=device)
+    for found, grad in zip(registered.backward_op(dloss, *grads, dtype, dtype, F32), grads, strict=True):
+        assert_bits_equal(found, (grad.float() * 0.7).to(found.dtype))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", OUR_BACKENDS)
 def test_gradient_checkpointing(backend: str, reduction: str, device: torch.device) -> None:
