@@ -19,6 +19,7 @@ CASES = (
     "bias_gelu",
     "linear_activation",
     "bert_embeddings",
+    "masked_lm_cross_entropy",
 )  # modules of this package, each with a CASE
 
 

@@ -143,6 +143,28 @@ def segment_sum(n_rows: int) -> SegmentSumConfig:
     return SegmentSumConfig(32 if n_rows <= 65536 else 128, 256, 1, border_p=64, border_n=32, border_warps=4)
 
 
+# A chunk of logits: large enough for matrix products at full speed, small beside a layer's activations.
+CROSS_ENTROPY_CHUNK_BYTES = 128 * 2**20
+CROSS_ENTROPY_MIN_CHUNK = 256
+
+
+def cross_entropy(n_cols: int) -> RowConfig:
+    """A row of the vocabulary in tiles, 8 elements a thread: with 16, beside a maximum and a sum each, it spills."""
+    block_n = 1024 if n_cols <= 1024 else 2048
+    return RowConfig(1, block_n, num_warps=block_n // 256, tiled=True)
+
+
+def cross_entropy_width(n_cols: int) -> int:
+    """Columns of the buffer that holds rows of ``n_cols`` logits: each row starts at a multiple of 128 bytes."""
+    return -(-n_cols // 64) * 64
+
+
+def cross_entropy_chunk(n_cols: int, itemsize: int) -> int:
+    """Rows of logits that are held at a time: 2048 of BERT's vocabulary in 16 bits."""
+    rows = CROSS_ENTROPY_CHUNK_BYTES // (cross_entropy_width(n_cols) * itemsize)
+    return max(1 << max(rows, 1).bit_length() - 1, CROSS_ENTROPY_MIN_CHUNK)
+
+
 def bias_gelu_forward(n_cols: int) -> RowConfig:
     """Tiles of 16 elements a thread. The widths of feed-forward layers are multiples of 512."""
     _check_width(n_cols)

@@ -6,6 +6,7 @@ from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.feed_forward import feed_forward
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
+from pyaccel.ops.masked_lm_cross_entropy import masked_lm_cross_entropy
 from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
@@ -17,6 +18,7 @@ __all__ = [
     "int8_matmul",
     "linear_activation",
     "linear_residual_layernorm",
+    "masked_lm_cross_entropy",
     "quantize_per_channel",
     "quantize_per_tensor",
     "quantize_per_token",

@@ -270,12 +270,20 @@ def linear_activation() -> list[KernelSpec]:
     return linear_activation_specs.linear_activation()
 
 
+def masked_lm_cross_entropy() -> list[KernelSpec]:
+    """The masked-language-model loss's kernel: see :mod:`pyaccel.verify.masked_lm_cross_entropy_specs`."""
+    from pyaccel.verify import masked_lm_cross_entropy_specs
+
+    return masked_lm_cross_entropy_specs.masked_lm_cross_entropy()
+
+
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
     "bert_embeddings": bert_embeddings,
     "bias_gelu": bias_gelu,
     "linear_activation": linear_activation,
+    "masked_lm_cross_entropy": masked_lm_cross_entropy,
 }
 
 

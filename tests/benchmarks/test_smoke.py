@@ -55,6 +55,11 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path, capsys: pytest.Captur
             {"pyaccel triton"},
         ),
         (
+            "masked_lm_cross_entropy",
+            {"pyaccel torch", "eager", "eager, masked tokens", "torch.compile"},
+            {"pyaccel triton"},
+        ),
+        (
             "attention",
             {"pyaccel torch", "eager", "torch.compile", "SDPA", "FlexAttention"},
             {"pyaccel triton", "FlexAttention", *SDPA_BACKENDS},

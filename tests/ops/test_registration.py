@@ -13,6 +13,7 @@ from pyaccel import dispatch, ops
 from pyaccel.ops import _attention_triton as attention
 from pyaccel.ops import _bert_embeddings_triton as embeddings
 from pyaccel.ops import _linear_activation_triton as linear_activation
+from pyaccel.ops import _masked_lm_cross_entropy_triton as mlm_loss
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.ops.bias_gelu import backward_op as bias_gelu_backward
 from pyaccel.ops.bias_gelu import forward_op as bias_gelu_forward
@@ -403,5 +404,59 @@ def test_bert_embeddings_compiles_to_one_graph_and_other_sizes_do_not_recompile(
             for function in (compiled, look_up):
                 out = function(ids, types, *given)
                 results.append((out, *torch.autograd.grad(out, given, dy)))
+            for a, b in zip(*results, strict=True):
+                assert_bits_equal(a, b)
+
+
+# --- masked-language-model loss -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_opcheck_masked_lm_cross_entropy(dtype: torch.dtype, use_triton: bool, device: torch.device) -> None:
+    hidden, weight = torch.randn(9, 8, device=device).to(dtype), torch.randn(40, 8, device=device).to(dtype)
+    bias, scale = torch.randn(40, device=device).to(dtype), torch.randn(9, device=device)
+    labels = torch.tensor([3, -100, 39, 0, -100, -100, 7, 7, 1], device=device)
+    options = (-100, 4, use_triton)
+    for given, wanted in (
+        ((hidden, weight, bias, labels, None), (True, True, True)),
+        ((hidden, weight, bias, labels, scale), (False, True, False)),
+        ((hidden.T[:8, :8], weight.flip(0), None, labels[:8], None), (False, False, False)),
+        ((hidden, weight, None, torch.full_like(labels, -100), None), (True, True, False)),
+    ):
+        torch.library.opcheck(mlm_loss.forward_op, (*given, *options, *wanted))
+    _, *grads = mlm_loss.forward_op(hidden, weight, bias, labels, None, *options, True, True, True)
+    for dtypes in ((dtype, dtype, dtype), (F32, None, BF16), (None, None, None)):
+        torch.library.opcheck(mlm_loss.backward_op, (scale[0], *grads, *dtypes))
+
+
+def mlm_head(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """The loss between other ops: each reduction, and a count of labels that comes from the graph."""
+    hidden = (hidden * 2.0).view(1, *hidden.shape)
+    labels = labels[None]
+    mean = ops.masked_lm_cross_entropy(hidden, weight, bias, labels, num_items=(labels >= 0).sum() + 1)
+    each = ops.masked_lm_cross_entropy(hidden.sin(), weight, None, labels, reduction="none", chunk_size=3)
+    return torch.cat([mean[None], each[0]])
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_masked_lm_cross_entropy_compiles_to_one_graph_and_other_sizes_do_not_recompile(
+    backend: str, device: torch.device
+) -> None:
+    """Nor do other numbers of masked tokens, among them none."""
+    torch._dynamo.reset()
+    compiled = torch.compile(mlm_head, fullgraph=True, backend="aot_eager", dynamic=True)
+    weight = torch.randn(40, 8, device=device).requires_grad_()
+    bias = torch.randn(40, device=device).requires_grad_()
+    with dispatch.use_backend(backend), torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens, masked in ((5, 2), (9, 9), (4, 0), (30, 7)):
+            hidden = torch.randn(tokens, 8, device=device).requires_grad_()
+            labels = torch.full((tokens,), -100, device=device)
+            labels[:masked] = torch.arange(masked, device=device) * 4
+            grad = torch.randn(tokens + 1, device=device)
+            results = []
+            for function in (compiled, mlm_head):
+                out = function(hidden, weight, bias, labels)
+                results.append((out, *torch.autograd.grad(out, (hidden, weight, bias), grad)))
             for a, b in zip(*results, strict=True):
                 assert_bits_equal(a, b)
