@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.ops import _int8_torch as on_cpu
 from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
@@ -78,8 +79,8 @@ def int8_matmul(
         ValueError: naming every argument that makes no sense.
         pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
 
-    The torch backend multiplies with ``torch._int_mm``: any shape on CPUs, padded with zeros to what cuBLAS
-    takes (more than 16 rows, other sizes multiples of 8) on CUDA.
+    The torch backend multiplies with ``torch._int_mm``: any shape on CPUs, in blocks of rows that stay in the
+    cache; padded with zeros to what cuBLAS takes (more than 16 rows, other sizes multiples of 8) on CUDA.
     """
     dispatch.invalid(
         "int8_matmul", not_supported_reasons(a, b, a_scale, b_scale, bias, activation, residual, out_dtype)
@@ -91,6 +92,10 @@ def int8_matmul(
     if choice.backend == "reference":
         return reference_int8_matmul(
             a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, upcast=False
+        )
+    if a.is_cpu and not torch.compiler.is_compiling():
+        return on_cpu.int8_matmul(
+            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output
         )
     # In place: one fp32 buffer from the accumulator to the cast.
     out = _accumulate(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0]).float()

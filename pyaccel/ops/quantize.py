@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.ops import _int8_torch as on_cpu
 from pyaccel.reference import quantize as reference
 
-# The definition is itself the well-chosen plain PyTorch: one pass for the maximum, one for the codes.
+# Beside a CPU the definition is itself the well-chosen plain PyTorch: one pass for the maximum, one for the codes.
 BACKENDS: dict[str, list[str]] = {"torch": [], "reference": []}
 
 
@@ -31,8 +32,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: ``x`` has no dimension, or isn't floating point.
     """
     dispatch.invalid("quantize_per_token", not_supported_reasons("x", x))
-    dispatch.choose("quantize_per_token", BACKENDS)
-    return reference.quantize_per_token(x)
+    return _by_rows("quantize_per_token", x)
 
 
 @torch.no_grad()
@@ -46,8 +46,7 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: ``weight`` isn't a floating-point matrix.
     """
     dispatch.invalid("quantize_per_channel", not_supported_reasons("weight", weight, dim=2))
-    dispatch.choose("quantize_per_channel", BACKENDS)
-    return reference.quantize_per_channel(weight)
+    return _by_rows("quantize_per_channel", weight)
 
 
 @torch.no_grad()
@@ -72,6 +71,13 @@ def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor,
     dispatch.invalid("quantize_per_tensor", reasons)
     dispatch.choose("quantize_per_tensor", BACKENDS)
     return reference.quantize_per_tensor(x, scale)
+
+
+def _by_rows(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    in_blocks = x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    if dispatch.choose(op, BACKENDS).backend == "torch" and in_blocks:
+        return on_cpu.quantize_per_token(x)
+    return reference.quantize_per_token(x)
 
 
 def not_supported_reasons(name: str, x: Tensor, dim: int | None = None) -> list[str]:
