@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyaccel import dispatch, hf, models, nn, ops, packing, reference
+    from pyaccel import dispatch, hf, models, nn, ops, packing, quantization, reference
     from pyaccel.dispatch import use_backend
     from pyaccel.hf import accelerate, explain, restore
 
@@ -34,12 +34,13 @@ __all__ = [
     "nn",
     "ops",
     "packing",
+    "quantization",
     "reference",
     "restore",
     "use_backend",
 ]
 
-_SUBMODULES = ("dispatch", "hf", "models", "nn", "ops", "packing", "reference")
+_SUBMODULES = ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference")
 _HOMES = {
     "accelerate": "pyaccel.hf",
     "explain": "pyaccel.hf",

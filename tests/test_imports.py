@@ -52,6 +52,7 @@ RULES = {
         ("reference", "dispatch", "packing", "ops", "nn", "models"),
         ("torch", "transformers", "huggingface_hub"),
     ),
+    "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),
     "verify": Rule(
         ("kernels", "reference", "dispatch", "packing", "ops", "nn", "models"),
         lazily=("triton", "transformers"),
@@ -61,7 +62,7 @@ RULES = {
         lazily=("triton", "transformers", "huggingface_hub", "tokenizers"),
     ),
     "__main__": Rule(("cli",), ()),
-    "__init__": Rule(("dispatch", "hf", "models", "nn", "ops", "packing", "reference"), ()),
+    "__init__": Rule(("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference"), ()),
 }
 
 

@@ -25,6 +25,7 @@ from pyaccel import dispatch, ops
 from pyaccel.hf import attention
 from pyaccel.hf.report import Report
 from pyaccel.models.bert import encoder_layer, packed_attention
+from pyaccel.nn import Int8Linear, ObservedLinear
 from pyaccel.packing import layout, pack, unpack
 
 # An accelerated model's config says attn_implementation="pyaccel". Unpickled in a new process, such a
@@ -258,7 +259,7 @@ def unfit(layers: list[Any], around: nn.Module) -> str | None:
         if type(layer) not in (stock.BertLayer, BertLayer):
             return f"{where}it is a {type(layer).__name__}, not a BertLayer"
         modules = dict(layer.named_modules(remove_duplicate=False))
-        found = {name: type(part) for name, part in modules.items() if name not in ("", _ACTIVATION)}
+        found = {name: _kind(part) for name, part in modules.items() if name not in ("", _ACTIVATION)}
         if found != _EXPECTED:
             name = min(n for n in found.keys() | _EXPECTED.keys() if found.get(n) is not _EXPECTED.get(n))
             return f"{where}{name} is {_title(found.get(name))}, not {_title(_EXPECTED.get(name))}"
@@ -271,7 +272,7 @@ def unfit(layers: list[Any], around: nn.Module) -> str | None:
         for name, parameter in parameters.items():
             if reason := _special(parameter):
                 return f"{where}{name} is {reason}"
-        if len({p.dtype for p in parameters.values()}) > 1:
+        if len({p.dtype for p in parameters.values() if p.is_floating_point()}) > 1:
             return f"{where}its parameters are of several dtypes"
         heads = layer.attention.self
         if layer.is_decoder or heads.is_causal:
@@ -281,6 +282,11 @@ def unfit(layers: list[Any], around: nn.Module) -> str | None:
         if heads.scaling != heads.attention_head_size**-0.5:
             return f"{where}its attention is scaled by {heads.scaling}"
     return None
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Its class, where what `encoder_layer` runs in the place of an nn.Linear counts as one."""
+    return nn.Linear if type(module) in (Int8Linear, ObservedLinear) else type(module)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -359,7 +365,11 @@ class Structure:
         # Casting in place leaves the parameters the same objects. It is done to whole models or to the
         # LayerNorms.
         cast = (nn.LayerNorm, stock.BertSelfAttention)
-        self.weights = [next(part.parameters()) for part in self.modules if isinstance(part, cast)]
+        self.weights = [
+            next(p for p in part.parameters() if p.is_floating_point())
+            for part in self.modules
+            if isinstance(part, cast)
+        ]
 
     def unchanged(self) -> bool:
         """Whether all is as it was; False also where that can't be told."""

@@ -65,7 +65,9 @@ def accelerate(
             acceleration.configs.append((config, config._attn_implementation))
             config._attn_implementation = NAME
         if isinstance(module, stock.BertLayer):
-            share_qkv_storage(module.attention.self)
+            heads = module.attention.self
+            if heads.query.weight.dtype == heads.key.weight.dtype == heads.value.weight.dtype:
+                share_qkv_storage(heads)
         module.__class__ = SUBCLASSES[type(module)]
         module._pyaccel = Attached(acceleration, config)
         report.swapped[name] = type(module).__name__
@@ -103,7 +105,7 @@ def explain(model: nn.Module) -> Explanation:
     layer = _layers(_swapped(model)[0])[0]
     with dispatch.record() as choices:
         _dry_run(layer, accelerations[0])
-    weight, summary = layer.attention.self.query.weight, dispatch.summary(choices)
+    weight, summary = layer.output.LayerNorm.weight, dispatch.summary(choices)
     return Explanation(
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
@@ -166,9 +168,9 @@ def _present(model: nn.Module, packing: bool, backend: str) -> Acceleration | No
 
 def _dry_run(layer: Any, acceleration: Acceleration) -> None:
     """One layer in evaluation on 16 tokens of zeros, for the choices of backends that it makes."""
-    weight = layer.attention.self.query.weight
+    weight = layer.output.LayerNorm.weight
     mask = torch.ones(2, 8, dtype=torch.bool, device=weight.device)
-    hidden = weight.new_zeros(2, 8, weight.shape[1])
+    hidden = weight.new_zeros(2, 8, len(weight))
     training = [part for part in layer.modules() if part.training]
     try:
         for part in training:

@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyaccel import ops
-from pyaccel.nn import ResidualLayerNorm
+from pyaccel import ops, reference
+from pyaccel.nn import Int8Linear, ResidualLayerNorm
+from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 __all__ = [
@@ -394,18 +395,60 @@ def encoder_layer(layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, 
         `[..., hidden_size]`. Dropout acts where the layer's dropout modules are in training mode.
     """
     attention = layer.attention
-    weight, bias = fused_qkv(attention.self)
-    heads = (3, attention.self.num_attention_heads, attention.self.attention_head_size)
-    q, k, v = ops.linear_activation(hidden, weight, bias).unflatten(-1, heads).unbind(-3)
-    context = attend(q, k, v)
+    heads = (attention.self.num_attention_heads, attention.self.attention_head_size)
+    context = attend(*(x.unflatten(-1, heads) for x in project_qkv(attention.self, hidden)))
 
-    dense, act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
+    act = layer.intermediate.intermediate_act_fn
     name = activation_name(act)
-    if name and torch.is_grad_enabled() and context.requires_grad:
+    dense = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
+    if name and torch.is_grad_enabled() and context.requires_grad and _are_plain(dense):
         return _training_feed_forward(layer, context, hidden, name)
     hidden = linear_residual_layernorm(attention.output, context, hidden)
-    inner = ops.linear_activation(hidden, dense.weight, dense.bias, name)
+    inner = project(layer.intermediate.dense, hidden, name)
     return linear_residual_layernorm(layer.output, inner if name else act(inner), hidden)
+
+
+def project(linear: Any, x: Tensor, activation: str | None = None) -> Tensor:
+    """``activation(linear(x))`` of an nn.Linear, fused; of an Int8Linear, fused; or of what else is in its place."""
+    if type(linear) is nn.Linear:
+        return ops.linear_activation(x, linear.weight, linear.bias, activation)
+    if isinstance(linear, Int8Linear):
+        return linear.linear_activation(x, activation)
+    return reference.activation(linear(x), activation)
+
+
+def project_qkv(attention_self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v ``[..., hidden_size]`` of the three projections, in one product where they are of one kind."""
+    projections = (attention_self.query, attention_self.key, attention_self.value)
+    if _are_plain(projections):
+        return ops.linear_activation(hidden, *fused_qkv(attention_self)).chunk(3, -1)
+    scales = _fusable_scales(projections)
+    if scales is None or (torch.is_grad_enabled() and hidden.requires_grad):
+        return tuple(project(linear, hidden) for linear in projections)
+    codes, scale = projections[0].quantize_input(hidden)  # once for the three
+    weight, bias = fused_qkv(attention_self)
+    dtype = autocast_dtype(hidden.device) or hidden.dtype
+    return ops.int8_matmul(codes, weight, scale, torch.cat(scales), bias, out_dtype=dtype).chunk(3, -1)
+
+
+def _are_plain(linears: tuple[Any, ...]) -> bool:
+    return all(type(linear) is nn.Linear for linear in linears)
+
+
+def _fusable_scales(linears: tuple[Any, ...]) -> list[Tensor] | None:
+    """The weights' scales, if these are int8 layers that quantise their common input in the same way."""
+    scales = []
+    for linear in linears:
+        if not (
+            isinstance(linear, Int8Linear) and linear.input_scale is None and linear.smooth_scale is None
+        ):
+            return None
+        if linear.weight_scale is None or (
+            torch.is_grad_enabled() and linear.bias is not None and linear.bias.requires_grad
+        ):
+            return None
+        scales.append(linear.weight_scale)
+    return scales
 
 
 def _training_feed_forward(layer: Any, context: Tensor, residual: Tensor, activation: str) -> Tensor:
@@ -440,6 +483,16 @@ def _training_feed_forward(layer: Any, context: Tensor, residual: Tensor, activa
 def linear_residual_layernorm(module: Any, x: Tensor, residual: Tensor) -> Tensor:
     """LayerNorm(dropout(dense(x)) + residual) with the parameters of `module.{dense, LayerNorm, dropout}`."""
     dense, norm, dropout = module.dense, module.LayerNorm, module.dropout
+    if type(dense) is not nn.Linear:
+        return ops.residual_layernorm(
+            project(dense, x),
+            residual,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            dropout_p=dropout.p,
+            training=dropout.training,
+        )
     return ops.linear_residual_layernorm(
         x,
         dense.weight,

@@ -4,6 +4,7 @@ from pyaccel.ops.attention import attention_probs, scaled_dot_product_attention,
 from pyaccel.ops.bert_embeddings import bert_embeddings
 from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.feed_forward import feed_forward
+from pyaccel.ops.int8_linear import int8_linear
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
 from pyaccel.ops.masked_lm_cross_entropy import masked_lm_cross_entropy
@@ -15,6 +16,7 @@ __all__ = [
     "bert_embeddings",
     "bias_gelu",
     "feed_forward",
+    "int8_linear",
     "int8_matmul",
     "linear_activation",
     "linear_residual_layernorm",

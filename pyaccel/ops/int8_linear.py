@@ -1,0 +1,230 @@
+"""A linear layer that multiplies in int8 and trains: the autograd Function and the public function.
+
+What is saved for the backward is what was multiplied: int8 codes and their scales, a quarter of fp32's bytes and half
+of 16 bits'. The gradients are straight-through (arXiv:1308.3432): those of the product of the dequantised operands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyaccel import dispatch
+from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops.int8_matmul import int8_matmul
+from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
+from pyaccel.reference.quantize import INT8_MAX, dequantize
+
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    weight_scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    int8_grad_input: bool = False,
+) -> Tensor:
+    """``activation(x @ weight^T + bias)`` with both operands quantised to int8; differentiable.
+
+    Args:
+        x: ``[..., in_features]``, fp32, bf16 or fp16.
+        weight: ``[out_features, in_features]``: floating point, quantised in every call by a scale for each output
+            channel (training), or int8 codes with ``weight_scale`` (deployed): the same bits come out.
+        bias: ``[out_features]``, floating point, or None.
+        activation: None, ``"gelu"`` (erf, BERT's), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        weight_scale: fp32 ``[out_features]``, with an int8 weight only.
+        input_scale: fp32 scalar: x is quantised by this one (static); by default each token by its own (dynamic).
+        int8_grad_input: the gradient of x too is an int8 product: the incoming gradient quantised per token, the weight
+            per input channel. Faster where int8 is, and biased by their rounding.
+
+    Returns:
+        ``[..., out_features]`` in x's dtype, or in autocast's.
+
+    The gradients of x and weight are straight-through: as if rounding were the identity. With a static scale, x has
+    none where its code is at the end of the range (-127 or 127), where it may have been clamped. Products of the
+    backward are in the output's dtype (fp32 sums); the bias's gradient is summed in fp32. Saved for the backward are
+    the int8 codes and scales of both operands, and of an activation the bias: its pre-activation is made again from
+    them. Definition: :func:`pyaccel.reference.int8_linear`. There is no double backward.
+
+    Raises:
+        ValueError: naming every argument that makes no sense.
+        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+    """
+    reasons = not_supported_reasons(x, weight, bias, activation, weight_scale, input_scale)
+    dispatch.invalid("int8_linear", reasons)
+    out_dtype = autocast_dtype(x.device) or x.dtype
+    out, *_ = Int8LinearFunction.apply(
+        x, weight, bias, weight_scale, input_scale, activation, out_dtype, int8_grad_input
+    )
+    return out
+
+
+def not_supported_reasons(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+) -> list[str]:
+    """Every reason why these arguments make no sense, on any backend; empty if they do."""
+    reasons = []
+    if x.dtype not in OUT_DTYPES:
+        reasons.append(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+        got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        return [*reasons, f"x must be [..., in_features] and weight [out_features, in_features], got {got}"]
+    if weight.dtype == torch.int8:
+        if weight_scale is None:
+            reasons.append("an int8 weight needs its weight_scale")
+    elif not weight.is_floating_point():
+        reasons.append(f"weight must be floating point or int8, got {weight.dtype}")
+    elif weight_scale is not None:
+        reasons.append(f"weight_scale goes with an int8 weight, and this one is {weight.dtype}")
+    shape = (weight.shape[0],)
+    if weight_scale is not None and (
+        weight_scale.dtype != torch.float32 or tuple(weight_scale.shape) != shape
+    ):
+        got = f"{weight_scale.dtype} {tuple(weight_scale.shape)}"
+        reasons.append(f"weight_scale must be float32 {shape}, got {got}")
+    if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.dim()):
+        got = f"{input_scale.dtype} {tuple(input_scale.shape)}"
+        reasons.append(f"input_scale must be a float32 scalar, got {got}")
+    if bias is not None and (not bias.is_floating_point() or tuple(bias.shape) != shape):
+        reasons.append(f"bias must be floating point {shape}, got {bias.dtype} {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
+    others = {"weight": weight, "bias": bias, "weight_scale": weight_scale, "input_scale": input_scale}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            reasons.append(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
+    for name in ("weight_scale", "input_scale"):
+        scale = others[name]
+        if torch.is_grad_enabled() and scale is not None and scale.requires_grad:
+            reasons.append(f"a gradient is wanted of {name}, and this op has none: detach() it")
+    return reasons
+
+
+class Int8LinearFunction(torch.autograd.Function):
+    """Forward in int8; backward straight-through, from the codes."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_scale: Tensor | None,
+        input_scale: Tensor | None,
+        activation: str | None,
+        out_dtype: torch.dtype,
+        int8_grad_input: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The output, and the codes and scales that made it."""
+        if weight_scale is None:
+            w_codes, w_scale = quantize_per_channel(weight)
+        else:  # no output of a Function may be one of its inputs
+            w_codes, w_scale = weight.new_empty(0), weight_scale.new_empty(0)
+        if input_scale is None:
+            codes, scale = quantize_per_token(x)
+        else:
+            codes, scale = quantize_per_tensor(x, input_scale)[0], input_scale.new_empty(0)
+        out = int8_matmul(
+            codes,
+            weight if weight_scale is not None else w_codes,
+            scale if input_scale is None else input_scale,
+            w_scale if weight_scale is None else weight_scale,
+            bias,
+            activation,
+            out_dtype=out_dtype,
+        )
+        return out, codes, scale, w_codes, w_scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, weight_scale, input_scale, activation, _, int8_grad_input = inputs
+        _, codes, scale, w_codes, w_scale = output
+        ctx.mark_non_differentiable(codes, scale, w_codes, w_scale)
+        ctx.set_materialize_grads(False)
+        if weight_scale is not None:
+            w_codes, w_scale = weight, weight_scale
+        # Each only where a gradient reads it: the weight's reads the input, the input's the weight, and an activation
+        # both.
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        needs_input = wants_weight or activation is not None or (wants_x and input_scale is not None)
+        needs_weight = wants_x or activation is not None
+        ctx.save_for_backward(
+            codes if needs_input else None,
+            (scale if input_scale is None else input_scale) if needs_input else None,
+            w_codes if needs_weight else None,
+            w_scale if needs_weight else None,
+            bias if activation is not None else None,
+        )
+        ctx.activation = activation
+        ctx.int8_grad_input = int8_grad_input
+        ctx.static = input_scale is not None
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 8
+        if grad is None:
+            return nothing
+        codes, scale, w_codes, w_scale, bias = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        compute = grad.dtype
+        if ctx.activation is not None:
+            pre = int8_matmul(
+                codes,
+                w_codes,
+                scale,
+                w_scale,
+                None if bias is None else bias.detach(),
+                out_dtype=torch.float32,
+            )
+            grad = _activation_grad(grad.float(), pre, ctx.activation).to(compute)
+        dx = dweight = dbias = None
+        if wants_x:
+            if ctx.int8_grad_input:
+                dx = _int8_grad_input(grad, w_codes, w_scale)
+            else:
+                # The codes are exact in 16 bits; their scales go to the gradient.
+                dx = (grad.float() * w_scale).to(compute) @ w_codes.to(compute)
+            if ctx.static:
+                dx = dx.masked_fill(codes.abs() == INT8_MAX, 0.0)
+            dx = dx.to(x_dtype)
+        if wants_weight or wants_bias:
+            rows = grad.reshape(-1, grad.shape[-1])
+            if wants_weight:
+                by_row = scale if ctx.static else scale.reshape(-1, 1)
+                scaled = (rows.float() * by_row).to(compute)
+                dweight = (scaled.mT @ codes.reshape(-1, codes.shape[-1]).to(compute)).to(weight_dtype)
+            if wants_bias:
+                dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
+        return dx, dweight, dbias, *nothing[3:]
+
+
+def _int8_grad_input(grad: Tensor, w_codes: Tensor, w_scale: Tensor) -> Tensor:
+    """``grad @ weight`` in int8: the sum is over output channels, so the weight needs a scale for each input one."""
+    back, back_scale = quantize_per_channel(dequantize(w_codes, w_scale).mT)
+    codes, scale = quantize_per_token(grad)
+    return int8_matmul(codes, back, scale, back_scale, out_dtype=grad.dtype)
+
+
+def _activation_grad(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "gelu":
+        return aten.gelu_backward(grad, pre)
+    if activation == "gelu_tanh":
+        return aten.gelu_backward(grad, pre, approximate="tanh")
+    if activation == "relu":
+        return aten.threshold_backward(grad, pre, 0)
+    return aten.silu_backward(grad, pre)
