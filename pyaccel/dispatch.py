@@ -103,6 +103,7 @@ def op_names() -> tuple[str, ...]:
         "varlen_attention",
         "attention_probs",
         "quantize_per_token",
+        "quantize_per_token_with_offset",
         "quantize_per_channel",
         "quantize_per_tensor",
         "int8_matmul",

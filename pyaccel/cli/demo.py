@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Both models on the same few batches, in fp64 and in the plain dtype too: enough to judge, and seconds not minutes.
 JUDGED_BATCHES = 4
+# Of sentence embeddings in int8 and in fp32.
+INT8_MEAN_COSINE, INT8_MIN_COSINE = 0.998, 0.99
 
 Batch = dict[str, "Tensor"]
 
@@ -56,11 +58,17 @@ class Errors:
     sum_squares: float = 0.0
     count: int = 0
     min_cosine: float = 1.0
+    sum_cosine: float = 0.0
+    sentences: int = 0
     finite: bool = True
 
     @property
     def rms(self) -> float:
         return (self.sum_squares / max(self.count, 1)) ** 0.5
+
+    @property
+    def mean_cosine(self) -> float:
+        return self.sum_cosine / max(self.sentences, 1)
 
     def add(self, expected: Tensor, got: Tensor, mask: Tensor) -> None:
         """Token states ``[batch, seq, hidden]`` of both, and the mask ``[batch, seq]`` of real tokens."""
@@ -74,6 +82,8 @@ class Errors:
         self.count += error.numel()
         cosine = torch.cosine_similarity(mean_pool(expected, mask), mean_pool(got, mask))
         self.min_cosine = min(self.min_cosine, cosine.min().item())
+        self.sum_cosine += cosine.sum().item()
+        self.sentences += len(cosine)
 
 
 @dataclass
@@ -94,9 +104,14 @@ class Result:
     report: Report
     compiled: Timing | None = None  # torch.compile of the stock model in the accelerated one's dtype
     versions: dict[str, str] = field(default_factory=dict)
+    int8: str | None = None  # what quantisation did, in words
 
     @property
     def right(self) -> bool:
+        """Floating point by the policy. int8 is another function: it is judged by its sentence embeddings."""
+        if self.int8 is not None:
+            alike = self.errors.mean_cosine >= INT8_MEAN_COSINE and self.errors.min_cosine >= INT8_MIN_COSINE
+            return self.errors.finite and alike
         return self.errors.finite and self.verdict.right
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,6 +135,8 @@ class Result:
             "max_abs_error": self.errors.max_abs,
             "rms_error": self.errors.rms,
             "min_cosine": self.errors.min_cosine,
+            "mean_cosine": self.errors.mean_cosine,
+            "int8": self.int8,
             "within_policy": self.right,
             "policy": {
                 "max_error": self.verdict.max_error,
@@ -151,6 +168,10 @@ def demo(
         typer.Option(help="A text file, one passage a line. Default: 256 real English paragraphs."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the accelerated model: fp32, bf16 or fp16.")] = "fp32",
+    int8: Annotated[
+        bool,
+        typer.Option(help="Quantise the accelerated model's encoder: dynamic int8, a scale for each token."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Passages a batch.")] = 16,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
@@ -178,7 +199,7 @@ def demo(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bars = Console(stderr=True)
     with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
-        result = run(model, passages, wanted, batch_size, target, rounds, against_compile, progress)
+        result = run(model, passages, wanted, batch_size, target, rounds, against_compile, progress, int8)
     if json_file is not None:
         json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
     show(result, console)
@@ -195,6 +216,7 @@ def run(
     rounds: int,
     against_compile: bool,
     progress: Progress,
+    int8: bool = False,
 ) -> Result:
     """Load, encode, time in turn, compare, judge."""
     import torch
@@ -232,6 +254,7 @@ def run(
     naive = stock if dtype == torch.float32 else copy.deepcopy(stock).to(dtype)
     accelerated = copy.deepcopy(naive)
     report = pyaccel.accelerate(accelerated)
+    quantization = pyaccel.quantization.quantize(accelerated) if int8 else None
 
     def forward(of: Any) -> Callable[[Batch], Tensor]:
         return lambda batch: of(**batch).last_hidden_state
@@ -279,6 +302,7 @@ def run(
         choices=choices,
         report=report,
         versions=versions(),
+        int8=None if quantization is None else str(quantization),
     )
 
 
@@ -347,7 +371,10 @@ def show(result: Result, console: Console) -> None:
     )
     for heading in ("model", "dtype", "sentences/s", "ms a batch", "speed"):
         table.add_column(heading, justify="left" if heading in ("model", "dtype") else "right")
-    rows = [("stock Hugging Face, SDPA", "float32", "stock"), ("accelerated", result.dtype, "accelerated")]
+    rows = [
+        ("stock Hugging Face, SDPA", "float32", "stock"),
+        ("accelerated" if result.int8 is None else "accelerated, int8", result.dtype, "accelerated"),
+    ]
     if result.compiled is not None:
         rows.insert(1, ("torch.compile of the stock model", result.dtype, "compiled"))
     for name, dtype, key in rows:
@@ -363,7 +390,14 @@ def show(result: Result, console: Console) -> None:
         f"states; smallest cosine of sentence embeddings {figures['min_cosine']:.6f}"
     )
     verdict = "[green]within[/green]" if result.right else "[red]OUTSIDE[/red]"
-    console.print(f"{verdict} the numerics policy, against an fp64 truth: {result.verdict}")
+    if result.int8 is None:
+        console.print(f"{verdict} the numerics policy, against an fp64 truth: {result.verdict}")
+    else:
+        console.print(result.int8)
+        console.print(
+            f"{verdict} int8's bounds: cosine of sentence embeddings to stock fp32, "
+            f"mean {result.errors.mean_cosine:.5f} (at least {INT8_MEAN_COSINE}), smallest {result.errors.min_cosine:.5f} (at least {INT8_MIN_COSINE})"
+        )
     backends = Table(title="which backend served which op, and why", title_justify="left")
     for heading in ("op", "backend", "calls", "why"):
         backends.add_column(heading, justify="right" if heading == "calls" else "left")

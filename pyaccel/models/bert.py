@@ -347,8 +347,6 @@ class BertModel(nn.Module):
         values = _read_json(folder / "config.json")
         if values.get("model_type", "bert") != "bert":
             raise ValueError(f"{folder}: a {values['model_type']!r} checkpoint, BertModel loads 'bert'")
-        if "quantization_config" in values:
-            raise ValueError(f"{folder}: a quantized checkpoint, BertModel loads floating-point weights")
         try:
             config = BertConfig.from_dict(values)
         except ValueError as error:
@@ -357,20 +355,33 @@ class BertModel(nn.Module):
 
         with torch.device("meta"):
             model = cls(config, add_pooling_layer=any(name.startswith("pooler.") for name in weights))
+        if "quantization_config" in values:
+            _make_int8(model, values["quantization_config"], weights, folder)
         _check_weights(weights, model.state_dict(), folder)
         model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
         model.to_empty(device="cpu")
         model.load_state_dict(weights)
+        for heads in model.modules():
+            if isinstance(heads, BertSelfAttention) and isinstance(heads.query, Int8Linear):
+                share_qkv_storage(heads)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, for transformers' BertModel.from_pretrained too."""
+        """Write `config.json` and `model.safetensors`, for transformers' BertModel.from_pretrained too.
+
+        int8 layers (pyaccel.quantization) are written as `weight` int8 and `weight_scale` fp32 and named in
+        config.json's `quantization_config`; only pyaccel loads those. Raises ValueError where some are int8
+        and some still train: freeze them first.
+        """
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         values = self.config.to_dict()
         values.pop("torch_dtype", None)  # the old name of dtype
         dtype = str(self.embeddings.word_embeddings.weight.dtype).removeprefix("torch.")
         values.update(model_type="bert", architectures=["BertModel"], dtype=dtype)
+        values.pop("quantization_config", None)
+        if quantization := _quantization_config(self):
+            values["quantization_config"] = quantization
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -425,10 +436,12 @@ def project_qkv(attention_self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
     scales = _fusable_scales(projections)
     if scales is None or (torch.is_grad_enabled() and hidden.requires_grad):
         return tuple(project(linear, hidden) for linear in projections)
-    codes, scale = projections[0].quantize_input(hidden)  # once for the three
+    codes, scale, offset = ops.quantize_per_token_with_offset(hidden)  # once for the three
     weight, bias = fused_qkv(attention_self)
     dtype = autocast_dtype(hidden.device) or hidden.dtype
-    return ops.int8_matmul(codes, weight, scale, torch.cat(scales), bias, out_dtype=dtype).chunk(3, -1)
+    return ops.int8_matmul(
+        codes, weight, scale, torch.cat(scales), bias, out_dtype=dtype, a_offset=offset
+    ).chunk(3, -1)
 
 
 def _are_plain(linears: tuple[Any, ...]) -> bool:
@@ -682,6 +695,48 @@ def _bert_weights(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]
     # Early checkpoints name LayerNorm's parameters as TensorFlow does, and hold a buffer of positions.
     named.pop("embeddings.position_ids", None)
     return {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in named.items()}
+
+
+_QUANT_METHOD = "pyaccel_int8"
+
+
+def _quantization_config(model: BertModel) -> dict[str, Any] | None:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    if not found:
+        return None
+    if trainable := [name for name, module in found.items() if not module.is_frozen]:
+        raise ValueError(
+            f"save_pretrained: {trainable[0]} still trains; pyaccel.quantization.freeze(model) first"
+        )
+    return {"quant_method": _QUANT_METHOD, "modules": {name: module.method for name, module in found.items()}}
+
+
+def _make_int8(model: BertModel, quantization: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Put empty int8 layers where `quantization_config` names them."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != _QUANT_METHOD:
+        raise ValueError(
+            f"{folder}: quantized by {method!r}; BertModel loads floating-point weights and {_QUANT_METHOD!r}"
+        )
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, how in quantization.get("modules", {}).items():
+        if name not in linears:
+            raise ValueError(
+                f"{folder}: config.json's quantization_config names {name!r}, which is no linear layer"
+            )
+        parent, _, last = name.rpartition(".")
+        try:
+            module = Int8Linear.from_linear(
+                linears[name], method=how, input_scale=None if how == "dynamic" else 1.0
+            )
+        except ValueError as error:
+            raise ValueError(f"{folder}: {name}: {error}") from error
+        shape = module.weight.shape
+        module.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), requires_grad=False)
+        module.weight_scale = torch.empty(shape[0], device="meta")
+        if f"{name}.smooth_scale" in weights:
+            module.smooth_scale = torch.empty(shape[1], device="meta")
+        setattr(model.get_submodule(parent), last, module)
 
 
 def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:

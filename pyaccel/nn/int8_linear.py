@@ -24,7 +24,8 @@ class Int8Linear(nn.Module):
 
     Args:
         in_features, out_features, bias, device, dtype: as of ``nn.Linear``.
-        method: ``"dynamic"`` quantises each token by its own scale, ``"static"`` all of them by ``input_scale``.
+        method: ``"dynamic"`` quantises each token around the middle of its own range, ``"static"`` all of them
+            symmetrically, by ``input_scale``.
 
     Attributes:
         weight: Parameter ``[out_features, in_features]``, floating or int8.
@@ -77,7 +78,7 @@ class Int8Linear(nn.Module):
 
         Raises ValueError for an ``input_scale`` without "static", or that isn't above 0.
         """
-        if (input_scale is not None) != (method == "static"):
+        if method in METHODS and (input_scale is not None) != (method == "static"):
             raise ValueError(
                 f"Int8Linear: method 'static' needs an input_scale and 'dynamic' has none; "
                 f"got {method!r} and {input_scale}"
@@ -88,10 +89,10 @@ class Int8Linear(nn.Module):
         module.weight = cast(nn.Parameter, linear.weight)
         module.bias = cast(nn.Parameter | None, linear.bias)
         if input_scale is not None:
-            scale = torch.as_tensor(input_scale, dtype=torch.float32, device=linear.weight.device)
+            scale = torch.as_tensor(input_scale, dtype=torch.float32)
             if scale.dim() or not bool(scale > 0):
                 raise ValueError(f"Int8Linear: input_scale must be a scalar above 0, got {input_scale}")
-            module.input_scale = scale
+            module.input_scale = scale.to(linear.weight.device)
         module.training = linear.training
         return module
 
@@ -149,12 +150,6 @@ class Int8Linear(nn.Module):
             weight_scale=self.weight_scale,
             input_scale=self.input_scale,
         )
-
-    def quantize_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scale of x as this layer multiplies them."""
-        if self.input_scale is not None:
-            return ops.quantize_per_tensor(self._smoothed(x), self.input_scale)
-        return ops.quantize_per_token(self._smoothed(x))
 
     def _smoothed(self, x: Tensor) -> Tensor:
         return x if self.smooth_scale is None else (x * self.smooth_scale).to(x.dtype)

@@ -8,7 +8,12 @@ from pyaccel.ops.int8_linear import int8_linear
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
 from pyaccel.ops.masked_lm_cross_entropy import masked_lm_cross_entropy
-from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
+from pyaccel.ops.quantize import (
+    quantize_per_channel,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_per_token_with_offset,
+)
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_tensor",
     "quantize_per_token",
+    "quantize_per_token_with_offset",
     "residual_layernorm",
     "scaled_dot_product_attention",
     "varlen_attention",

@@ -39,9 +39,31 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
+def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`pyaccel.reference.quantize_per_token_with_offset`, bit for bit."""
+    if not x.numel():
+        return reference.quantize_per_token_with_offset(x)
+    rows = x.reshape(-1, x.shape[-1])
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    scale, offset = torch.empty(2, len(rows))
+    for block in blocks(*rows.shape):
+        part = rows[block].float()
+        high, low, middle = part.amax(-1), part.amin(-1), offset[block]
+        torch.add(high * 0.5, low * 0.5, out=middle)
+        centred = part - middle.unsqueeze(-1)
+        # The subtraction is monotonic: the largest |centred| is at one end of the range.
+        largest = torch.maximum(high - middle, middle - low)
+        _encode_block(centred, largest, codes[block], scale[block], scratch=centred)
+    return codes.view(x.shape), scale.view(x.shape[:-1]), offset.view(x.shape[:-1])
+
+
 def quantize_block(x: Tensor, codes: Tensor, scale: Tensor, scratch: Tensor | None) -> None:
     """Write the codes and scales of fp32 rows; ``scratch`` may be x itself, if nobody needs it any more."""
-    torch.div(x.abs().amax(-1), reference.INT8_MAX, out=scale)
+    _encode_block(x, x.abs().amax(-1), codes, scale, scratch)
+
+
+def _encode_block(x: Tensor, amax: Tensor, codes: Tensor, scale: Tensor, scratch: Tensor | None) -> None:
+    torch.div(amax, reference.INT8_MAX, out=scale)
     scale.masked_fill_(scale == 0, 1.0)
     low, high = scale.aminmax()
     if low >= SMALLEST_SCALE and high < float("inf"):  # neither holds for NaN
@@ -61,6 +83,7 @@ def int8_matmul(
     residual: Tensor | None,
     out_dtype: torch.dtype,
     quantize_output: bool,
+    a_offset: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`pyaccel.ops.int8_matmul`. Steps and their order are the reference's, so the bits are too."""
     rows, n_out = a.shape[:-1], b.shape[0]
@@ -69,6 +92,9 @@ def int8_matmul(
     bias = None if bias is None else bias.float()
     by_row = a_scale.reshape(-1, 1) if a_scale.dim() else None
     residual = None if residual is None else residual.reshape(len(a), n_out)
+    if a_offset is not None:
+        a_offset = a_offset.reshape(-1, 1)
+        b_sum = torch._int_mm(a.new_ones(1, a.shape[1]), b).float()  # [1, out_features], exact below 2**24
     out = torch.empty(len(a), n_out, dtype=torch.int8 if quantize_output else out_dtype)
     scale = torch.ones(len(a)) if quantize_output else None
     for block in blocks(*out.shape):
@@ -77,6 +103,8 @@ def int8_matmul(
         else:
             x = torch._int_mm(a[block], b).float()
         x.mul_(a_scale if by_row is None else by_row[block])
+        if a_offset is not None:
+            x.add_(a_offset[block] * b_sum)
         x.mul_(b_scale)
         if bias is not None:
             x.add_(bias)  # not addcmul: it may round once where the reference rounds twice

@@ -15,7 +15,12 @@ from pyaccel import dispatch
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.linear import ACTIVATIONS
-from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
+from pyaccel.ops.quantize import (
+    quantize_per_channel,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_per_token_with_offset,
+)
 from pyaccel.reference.quantize import INT8_MAX, dequantize
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +45,8 @@ def int8_linear(
         bias: ``[out_features]``, floating point, or None.
         activation: None, ``"gelu"`` (erf, BERT's), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         weight_scale: fp32 ``[out_features]``, with an int8 weight only.
-        input_scale: fp32 scalar: x is quantised by this one (static); by default each token by its own (dynamic).
+        input_scale: fp32 scalar: x is quantised by this one (static); by default each token by its own,
+            around the middle of its range (dynamic).
         int8_grad_input: the gradient of x too is an int8 product: the incoming gradient quantised per token, the weight
             per input channel. Faster where int8 is, and biased by their rounding.
 
@@ -60,10 +66,10 @@ def int8_linear(
     reasons = not_supported_reasons(x, weight, bias, activation, weight_scale, input_scale)
     dispatch.invalid("int8_linear", reasons)
     out_dtype = autocast_dtype(x.device) or x.dtype
-    out, *_ = Int8LinearFunction.apply(
-        x, weight, bias, weight_scale, input_scale, activation, out_dtype, int8_grad_input
-    )
-    return out
+    arguments = (x, weight, bias, weight_scale, input_scale, activation, out_dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return Int8LinearFunction.apply(*arguments, int8_grad_input)[0]
+    return _forward(*arguments)[0]
 
 
 def not_supported_reasons(
@@ -112,45 +118,47 @@ def not_supported_reasons(
     return reasons
 
 
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    input_scale: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """The output; codes, scale and offset of x; codes and scale of the weight."""
+    w_codes, w_scale = quantize_per_channel(weight) if weight_scale is None else (weight, weight_scale)
+    codes: Tensor
+    offset: Tensor | None = None
+    if input_scale is None:
+        codes, scale, offset = quantize_per_token_with_offset(x)
+    else:
+        codes, scale = quantize_per_tensor(x, input_scale)
+    out = int8_matmul(codes, w_codes, scale, w_scale, bias, activation, out_dtype=out_dtype, a_offset=offset)
+    return out, codes, scale, offset, w_codes, w_scale
+
+
 class Int8LinearFunction(torch.autograd.Function):
     """Forward in int8; backward straight-through, from the codes."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_scale: Tensor | None,
-        input_scale: Tensor | None,
-        activation: str | None,
-        out_dtype: torch.dtype,
-        int8_grad_input: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The output, and the codes and scales that made it."""
-        if weight_scale is None:
-            w_codes, w_scale = quantize_per_channel(weight)
-        else:  # no output of a Function may be one of its inputs
+        out, codes, scale, offset, w_codes, w_scale = _forward(*inputs[:-1])
+        _, weight, _, weight_scale, input_scale, *_ = inputs
+        # No output of a Function may be one of its inputs: what was given comes back as a tensor of size 0.
+        if input_scale is not None:
+            scale = scale.new_empty(0)
+        if weight_scale is not None:
             w_codes, w_scale = weight.new_empty(0), weight_scale.new_empty(0)
-        if input_scale is None:
-            codes, scale = quantize_per_token(x)
-        else:
-            codes, scale = quantize_per_tensor(x, input_scale)[0], input_scale.new_empty(0)
-        out = int8_matmul(
-            codes,
-            weight if weight_scale is not None else w_codes,
-            scale if input_scale is None else input_scale,
-            w_scale if weight_scale is None else weight_scale,
-            bias,
-            activation,
-            out_dtype=out_dtype,
-        )
-        return out, codes, scale, w_codes, w_scale
+        return out, codes, scale, scale.new_empty(0) if offset is None else offset, w_codes, w_scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, weight_scale, input_scale, activation, _, int8_grad_input = inputs
-        _, codes, scale, w_codes, w_scale = output
-        ctx.mark_non_differentiable(codes, scale, w_codes, w_scale)
+        _, codes, scale, offset, w_codes, w_scale = output
+        ctx.mark_non_differentiable(codes, scale, offset, w_codes, w_scale)
         ctx.set_materialize_grads(False)
         if weight_scale is not None:
             w_codes, w_scale = weight, weight_scale
@@ -162,6 +170,7 @@ class Int8LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(
             codes if needs_input else None,
             (scale if input_scale is None else input_scale) if needs_input else None,
+            offset if needs_input and input_scale is None else None,
             w_codes if needs_weight else None,
             w_scale if needs_weight else None,
             bias if activation is not None else None,
@@ -177,19 +186,13 @@ class Int8LinearFunction(torch.autograd.Function):
         nothing = (None,) * 8
         if grad is None:
             return nothing
-        codes, scale, w_codes, w_scale, bias = ctx.saved_tensors
+        codes, scale, offset, w_codes, w_scale, bias = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         compute = grad.dtype
         if ctx.activation is not None:
-            pre = int8_matmul(
-                codes,
-                w_codes,
-                scale,
-                w_scale,
-                None if bias is None else bias.detach(),
-                out_dtype=torch.float32,
-            )
+            bias = None if bias is None else bias.detach()
+            pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)
             grad = _activation_grad(grad.float(), pre, ctx.activation).to(compute)
         dx = dweight = dbias = None
         if wants_x:
@@ -206,7 +209,10 @@ class Int8LinearFunction(torch.autograd.Function):
             if wants_weight:
                 by_row = scale if ctx.static else scale.reshape(-1, 1)
                 scaled = (rows.float() * by_row).to(compute)
-                dweight = (scaled.mT @ codes.reshape(-1, codes.shape[-1]).to(compute)).to(weight_dtype)
+                dweight = scaled.mT @ codes.reshape(-1, codes.shape[-1]).to(compute)
+                if offset is not None:  # of rank 1, as in the forward
+                    dweight = dweight.float() + (rows.float().mT @ offset.reshape(-1)).unsqueeze(-1)
+                dweight = dweight.to(weight_dtype)
             if wants_bias:
                 dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
         return dx, dweight, dbias, *nothing[3:]

@@ -31,6 +31,8 @@ def int8_matmul(
     residual: Tensor | None = ...,
     out_dtype: torch.dtype = ...,
     quantize_output: Literal[False] = ...,
+    *,
+    a_offset: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def int8_matmul(
@@ -44,6 +46,7 @@ def int8_matmul(
     out_dtype: torch.dtype = ...,
     *,
     quantize_output: Literal[True],
+    a_offset: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def int8_matmul(
     a: Tensor,
@@ -55,8 +58,12 @@ def int8_matmul(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     quantize_output: bool = False,
+    *,
+    a_offset: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``activation((a @ b^T) * a_scale * b_scale + bias) + residual``: a quantised Linear, for inference.
+
+    With ``a_offset``, ``a * a_scale + a_offset`` takes the place of ``a * a_scale``.
 
     Args:
         a: int8 ``[..., in_features]``, from :func:`pyaccel.ops.quantize_per_token` or
@@ -70,6 +77,8 @@ def int8_matmul(
         out_dtype: fp32, bf16 or fp16.
         quantize_output: return int8 codes ``[..., out_features]`` and fp32 scales of the leading shape in
             place of floats: quantised per token from the fp32 result, so ``out_dtype`` plays no part.
+        a_offset: fp32, of a's leading shape, from :func:`pyaccel.ops.quantize_per_token_with_offset`, or None. It
+            multiplies the sums of b's rows, which are exact in fp32 up to 132104 input features.
 
     Returns:
         ``[..., out_features]`` in ``out_dtype``, or (codes, scales). Accumulation is exact, in int32; all
@@ -83,7 +92,8 @@ def int8_matmul(
     cache; padded with zeros to what cuBLAS takes (more than 16 rows, other sizes multiples of 8) on CUDA.
     """
     dispatch.invalid(
-        "int8_matmul", not_supported_reasons(a, b, a_scale, b_scale, bias, activation, residual, out_dtype)
+        "int8_matmul",
+        not_supported_reasons(a, b, a_scale, b_scale, bias, activation, residual, out_dtype, a_offset),
     )
     torch_reasons = (
         [] if a.device.type in ("cpu", "cuda") else [f"torch._int_mm has no {a.device.type} kernel"]
@@ -91,15 +101,19 @@ def int8_matmul(
     choice = dispatch.choose("int8_matmul", {"torch": torch_reasons, "reference": []})
     if choice.backend == "reference":
         return reference_int8_matmul(
-            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, upcast=False
-        )
+            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output,
+            a_offset=a_offset, upcast=False,
+        )  # fmt: skip
     if a.is_cpu and not torch.compiler.is_compiling():
         return on_cpu.int8_matmul(
-            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output
+            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, a_offset
         )
     # In place: one fp32 buffer from the accumulator to the cast.
     out = _accumulate(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0]).float()
-    out.mul_(a_scale.unsqueeze(-1) if a_scale.dim() else a_scale).mul_(b_scale)
+    out.mul_(a_scale.unsqueeze(-1) if a_scale.dim() else a_scale)
+    if a_offset is not None:
+        out.add_(a_offset.unsqueeze(-1) * b.sum(1, dtype=torch.int32).float())
+    out.mul_(b_scale)
     if bias is not None:
         out.add_(bias)
     out = activate(out, activation)
@@ -136,6 +150,7 @@ def not_supported_reasons(
     activation: str | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    a_offset: Tensor | None = None,
 ) -> list[str]:
     """Every reason why these arguments make no sense, on any backend; empty if they do."""
     reasons = []
@@ -155,6 +170,9 @@ def not_supported_reasons(
         if scale.dtype != torch.float32 or tuple(scale.shape) not in ((), shape):
             got = f"{scale.dtype} {tuple(scale.shape)}"
             reasons.append(f"{name} must be float32, of {what} {shape} or a scalar, got {got}")
+    if a_offset is not None and (a_offset.dtype != torch.float32 or tuple(a_offset.shape) != rows):
+        got = f"{a_offset.dtype} {tuple(a_offset.shape)}"
+        reasons.append(f"a_offset must be float32, of a's leading shape {rows}, got {got}")
     for name, term, shape in (("bias", bias, (out_features,)), ("residual", residual, (*rows, out_features))):
         if term is not None and (not term.is_floating_point() or tuple(term.shape) != shape):
             reasons.append(f"{name} must be floating point {shape}, got {term.dtype} {tuple(term.shape)}")
@@ -162,7 +180,14 @@ def not_supported_reasons(
         reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
     if out_dtype not in OUT_DTYPES:
         reasons.append(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    tensors = {"b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": bias, "residual": residual}
+    tensors = {
+        "b": b,
+        "a_scale": a_scale,
+        "b_scale": b_scale,
+        "bias": bias,
+        "residual": residual,
+        "a_offset": a_offset,
+    }
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != a.device:
             reasons.append(f"{name} is on {tensor.device} and a on {a.device}: move one of them")

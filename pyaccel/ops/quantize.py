@@ -36,6 +36,29 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise each row around the middle of its range: ``codes * scale + offset`` approximates ``x``.
+
+    With two fp32 numbers a row the codes stay symmetric and a row that isn't keeps up to a bit more; the offset's part
+    of a matrix product is of rank 1 (``a_offset`` of :func:`pyaccel.ops.int8_matmul`).
+
+    Args:
+        x: ``[..., features]``, fp16, bf16, fp32 or fp64; any strides.
+
+    Returns:
+        int8 codes ``[..., features]``, fp32 scales ``[...]`` and fp32 offsets ``[...]``. A row of one value has codes
+        0, scale 1 and that value as its offset; one with NaN or inf a NaN scale.
+
+    Raises:
+        ValueError: ``x`` has no dimension, or isn't floating point.
+    """
+    dispatch.invalid("quantize_per_token_with_offset", not_supported_reasons("x", x))
+    if dispatch.choose("quantize_per_token_with_offset", BACKENDS).backend == "torch" and _in_blocks(x):
+        return on_cpu.quantize_per_token_with_offset(x)
+    return reference.quantize_per_token_with_offset(x)
+
+
+@torch.no_grad()
 def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a weight ``[out_features, in_features]`` by one scale for each output channel.
 
@@ -74,10 +97,13 @@ def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor,
 
 
 def _by_rows(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    in_blocks = x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling()
-    if dispatch.choose(op, BACKENDS).backend == "torch" and in_blocks:
+    if dispatch.choose(op, BACKENDS).backend == "torch" and _in_blocks(x):
         return on_cpu.quantize_per_token(x)
     return reference.quantize_per_token(x)
+
+
+def _in_blocks(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 def not_supported_reasons(name: str, x: Tensor, dim: int | None = None) -> list[str]:

@@ -7,7 +7,12 @@ from pyaccel.reference.bias_gelu import bias_gelu
 from pyaccel.reference.int8_linear import int8_linear
 from pyaccel.reference.int8_matmul import int8_matmul
 from pyaccel.reference.masked_lm_cross_entropy import masked_lm_cross_entropy
-from pyaccel.reference.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
+from pyaccel.reference.quantize import (
+    quantize_per_channel,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_per_token_with_offset,
+)
 from pyaccel.reference.residual_layernorm import ResidualLayerNormOutput, residual_layernorm
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_tensor",
     "quantize_per_token",
+    "quantize_per_token_with_offset",
     "residual_layernorm",
     "scaled_dot_product_attention",
     "varlen_attention",

@@ -18,7 +18,7 @@ from pyaccel.reference.quantize import (
     dequantize,
     quantize_per_channel,
     quantize_per_tensor,
-    quantize_per_token,
+    quantize_per_token_with_offset,
 )
 
 
@@ -49,7 +49,8 @@ def int8_linear(
     else:
         w = dequantize(weight, weight_scale).to(wide)
     if input_scale is None:
-        a = _straight_through(x, dequantize(*quantize_per_token(x.detach())), wide)
+        codes, scale, offset = quantize_per_token_with_offset(x.detach())
+        a = _straight_through(x, dequantize(codes, scale).to(wide) + offset.unsqueeze(-1), wide)
     else:
         codes, _ = quantize_per_tensor(x.detach(), input_scale)
         # What is at the end of the range was clamped, or might have been: nothing flows there.

@@ -23,6 +23,7 @@ def int8_matmul(
     out_dtype: torch.dtype = torch.float32,
     quantize_output: bool = False,
     *,
+    a_offset: Tensor | None = None,
     upcast: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Product of quantised activations and a quantised weight.
@@ -38,11 +39,15 @@ def int8_matmul(
         out_dtype: dtype of the result where ``upcast`` is False.
         quantize_output: return int8 ``[..., out_features]`` and fp32 scales of the leading shape instead,
             quantised per token from the epilogue's own result, before any cast.
+        a_offset: fp32, of ``a``'s leading shape: ``a * a_scale + a_offset`` is what was quantised.
         upcast: True does the epilogue in fp64 and returns fp64, the truth; False does it in fp32.
     """
     wide = torch.float64 if upcast else torch.float32
     out = accumulate(a, b).to(wide)
-    out = out * (a_scale.unsqueeze(-1) if a_scale.dim() else a_scale).to(wide) * b_scale.to(wide)
+    out = out * (a_scale.unsqueeze(-1) if a_scale.dim() else a_scale).to(wide)
+    if a_offset is not None:
+        out = out + a_offset.unsqueeze(-1).to(wide) * b.sum(1, dtype=torch.int32).to(wide)
+    out = out * b_scale.to(wide)
     if bias is not None:
         out = out + bias.to(wide)
     out = activate(out, activation)

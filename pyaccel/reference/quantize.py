@@ -24,6 +24,19 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return encode(x, scale.unsqueeze(-1)), scale
 
 
+def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row around the middle of its range: int8 ``[..., features]``, fp32 scales and offsets ``[...]``.
+
+    ``x - offset`` is quantised symmetrically, by its own scale: a row of one sign, such as an activation's output, or
+    with one outlier, keeps up to a bit more. ``offset = max(x) / 2 + min(x) / 2`` in fp32.
+    """
+    x = x.float()
+    if not x.shape[-1]:
+        return *quantize_per_token(x), x.new_zeros(x.shape[:-1])
+    offset = x.amax(-1) * 0.5 + x.amin(-1) * 0.5
+    return *quantize_per_token(x - offset.unsqueeze(-1)), offset
+
+
 def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """One scale for each output channel: int8 ``[out, in]`` and fp32 ``[out]`` of ``weight [out, in]``."""
     return quantize_per_token(weight)

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.ops import _int8_torch
 from pyaccel.ops.int8_matmul import _accumulate, _pad_for_cublas, int8_matmul
-from pyaccel.ops.quantize import quantize_per_channel, quantize_per_tensor, quantize_per_token
+from pyaccel.ops.quantize import (
+    quantize_per_channel,
+    quantize_per_tensor,
+    quantize_per_token,
+    quantize_per_token_with_offset,
+)
 from pyaccel.reference import quantize as reference_quantize
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
 from tests.assertions import assert_bits_equal, assert_close_to_truth
@@ -48,6 +54,60 @@ def test_codes_are_the_references_bit_for_bit(backend: str, dtype: torch.dtype, 
     assert scales.shape == x.shape[:-1]
     assert not codes[1, 2].any()
     assert scales[1, 2] == 1
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_around_an_offset(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    x = (torch.randn(6, 4, 33, device=device) + 2) * torch.linspace(0.1, 9, 6, device=device)[:, None, None]
+    x = x.to(dtype).transpose(0, 1)
+    x[1, 2], x[2, 1] = 0, -3.5
+    with dispatch.use_backend(backend):
+        found = quantize_per_token_with_offset(x)
+    for a, b in zip(found, reference_quantize.quantize_per_token_with_offset(x), strict=True):
+        assert_bits_equal(a, b)
+    codes, scale, offset = found
+    half = (x.float().amax(-1) - x.float().amin(-1)) / 2
+    error = (codes * scale[..., None] + offset[..., None] - x.float()).abs().amax(-1)
+    assert (error <= half / 127 * 0.501 + 1e-6).all()
+    assert (offset[1, 2].item(), offset[2, 1].item()) == (0.0, -3.5)
+    assert not codes[1, 2].any()
+    assert not codes[2, 1].any()
+    empty = quantize_per_token_with_offset(torch.zeros(3, 0, device=device))
+    assert [t.shape for t in empty] == [(3, 0), (3,), (3,)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("block_bytes", [1, 2**20], ids=["many blocks", "one block"])
+def test_rows_that_have_no_ordinary_scale(
+    block_bytes: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_int8_torch, "BLOCK_BYTES", block_bytes)
+    x = torch.randn(70, 9, device=device)
+    x[3, 4] = float("nan")
+    x[4, 1] = float("inf")
+    x[5, 2] = -float("inf")
+    x[40] = 0
+    x[41] *= 1e-38
+    x[42] = torch.linspace(-190, 190, 9) * 2.0**-149
+    x[50, 0] = 1e30
+    x = x.to(dtype)
+    for op, definition in (
+        (quantize_per_token, reference_quantize.quantize_per_token),
+        (quantize_per_token_with_offset, reference_quantize.quantize_per_token_with_offset),
+    ):
+        for a, b in zip(op(x), definition(x), strict=True):
+            assert_bits_equal(
+                a.nan_to_num(7) if a.is_floating_point() else a,
+                b.nan_to_num(7) if b.is_floating_point() else b,
+            )
+    codes, scale = quantize_per_token(x)
+    weight, w_scale = quantize_per_channel(torch.randn(5, 9, device=device))
+    out = int8_matmul(codes, weight, scale, w_scale)
+    bad = torch.tensor([3, 4, 5], device=device)
+    assert not out[bad].isfinite().any()  # it shows, and stays in its row
+    assert out[:3].isfinite().all()
+    assert out[6:].isfinite().all()
 
 
 def test_nothing_to_quantise(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from pyaccel.ops import (
     quantize_per_channel,
     quantize_per_tensor,
     quantize_per_token,
+    quantize_per_token_with_offset,
 )
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
@@ -43,10 +44,14 @@ def test_training_and_deployed_give_the_parts_bits(
     codes, scale = quantize_per_channel(weight)
     deployed = int8_linear(x, codes, bias, activation, weight_scale=scale, input_scale=input_scale)
     assert_bits_equal(trained, deployed)
-    a, a_scale = quantize_per_token(x) if input_scale is None else quantize_per_tensor(x, input_scale)
-    assert_bits_equal(
-        trained, int8_matmul(a, codes, a_scale, scale, bias.detach(), activation, out_dtype=dtype)
+    if input_scale is None:
+        a, a_scale, offset = quantize_per_token_with_offset(x)
+    else:
+        (a, a_scale), offset = quantize_per_tensor(x, input_scale), None
+    by_parts = int8_matmul(
+        a, codes, a_scale, scale, bias.detach(), activation, out_dtype=dtype, a_offset=offset
     )
+    assert_bits_equal(trained, by_parts)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
@@ -80,18 +85,18 @@ def test_gradients_are_autograds_through_the_definition(
 
 def naive_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, **options: Any) -> Tensor:
     """The definition as plain PyTorch has it in x's dtype: dequantised operands of that dtype, F.linear, activation."""
-    dtype, q = x.dtype, reference.quantize_per_token
+    dtype = x.dtype
     if "input_scale" in options:
         codes, scale = reference.quantize_per_tensor(x.detach(), options["input_scale"])
         rounded, x = codes * scale, x.masked_fill(codes.abs() == 127, 0.0)
     else:
-        codes, scale = q(x.detach())
-        rounded = codes * scale.unsqueeze(-1)
+        codes, scale, offset = reference.quantize_per_token_with_offset(x.detach())
+        rounded = codes * scale.unsqueeze(-1) + offset.unsqueeze(-1)
     a = rounded.to(dtype) + (x - x.detach())
     if "weight_scale" in options:
         w = (weight * options["weight_scale"].unsqueeze(-1)).to(dtype)
     else:
-        codes, scale = q(weight.detach())
+        codes, scale = reference.quantize_per_token(weight.detach())
         w = (codes * scale.unsqueeze(-1)).to(dtype) + (weight - weight.detach())
     return reference.activation(torch.nn.functional.linear(a, w, bias), activation)
 
@@ -118,11 +123,13 @@ def test_only_codes_and_scales_are_saved(device: torch.device) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         int8_linear(x, weight, bias, "gelu")
     count = {dtype: sum(t.numel() for t in saved if t.dtype == dtype) for dtype in (torch.int8, F32)}
-    assert count == {torch.int8: x.numel() + weight.numel(), F32: 15 + 17 + 17}
+    assert count == {torch.int8: x.numel() + weight.numel(), F32: 15 + 15 + 17 + 17}
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         int8_linear(x.detach(), weight, bias)
-    assert sum(t.numel() for t in saved) == x.numel() + 15  # the weight's codes are for x's gradient alone
+    assert (
+        sum(t.numel() for t in saved) == x.numel() + 15 + 15
+    )  # the weight's codes are for x's gradient alone
 
 
 def test_broadcast_gradients_empty_input_and_nothing_to_do(device: torch.device) -> None:

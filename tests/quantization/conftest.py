@@ -1,0 +1,57 @@
+"""The real checkpoint and real text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyaccel.cli.inputs import load_model, real_passages
+
+Batch = dict[str, Tensor]
+
+
+class Real:
+    """all-MiniLM-L6-v2, stock in fp32, and paragraphs of Python's language reference in batches of mixed length."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.stock, _ = load_model(None, torch.device("cpu"))
+
+        def count(texts: list[str]) -> list[int]:
+            return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+
+        passages = real_passages(count, count=128, high=128)
+        self.batches = [self.batch(passages[i : i + 16]) for i in range(0, len(passages), 16)]
+        self.expected = self.embeddings(self.stock)
+
+    def batch(self, texts: list[str], max_length: int = 128) -> Batch:
+        return dict(
+            self.tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        )
+
+    def model(self) -> Any:
+        return copy.deepcopy(self.stock)
+
+    @torch.no_grad()
+    def embeddings(self, model: Any) -> Tensor:
+        """Mean-pooled sentence embeddings, fp64."""
+        pooled = []
+        for batch in self.batches:
+            states = model(**batch)[0].double()
+            weights = batch["attention_mask"].unsqueeze(-1).double()
+            pooled.append((states * weights).sum(1) / weights.sum(1))
+        return torch.cat(pooled)
+
+    def cosines(self, model: Any) -> Tensor:
+        return torch.cosine_similarity(self.embeddings(model), self.expected)
+
+
+@pytest.fixture(scope="session")
+def real() -> Iterator[Real]:
+    threads = torch.get_num_threads()
+    yield Real()
+    torch.set_num_threads(threads)
