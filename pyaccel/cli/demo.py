@@ -394,10 +394,11 @@ def show(result: Result, console: Console) -> None:
         console.print(f"{verdict} the numerics policy, against an fp64 truth: {result.verdict}")
     else:
         console.print(result.int8)
-        console.print(
-            f"{verdict} int8's bounds: cosine of sentence embeddings to stock fp32, "
-            f"mean {result.errors.mean_cosine:.5f} (at least {INT8_MEAN_COSINE}), smallest {result.errors.min_cosine:.5f} (at least {INT8_MIN_COSINE})"
+        cosines = (
+            f"mean {result.errors.mean_cosine:.5f} (at least {INT8_MEAN_COSINE}), "
+            f"smallest {result.errors.min_cosine:.5f} (at least {INT8_MIN_COSINE})"
         )
+        console.print(f"{verdict} int8's bounds, cosine of sentence embeddings to stock fp32: {cosines}")
     backends = Table(title="which backend served which op, and why", title_justify="left")
     for heading in ("op", "backend", "calls", "why"):
         backends.add_column(heading, justify="right" if heading == "calls" else "left")

@@ -716,7 +716,8 @@ def _make_int8(model: BertModel, quantization: Any, weights: dict[str, Tensor], 
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != _QUANT_METHOD:
         raise ValueError(
-            f"{folder}: quantized by {method!r}; BertModel loads floating-point weights and {_QUANT_METHOD!r}"
+            f"{folder}: a quantized checkpoint, by {method!r}; "
+            f"BertModel loads floating-point weights and {_QUANT_METHOD!r}"
         )
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, how in quantization.get("modules", {}).items():

@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--list", action="store_true", help="name the mutants and run nothing")
     parser.add_argument("--only", action="append", metavar="NAME", help="run this mutant alone; repeatable")
+    parser.add_argument("--family", action="append", help="run this family's mutants alone; repeatable")
     parser.add_argument(
         "--timeout",
         type=float,
@@ -177,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     chosen = [(family, mutant) for family, listed in families().items() for mutant in listed]
+    if options.family:
+        chosen = [(family, mutant) for family, mutant in chosen if family in options.family]
     if options.only:
         unknown = sorted(set(options.only) - {mutant.name for _, mutant in chosen})
         if unknown:

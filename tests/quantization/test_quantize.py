@@ -34,7 +34,8 @@ def test_dynamic_int8_is_as_right_as_promised(real: Real) -> None:
     assert accelerated.fast == Counter(packed=6 * len(real.batches))  # by this project's own layers
     assert not accelerated.fallbacks
     plain = quantized(real.model())
-    assert (real.embeddings(plain) - real.embeddings(model)).abs().max() < 0.02
+    # Not the same bits: where the last bit of a LayerNorm differs, a code may.
+    assert torch.cosine_similarity(real.embeddings(plain), real.embeddings(model)).min() > 0.998
 
 
 def quantized(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +203,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     config = (tmp_path / "config.json").read_text()
     query = '"encoder.layer.0.attention.self.query"'
     for old, new, message in (
-        ("pyaccel_int8", "gptq", "quantized by 'gptq'"),
+        ("pyaccel_int8", "gptq", "a quantized checkpoint, by 'gptq'"),
         (query, '"encoder.layer.0.nowhere"', "which is no linear layer"),
         (f'{query}: "dynamic"', f'{query}: "fp8"', "unknown method 'fp8'"),
         (f'{query}: "dynamic"', f'{query}: "static"', r"missing .*query\.input_scale"),

@@ -51,7 +51,7 @@ def sentences() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
                     rows[text] = label
     found = sorted(rows.items())
     random.Random(0).shuffle(found)
-    return found[:480], found[480:800]
+    return found[:480], found[480:680]
 
 
 def train(model: Classifier, data: list[tuple[str, int]], real: Real, steps: int) -> None:
@@ -96,7 +96,7 @@ def test_fine_tuning_in_int8_keeps_the_accuracy_and_deploys_the_same_bits(real: 
     report = prepare_qat(aware.encoder)
     assert len(report.quantized) == 36
 
-    steps = 40
+    steps = 25
     train(floating, training, real, steps)
     train(aware, training, real, steps)
     of_floating, of_aware = accuracy(floating, testing, real), accuracy(aware, testing, real)
