@@ -56,6 +56,17 @@ def test_codes_are_the_references_bit_for_bit(backend: str, dtype: torch.dtype, 
     assert scales[1, 2] == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_between_two_codes_are_divided_not_multiplied(backend: str, device: torch.device) -> None:
+    scale = torch.rand(64, 1, device=device) + 0.01
+    halves = torch.arange(126, device=device) + 0.5
+    x = torch.cat([127 * scale, halves * scale], dim=1)  # where a reciprocal's rounding moves a code
+    with dispatch.use_backend(backend):
+        codes, found = quantize_per_token(x)
+    expected = torch.round(x.cpu() / found.cpu()[:, None]).to(torch.int8)
+    assert_bits_equal(codes.cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_codes_around_an_offset(backend: str, dtype: torch.dtype, device: torch.device) -> None:
