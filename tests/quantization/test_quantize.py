@@ -35,7 +35,7 @@ def test_dynamic_int8_is_as_right_as_promised(real: Real) -> None:
     assert not accelerated.fallbacks
     plain = quantized(real.model())
     # Not the same bits: where the last bit of a LayerNorm differs, a code may.
-    assert torch.cosine_similarity(real.embeddings(plain), real.embeddings(model)).min() > 0.998
+    assert torch.cosine_similarity(real.embeddings(plain), real.embeddings(model)).min() > 0.995
 
 
 def quantized(model: Any, *args: Any, **kwargs: Any) -> Any:
