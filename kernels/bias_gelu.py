@@ -15,13 +15,7 @@ from pyaccel.kernels.activation_tile import activation_grad_tile, activation_til
 from pyaccel.kernels.config import RowConfig
 from pyaccel.kernels.device import device_guard
 from pyaccel.kernels.quantize_tile import quantize_rows
-
-
-@triton.jit
-def _load_tile(ptr, row, o_col, mask, stride_row, stride_col):
-    """A tile [rows, columns] of a matrix of any strides, in fp32; 0 where it is masked."""
-    offset = row * stride_row + o_col.to(tl.int64)[None, :] * stride_col
-    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+from pyaccel.kernels.row_tile import load_tile
 
 
 @triton.jit
@@ -40,7 +34,7 @@ def forward_kernel(
     m_col = o_col < n_cols
     mask = (o_row < n_rows)[:, None] & m_col[None, :]
     row = o_row[:, None]
-    x = _load_tile(x_ptr, row, o_col, mask, stride_x_row, stride_x_col)  # [BLOCK_ROWS, BLOCK_N]
+    x = load_tile(x_ptr, row, o_col, mask, stride_x_row, stride_x_col)  # [BLOCK_ROWS, BLOCK_N]
     if bias_ptr is not None:
         x += tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     out = activation_tile(x, ACTIVATION)
@@ -62,7 +56,7 @@ def quantize_kernel(
     m_col = o_col < n_cols
     mask = m_row[:, None] & m_col[None, :]
     row = o_row[:, None]
-    x = _load_tile(x_ptr, row, o_col, mask, stride_x_row, stride_x_col)  # [BLOCK_ROWS, BLOCK_N]
+    x = load_tile(x_ptr, row, o_col, mask, stride_x_row, stride_x_col)  # [BLOCK_ROWS, BLOCK_N]
     if bias_ptr is not None:
         x += tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     codes, scale = quantize_rows(activation_tile(x, ACTIVATION), mask)
@@ -96,8 +90,8 @@ def backward_kernel(
         o_row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)  # [BLOCK_ROWS]
         mask = (o_row < n_rows)[:, None] & m_col[None, :]
         row = o_row[:, None]
-        dy = _load_tile(dy_ptr, row, o_col, mask, stride_dy_row, stride_dy_col)  # [BLOCK_ROWS, BLOCK_N]
-        x = _load_tile(x_ptr, row, o_col, mask, stride_x_row, stride_x_col)
+        dy = load_tile(dy_ptr, row, o_col, mask, stride_dy_row, stride_dy_col)  # [BLOCK_ROWS, BLOCK_N]
+        x = load_tile(x_ptr, row, o_col, mask, stride_x_row, stride_x_col)
         if bias_ptr is not None:
             x += bias
         dx = dy * activation_grad_tile(x, ACTIVATION)

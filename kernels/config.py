@@ -186,6 +186,36 @@ def bias_gelu_quantize(n_cols: int) -> RowConfig:
     return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min(max(block_n // 512, 4), 16))
 
 
+def quantize(n_cols: int) -> RowConfig:
+    """Whole rows, as :func:`bias_gelu_quantize`; of 4096 columns 8 elements a thread, see the LayerNorm above."""
+    _check_row(n_cols)
+    block_n = max(_next_power_of_2(n_cols), 512)
+    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=4 if block_n <= 2048 else 16)
+
+
+def quantize_by_given_scale(n_cols: int) -> RowConfig:
+    """As :func:`bias_gelu_forward`: tiles."""
+    return bias_gelu_forward(n_cols)
+
+
+def int8_row_sum() -> RowConfig:
+    """8 rows a program, 16 bytes a thread: even 384 rows keep 48 programs busy."""
+    return RowConfig(8, 256, num_warps=4, tiled=True)
+
+
+MAX_CODES_ROW = 8192  # longer rows don't fit in registers beside their residual
+
+
+def int8_finish(n_cols: int, *, quantize: bool) -> RowConfig:
+    """Whole rows where they are quantised; else tiles of one row, since it is few rows that a split product has."""
+    if quantize:
+        if n_cols > MAX_CODES_ROW:
+            raise ValueError(f"rows of {MAX_CODES_ROW} elements at most are quantised again, got {n_cols}")
+        return bias_gelu_quantize(n_cols)
+    _check_width(n_cols)
+    return RowConfig(1, 512, num_warps=2)
+
+
 def programs_per_column(config: RowConfig, n_rows: int, n_cols: int, num_sms: int) -> int:
     """Programs that share each block of columns of a persistent grid: the device's, spread over the blocks."""
     at_once = config.programs_per_sm * num_sms // -(-n_cols // config.block_n)

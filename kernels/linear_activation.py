@@ -17,21 +17,10 @@ from torch import Tensor
 from pyaccel.kernels.activation_tile import activation_tile
 from pyaccel.kernels.device import device_guard
 from pyaccel.kernels.linear_activation_config import LinearActivationConfig
+from pyaccel.kernels.tile_order import tile_of_program
 
 # Columns of a tile that an epilogue holds at a time.
 WHOLE = tl.constexpr(128)
-
-
-@triton.jit
-def _tile_of_program(n_rows, n_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile (row, column) of this program: down the GROUP_M tiles of a group first, then along the columns."""
-    pid = tl.program_id(0)
-    blocks_m, blocks_n = tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_out, BLOCK_N)
-    per_group = GROUP_M * blocks_n
-    first_m = pid // per_group * GROUP_M
-    group_m = tl.minimum(blocks_m - first_m, GROUP_M)  # the last group may have fewer
-    in_group = pid % per_group
-    return first_m + in_group % group_m, in_group // group_m
 
 
 @triton.jit
@@ -63,7 +52,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M, BLOCK_N] of the output a program. pre_ptr, bias_ptr and ACTIVATION may be None."""
-    tile_m, tile_n = _tile_of_program(n_rows, n_out, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_of_program(tl.program_id(0), n_rows, n_out, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)  # [BLOCK_K]

@@ -18,10 +18,32 @@ def quantize_rows(x, mask):
     """
     x = tl.where(mask, x, 0.0)
     amax = tl.max(tl.abs(x), axis=1)  # [rows]
-    has_nan = tl.max((x != x).to(tl.int32), axis=1) > 0  # a maximum may pass over NaN
+    has_nan = _has_nan(x)
     scale = tl.where(has_nan, float("nan"), tl.math.div_rn(amax, tl.zeros_like(amax) + INT8_MAX))
     scale = tl.where(scale == 0.0, 1.0, scale)
-    codes = tl.math.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    return encode(x, scale[:, None]), scale
+
+
+@triton.jit
+def encode(x, scale):
+    """int8 codes of fp32 values for a scale that is broadcast to them; NaN's is 0."""
+    codes = tl.math.div_rn(x, scale + tl.zeros_like(x))
     codes = tl.minimum(tl.maximum(codes, -INT8_MAX), INT8_MAX)
     codes = tl.where(codes == codes, codes, 0.0)
-    return ((codes + ROUND) - ROUND).to(tl.int8), scale
+    return ((codes + ROUND) - ROUND).to(tl.int8)
+
+
+@triton.jit
+def middle_of_rows(x, mask):
+    """``max / 2 + min / 2`` [rows] of a tile of whole rows in fp32; NaN where a row has NaN."""
+    high = tl.max(tl.where(mask, x, float("-inf")), axis=1)  # [rows]
+    low = tl.min(tl.where(mask, x, float("inf")), axis=1)
+    # Halved by themselves, as the definition does: the sum of the two may be too large for fp32.
+    has_nan = _has_nan(tl.where(mask, x, 0.0))
+    return tl.where(has_nan, float("nan"), high * 0.5 + low * 0.5 + 0.0)  # never -0
+
+
+@triton.jit
+def _has_nan(x):
+    """Whether a row [rows, columns] has NaN, which a maximum may pass over."""
+    return tl.max((x != x).to(tl.int32), axis=1) > 0

@@ -49,7 +49,7 @@ def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for block in blocks(*rows.shape):
         part = rows[block].float()
         high, low, middle = part.amax(-1), part.amin(-1), offset[block]
-        torch.add(high * 0.5, low * 0.5, out=middle)
+        torch.add(high * 0.5, low * 0.5, out=middle).add_(0.0)
         centred = part - middle.unsqueeze(-1)
         # The subtraction is monotonic: the largest |centred| is at one end of the range.
         largest = torch.maximum(high - middle, middle - low)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyaccel import dispatch
 from pyaccel.ops import _int8_torch as on_cpu
+from pyaccel.ops import _int8_triton as on_gpu
 from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
@@ -88,8 +89,10 @@ def int8_matmul(
         ValueError: naming every argument that makes no sense.
         pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
 
-    The torch backend multiplies with ``torch._int_mm``: any shape on CPUs, in blocks of rows that stay in the
-    cache; padded with zeros to what cuBLAS takes (more than 16 rows, other sizes multiples of 8) on CUDA.
+    Triton does all of it in one launch; in two, with the sums between them, where few rows make it split the inner
+    dimension, and where the output is quantised again, for which a program must see a whole row. The torch backend
+    multiplies with ``torch._int_mm``: any shape on CPUs, in blocks of rows that stay in the cache; padded with zeros to
+    what cuBLAS takes (more than 16 rows, other sizes multiples of 8) on CUDA.
     """
     dispatch.invalid(
         "int8_matmul",
@@ -98,7 +101,16 @@ def int8_matmul(
     torch_reasons = (
         [] if a.device.type in ("cpu", "cuda") else [f"torch._int_mm has no {a.device.type} kernel"]
     )
-    choice = dispatch.choose("int8_matmul", {"torch": torch_reasons, "reference": []})
+    triton_reasons = on_gpu.matmul_reasons(
+        b, a_scale, b_scale, bias, residual, quantize_output=quantize_output
+    )
+    choice = dispatch.choose(
+        "int8_matmul", {"triton": triton_reasons, "torch": torch_reasons, "reference": []}
+    )
+    if choice.backend == "triton":
+        return on_gpu.int8_matmul(
+            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, a_offset
+        )
     if choice.backend == "reference":
         return reference_int8_matmul(
             a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output,

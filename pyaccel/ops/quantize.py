@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyaccel import dispatch
 from pyaccel.ops import _int8_torch as on_cpu
+from pyaccel.ops import _int8_triton as on_gpu
 from pyaccel.reference import quantize as reference
 
-# Beside a CPU the definition is itself the well-chosen plain PyTorch: one pass for the maximum, one for the codes.
-BACKENDS: dict[str, list[str]] = {"torch": [], "reference": []}
+# The torch backend: on a CPU in blocks; elsewhere the definition is itself well-chosen plain PyTorch.
 
 
 @torch.no_grad()
@@ -53,7 +53,10 @@ def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: ``x`` has no dimension, or isn't floating point.
     """
     dispatch.invalid("quantize_per_token_with_offset", not_supported_reasons("x", x))
-    if dispatch.choose("quantize_per_token_with_offset", BACKENDS).backend == "torch" and _in_blocks(x):
+    backend = _choose("quantize_per_token_with_offset", on_gpu.rows_reasons(x))
+    if backend == "triton":
+        return on_gpu.quantize_per_token_with_offset(x)
+    if backend == "torch" and _in_blocks(x):
         return on_cpu.quantize_per_token_with_offset(x)
     return reference.quantize_per_token_with_offset(x)
 
@@ -92,14 +95,24 @@ def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor,
         got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
         reasons.append(f"scale must be an fp32 scalar tensor on {x.device}, got {got}")
     dispatch.invalid("quantize_per_tensor", reasons)
-    dispatch.choose("quantize_per_tensor", BACKENDS)
+    if _choose("quantize_per_tensor", on_gpu.tensor_reasons(x)) == "triton":
+        if scale is None:
+            scale = reference.tensor_scale(x)
+        return on_gpu.quantize_per_tensor(x, scale), scale
     return reference.quantize_per_tensor(x, scale)
 
 
 def _by_rows(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    if dispatch.choose(op, BACKENDS).backend == "torch" and _in_blocks(x):
+    backend = _choose(op, on_gpu.rows_reasons(x))
+    if backend == "triton":
+        return on_gpu.quantize_per_token(x)
+    if backend == "torch" and _in_blocks(x):
         return on_cpu.quantize_per_token(x)
     return reference.quantize_per_token(x)
+
+
+def _choose(op: str, triton_reasons: list[str]) -> str:
+    return dispatch.choose(op, {"triton": triton_reasons, "torch": [], "reference": []}).backend
 
 
 def _in_blocks(x: Tensor) -> bool:

@@ -33,7 +33,8 @@ def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.float()
     if not x.shape[-1]:
         return *quantize_per_token(x), x.new_zeros(x.shape[:-1])
-    offset = x.amax(-1) * 0.5 + x.amin(-1) * 0.5
+    # Adding 0 makes -0 to 0: which of the two a maximum returns is anybody's choice.
+    offset = x.amax(-1) * 0.5 + x.amin(-1) * 0.5 + 0.0
     return *quantize_per_token(x - offset.unsqueeze(-1)), offset
 
 
@@ -45,8 +46,13 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One scale for all of ``x``: the given (static) fp32 scalar, or amax / 127; the rest is clamped."""
     if scale is None:
-        scale = scale_of(x.float().abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32))
+        scale = tensor_scale(x)
     return encode(x, scale), scale
+
+
+def tensor_scale(x: Tensor) -> Tensor:
+    """The fp32 scale of all of ``x``: amax / 127."""
+    return scale_of(x.float().abs().amax() if x.numel() else x.new_zeros((), dtype=torch.float32))
 
 
 def dequantize(q: Tensor, scale: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class KernelSpec:
         dtype: a label for the argument types.
         config: a label for the launch configuration.
         archs: the architectures that have this configuration; None for all.
+        fp_fusion: whether products may be fused with the sums that follow, as Triton does where it isn't told.
     """
 
     op: str
@@ -58,6 +59,7 @@ class KernelSpec:
     config: str
     programs_per_sm: int = 0
     archs: frozenset[str] | None = None
+    fp_fusion: bool = True
 
     def __str__(self) -> str:
         return f"{self.op} {self.name} [{self.config}] {self.dtype}"
@@ -77,6 +79,7 @@ def kernel_spec(
     programs_per_sm: int = 0,
     do_not_specialize: Collection[str] = (),
     archs: frozenset[str] | None = None,
+    fp_fusion: bool = True,
 ) -> KernelSpec:
     """A :class:`KernelSpec` with the arguments specialised as Triton's JIT does it on a launch.
 
@@ -122,6 +125,7 @@ def kernel_spec(
         config=config,
         programs_per_sm=programs_per_sm,
         archs=archs,
+        fp_fusion=fp_fusion,
     )
 
 
@@ -277,6 +281,20 @@ def masked_lm_cross_entropy() -> list[KernelSpec]:
     return masked_lm_cross_entropy_specs.masked_lm_cross_entropy()
 
 
+def quantize() -> list[KernelSpec]:
+    """The kernels that make int8 codes."""
+    from pyaccel.verify import quantize_specs
+
+    return quantize_specs.quantize()
+
+
+def int8_matmul() -> list[KernelSpec]:
+    """The int8 product, its epilogue by whole rows, and the weight-only product."""
+    from pyaccel.verify import int8_matmul_specs
+
+    return int8_matmul_specs.int8_matmul()
+
+
 BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "residual_layernorm": residual_layernorm,
     "attention": attention,
@@ -284,6 +302,8 @@ BUILDERS: dict[str, Callable[[], list[KernelSpec]]] = {
     "bias_gelu": bias_gelu,
     "linear_activation": linear_activation,
     "masked_lm_cross_entropy": masked_lm_cross_entropy,
+    "quantize": quantize,
+    "int8_matmul": int8_matmul,
 }
 
 

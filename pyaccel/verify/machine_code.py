@@ -311,7 +311,7 @@ def compile_spec(spec: KernelSpec, arch: str) -> MachineCode:
         )
     constants = {_path(name, fn.arg_names): value for name, value in spec.constexprs.items()}
     source = ASTSource(fn, _signature(spec, fn.arg_names), constants, _attributes(spec, part, fn.arg_names))
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": spec.fp_fusion}
     try:
         compiled = triton.compile(
             source,

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyaccel.kernels import linear_activation
 from pyaccel.kernels import linear_activation_config as config
 from pyaccel.kernels.linear_activation_config import LinearActivationConfig
+from pyaccel.kernels.tile_order import tile_of_program
 from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth
@@ -110,7 +111,7 @@ def test_any_order_of_tiles_gives_the_same_bits(group_m: int, device: torch.devi
 
 @triton.jit
 def order_kernel(out_ptr, n_rows, n_out, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
-    tile_m, tile_n = linear_activation._tile_of_program(n_rows, n_out, BLOCK, BLOCK, GROUP_M)
+    tile_m, tile_n = tile_of_program(tl.program_id(0), n_rows, n_out, BLOCK, BLOCK, GROUP_M)
     tl.store(out_ptr + 2 * tl.program_id(0), tile_m)
     tl.store(out_ptr + 2 * tl.program_id(0) + 1, tile_n)
 

@@ -9,6 +9,7 @@ TESTS = ("tests/kernels/test_bias_gelu.py", "tests/ops/test_bias_gelu.py")
 KERNEL = "kernels/bias_gelu.py"
 TILE = "kernels/activation_tile.py"
 QUANTIZE = "kernels/quantize_tile.py"
+ROW = "kernels/row_tile.py"
 CONFIG = "kernels/config.py"
 OP = "pyaccel/ops/bias_gelu.py"
 
@@ -31,9 +32,9 @@ MUTANTS = [
     Mutant("forward: the last columns unmasked", KERNEL, "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)", "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=(o_row < n_rows)[:, None])"),
     Mutant("forward: the last rows unmasked", KERNEL, "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)", "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=m_col[None, :])"),
     Mutant("forward: the last part of a row left out", KERNEL, "triton.cdiv(n_rows, config.block_rows) * triton.cdiv(n_cols, config.block_n)", "triton.cdiv(n_rows, config.block_rows) * max(n_cols // config.block_n, 1)"),
-    Mutant("rows' stride of the inputs: ignored", KERNEL, "offset = row * stride_row +", "offset = row * (stride_row * 0 + 1) +"),
-    Mutant("columns' stride of the inputs: ignored", KERNEL, "o_col.to(tl.int64)[None, :] * stride_col", "o_col.to(tl.int64)[None, :]"),
-    Mutant("offsets of columns: 32 bits", KERNEL, "o_col.to(tl.int64)[None, :] * stride_col", "o_col[None, :] * stride_col"),
+    Mutant("rows' stride of the inputs: ignored", ROW, "offset = row * stride_row +", "offset = row * (stride_row * 0 + 1) +"),
+    Mutant("columns' stride of the inputs: ignored", ROW, "o_col.to(tl.int64)[None, :] * stride_col", "o_col.to(tl.int64)[None, :]"),
+    Mutant("offsets of columns: 32 bits", ROW, "o_col.to(tl.int64)[None, :] * stride_col", "o_col[None, :] * stride_col"),
     Mutant("offsets of rows: 32 bits", KERNEL, "    o_row = (pid // col_blocks).to(tl.int64) * BLOCK_ROWS", "    o_row = (pid // col_blocks) * BLOCK_ROWS"),
     Mutant("backward: bias left out", KERNEL, "            x += bias\n", "            x += bias * 0.0\n"),
     Mutant("backward: dy of x's strides", KERNEL, "mask, stride_dy_row, stride_dy_col)", "mask, stride_x_row, stride_x_col)"),
@@ -55,7 +56,7 @@ MUTANTS = [
     Mutant("int8: without the bias", KERNEL, "    codes, scale = quantize_rows(activation_tile(x, ACTIVATION), mask)", "    if bias_ptr is not None:\n        x -= tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]\n    codes, scale = quantize_rows(activation_tile(x, ACTIVATION), mask)"),
     Mutant("int8: of the rounded result", KERNEL, "quantize_rows(activation_tile(x, ACTIVATION), mask)", "quantize_rows(activation_tile(x, ACTIVATION).to(x_ptr.dtype.element_ty).to(tl.float32), mask)"),
     Mutant("int8: the last rows' scales unmasked", KERNEL, "tl.store(scale_ptr + o_row, scale, mask=m_row)", "tl.store(scale_ptr + o_row, scale)"),
-    Mutant("int8: rows longer than a block are cut", CONFIG, "block_n = max(_next_power_of_2(n_cols), 512)", "block_n = min(max(_next_power_of_2(n_cols), 512), 8192)"),
+    Mutant("int8: rows longer than a block are cut", CONFIG, "block_n = max(_next_power_of_2(n_cols), 512)\n    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min(", "block_n = min(max(_next_power_of_2(n_cols), 512), 8192)\n    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min("),
     Mutant("int8: given although a gradient is needed", OP, "    if quantize_output and _needs_gradient(x, bias):", "    if quantize_output and _needs_gradient(x, None):"),
     Mutant("dbias: in x's dtype", OP, "dtype = x.dtype if bias is None else bias.dtype", "dtype = x.dtype"),
     Mutant("a copy of x is saved", OP, "ctx.save_for_backward(x, bias)", "ctx.save_for_backward(x.clone(), bias)"),

@@ -7,14 +7,15 @@ from tests.mutants import Mutant
 TESTS = ("tests/kernels/test_linear_activation.py", "tests/ops/test_linear_activation.py")
 
 KERNEL = "kernels/linear_activation.py"
+ORDER = "kernels/tile_order.py"
 CONFIG = "kernels/linear_activation_config.py"
 TRITON = "pyaccel/ops/_linear_activation_triton.py"
 OP = "pyaccel/ops/linear.py"
 
 MUTANTS = [
-    Mutant("the last group has as many row tiles as the others", KERNEL, "tl.minimum(blocks_m - first_m, GROUP_M)", "GROUP_M"),
-    Mutant("groups: one column tile short", KERNEL, "per_group = GROUP_M * blocks_n", "per_group = GROUP_M * tl.maximum(blocks_n - 1, 1)"),
-    Mutant("groups: along the columns first", KERNEL, "return first_m + in_group % group_m, in_group // group_m", "return first_m + in_group // blocks_n, in_group % blocks_n"),
+    Mutant("the last group has as many row tiles as the others", ORDER, "tl.minimum(blocks_m - first_m, GROUP_M)", "GROUP_M"),
+    Mutant("groups: one column tile short", ORDER, "per_group = GROUP_M * blocks_n", "per_group = GROUP_M * tl.maximum(blocks_n - 1, 1)"),
+    Mutant("groups: along the columns first", ORDER, "return first_m + in_group % group_m, in_group // group_m", "return first_m + in_group // blocks_n, in_group % blocks_n"),
     Mutant("rows beyond the last are read", KERNEL, "x_row = tl.minimum(o_m, n_rows - 1)", "x_row = o_m"),
     Mutant("the last row is read in place of the one before", KERNEL, "x_row = tl.minimum(o_m, n_rows - 1)", "x_row = tl.where(o_m == n_rows - 2, n_rows - 1, tl.minimum(o_m, n_rows - 1))"),
     Mutant("columns beyond the last but one are not read", KERNEL, "tl.minimum(o_n, n_out - 1)", "tl.minimum(o_n, tl.maximum(n_out - 2, 0))"),

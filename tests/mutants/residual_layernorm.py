@@ -62,7 +62,7 @@ MUTANTS = [
     Mutant("int8: codes of the rounded output", FORWARD, "quantize_rows(out, mask)", "quantize_rows(out.to(x_ptr.dtype.element_ty).to(tl.float32), mask)"),
     Mutant("int8: rounded towards zero", QUANTIZE, "((codes + ROUND) - ROUND).to(tl.int8)", "codes.to(tl.int8)"),
     Mutant("int8: half away from zero", QUANTIZE, "((codes + ROUND) - ROUND)", "tl.where(codes < 0.0, tl.math.ceil(codes - 0.5), tl.math.floor(codes + 0.5))"),
-    Mutant("int8: a row with NaN has a finite scale", QUANTIZE, "tl.where(has_nan, float(\"nan\"), ", "tl.where(has_nan & False, float(\"nan\"), "),
+    Mutant("int8: a row with NaN has a finite scale", QUANTIZE, "tl.where(has_nan, float(\"nan\"), tl.math.div_rn(amax", "tl.where(has_nan & False, float(\"nan\"), tl.math.div_rn(amax"),
     Mutant("int8: zeros have scale 0", QUANTIZE, "tl.where(scale == 0.0, 1.0, scale)", "scale"),
     Mutant("backward: weight left out of dx", BACKWARD, "        wdy = dy * tl.load(", "        wdy = dy + 0.0 * tl.load("),
     Mutant("backward: dropout mask left out of dx", BACKWARD, "    if key_ptr is not None:\n        dz = dropout_tile(", "    if key_ptr is not None and dsum_ptr is None:\n        dz = dropout_tile("),

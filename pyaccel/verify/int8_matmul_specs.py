@@ -1,0 +1,196 @@
+"""What is compiled of the int8 product: every launch configuration that ships, with and without an epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pyaccel.kernels import config as row_config
+from pyaccel.kernels.int8_matmul_config import (
+    CONFIGS,
+    TMA_CONFIGS,
+    WEIGHT_ONLY_CONFIGS,
+    Int8MatmulConfig,
+    int8_matmul_part,
+)
+from pyaccel.verify.kernel_specs import ARCHS, Argument, KernelSpec, kernel_spec
+
+# dtype label -> (output and residual, bias) as Triton names them.
+DTYPES = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16"), "fp32": ("*fp32", "*fp32")}
+# The erf GELU, BERT's, takes most registers: it is compiled in every dtype, the others in bf16.
+ACTIVATIONS = {"gelu": tuple(DTYPES), "gelu_tanh": ("bf16",), "relu": ("bf16",), "silu": ("bf16",)}
+# The first product of a feed-forward layer. Packed batches have any number of rows, not a multiple of 16.
+N_ROWS, N_OUT, N_IN = 4099, 3072, 768
+# An inner dimension that no block divides.
+UNEVEN_IN = 784
+# Rows of each configuration that quantises them again.
+WIDTHS = (512, 1024, 2048, 4096, row_config.MAX_CODES_ROW)
+
+
+def int8_matmul() -> list[KernelSpec]:
+    """The family's kernels."""
+    return [
+        *(
+            _matmul(variant, activation, dtype, config, archs)
+            for config, archs in _archs_by_config().items()
+            for activation, dtypes in ACTIVATIONS.items()
+            for dtype in dtypes
+            for variant in ("everything", "dynamic", "everything, uneven")
+        ),
+        *(_sums(config, archs) for config, archs in _archs_by_config().items()),
+        *_finish(),
+        *_weight_only(),
+    ]
+
+
+def _archs_by_config() -> dict[Int8MatmulConfig, frozenset[str]]:
+    archs: dict[Int8MatmulConfig, set[str]] = {}
+    for arch in ARCHS:
+        part = int8_matmul_part(arch)
+        for config in (*CONFIGS[part], *TMA_CONFIGS.get(part, ())):
+            archs.setdefault(config, set()).add(arch)
+    return {config: frozenset(of_config) for config, of_config in archs.items()}
+
+
+def _epilogue(dtype: str, *, residual: bool) -> dict[str, Argument]:
+    """What a dynamic layer's epilogue is given, and on request a residual beside."""
+    out, bias = DTYPES[dtype]
+    return {
+        "a_scale_ptr": "*fp32",
+        "a_offset_ptr": "*fp32",
+        "b_scale_ptr": "*fp32",
+        "b_sum_ptr": "*i32",
+        "bias_ptr": bias,
+        "residual_ptr": out if residual else None,
+        "stride_a_scale": 1,
+        "stride_b_scale": 1,
+        "stride_residual_row": N_OUT if residual else 0,
+        "stride_residual_col": 1 if residual else 0,
+    }
+
+
+_NO_EPILOGUE: dict[str, Argument] = {
+    name: 0 if name.startswith("stride") else None for name in _epilogue("bf16", residual=False)
+}
+
+
+def _product(
+    name: str,
+    out: str,
+    epilogue: dict[str, Argument],
+    activation: str | None,
+    n_in: int,
+    dtype: str,
+    config: Int8MatmulConfig,
+    archs: frozenset[str],
+) -> KernelSpec:
+    return kernel_spec(
+        "int8_matmul",
+        name,
+        "pyaccel.kernels.int8_matmul:matmul_kernel",
+        {
+            "out_ptr": out,
+            "a_ptr": "*i8",
+            "b_ptr": "*i8",
+            **epilogue,
+            "stride_a": n_in,
+            "stride_b": n_in,
+            "n_rows": N_ROWS,
+            "n_out": N_OUT,
+            "n_in": n_in,
+        },
+        {
+            "ACTIVATION": activation,
+            "EPILOGUE": epilogue is not _NO_EPILOGUE,
+            "EVEN_K": n_in % config.block_k == 0,
+            "TMA": config.tma,
+            **config.blocks,
+        },
+        dtype=dtype,
+        config=config.label,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        programs_per_sm=int(config.tma),
+        archs=archs,
+        fp_fusion=False,
+    )
+
+
+def _matmul(
+    variant: str, activation: str, dtype: str, config: Int8MatmulConfig, archs: frozenset[str]
+) -> KernelSpec:
+    return _product(
+        f"{variant}, {activation}",
+        DTYPES[dtype][0],
+        _epilogue(dtype, residual=variant.startswith("everything")),
+        activation,
+        UNEVEN_IN if variant.endswith("uneven") else N_IN,
+        dtype,
+        config,
+        archs,
+    )
+
+
+def _sums(config: Int8MatmulConfig, archs: frozenset[str]) -> KernelSpec:
+    return _product("sums", "*i32", _NO_EPILOGUE, None, N_IN, "int8", config, archs)
+
+
+def _finish() -> Iterator[KernelSpec]:
+    """Whole rows of every width, and tiles."""
+    for dtype, (out, _) in DTYPES.items():
+        for n_out in (*WIDTHS, N_OUT):
+            quantize = n_out in WIDTHS
+            config = row_config.int8_finish(n_out, quantize=quantize)
+            epilogue = _epilogue(dtype, residual=True)
+            epilogue["stride_residual_row"] = n_out
+            yield kernel_spec(
+                "int8_matmul",
+                "finish, int8" if quantize else "finish",
+                "pyaccel.kernels.int8_epilogue:finish_kernel",
+                {
+                    "out_ptr": "*i8" if quantize else out,
+                    "out_scale_ptr": "*fp32" if quantize else None,
+                    "sums_ptr": "*i32",
+                    **epilogue,
+                    "n_rows": N_ROWS,
+                    "n_out": n_out,
+                    "n_splits": 1 if quantize else 3,
+                },
+                {"ACTIVATION": "gelu", "BLOCK_ROWS": config.block_rows, "BLOCK_N": config.block_n},
+                dtype=dtype,
+                config=config.label,
+                num_warps=config.num_warps,
+                fp_fusion=False,
+            )
+
+
+def _weight_only() -> Iterator[KernelSpec]:
+    for dtype in ("bf16", "fp16"):
+        x, bias = DTYPES[dtype]
+        for config in WEIGHT_ONLY_CONFIGS["cards"]:
+            for variant, n_in in (("weight only", N_IN), ("weight only, uneven", UNEVEN_IN)):
+                yield kernel_spec(
+                    "int8_matmul",
+                    variant,
+                    "pyaccel.kernels.int8_weight_only:weight_only_kernel",
+                    {
+                        "out_ptr": x,
+                        "x_ptr": x,
+                        "weight_ptr": "*i8",
+                        "weight_scale_ptr": "*fp32",
+                        "bias_ptr": bias,
+                        "stride_x": n_in,
+                        "stride_weight": n_in,
+                        "n_rows": 7,
+                        "n_out": N_OUT,
+                        "n_in": n_in,
+                    },
+                    {
+                        "ACTIVATION": "gelu",
+                        "EVEN_K": n_in % config.block_k == 0,
+                        **config.blocks,
+                    },
+                    dtype=dtype,
+                    config=config.label,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
