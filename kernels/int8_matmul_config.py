@@ -66,7 +66,7 @@ class Int8MatmulConfig(WeightOnlyConfig):
     @property
     def label(self) -> str:
         """A short name for tables."""
-        return super().label + (", TMA" if self.tma else "")
+        return f"{super().label}{', TMA' if self.tma else ''}, finished by {self.subtile}"
 
 
 # By part, the largest tiles first, the last for ROWS_OF_SMALL rows or fewer. Chosen by `pyaccel inspect`: they spill
@@ -74,7 +74,7 @@ class Int8MatmulConfig(WeightOnlyConfig):
 # No timing on a card has gone into them.
 CONFIGS: dict[str, tuple[Int8MatmulConfig, ...]] = {
     "hopper": (
-        Int8MatmulConfig(128, 256, 128, 8, 8, 4),
+        Int8MatmulConfig(128, 256, 128, 8, 8, 4, subtile=64),
         Int8MatmulConfig(128, 128, 128, 8, 8, 4),
         Int8MatmulConfig(64, 64, 128, 8, 4, 4),
         Int8MatmulConfig(16, 64, 128, 1, 4, 4),

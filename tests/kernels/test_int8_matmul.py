@@ -206,10 +206,10 @@ def test_configs_are_values() -> None:
             assert chosen in config.CONFIGS[config.int8_matmul_part(arch)]
             assert (chosen.block_m == 16) == (n_rows <= 16)
     assert [config.int8_matmul(rows, 3072, "sm_90").label for rows in (1, 17, 512, 4096)] == [
-        "16x64x128, 4 warps, 4 stages",
-        "64x64x128, 4 warps, 4 stages",
-        "128x128x128, 8 warps, 4 stages",
-        "128x256x128, 8 warps, 4 stages",
+        "16x64x128, 4 warps, 4 stages, finished by 128",
+        "64x64x128, 4 warps, 4 stages, finished by 128",
+        "128x128x128, 8 warps, 4 stages, finished by 128",
+        "128x256x128, 8 warps, 4 stages, finished by 64",
     ]
 
     def splits(n_rows: int, n_out: int, n_in: int) -> int:

@@ -147,7 +147,8 @@ EPILOGUES: dict[str, dict[str, Any]] = {
     "bias, gelu_tanh, bf16": {"bias": BF16, "activation": "gelu_tanh", "out_dtype": BF16},
     "relu, residual": {"activation": "relu", "residual": F32},
     "bias, residual, fp16": {"bias": F32, "residual": F16, "out_dtype": F16},
-    "everything": {"bias": F32, "activation": "gelu", "residual": BF16, "out_dtype": BF16},
+    "offset": {"a_offset": F32},
+    "everything": {"bias": F32, "activation": "gelu", "residual": BF16, "out_dtype": BF16, "a_offset": F32},
 }
 
 
@@ -163,6 +164,8 @@ def test_product_is_as_right_as_plain_torch(
         if name in options:
             term = (torch.randn(shape, device=device) * 2 + 0.5).to(options[name])
             options[name] = term.T if term.dim() == 2 else term
+    if "a_offset" in options:
+        options["a_offset"] = torch.randn(rows, device=device)
     inputs = operands(*sizes, device)
     with dispatch.use_backend(backend):
         out = int8_matmul(*inputs, **options)
@@ -191,16 +194,38 @@ def test_leading_dimensions_static_scales_and_strides(backend: str, device: torc
     assert torch.equal(static, (a.cpu().int() @ b.cpu().int().T).to(device) * 0.125)
 
 
-def test_arguments_are_left_alone(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_are_left_alone(backend: str, device: torch.device) -> None:
     inputs = operands(5, 16, 8, device)
     terms = {"bias": torch.randn(8, device=device), "residual": torch.randn(5, 8, device=device)}
     before = [t.clone() for t in (*inputs, *terms.values())]
-    int8_matmul(*inputs, **terms, activation="relu")
+    with dispatch.use_backend(backend):
+        int8_matmul(*inputs, **terms, activation="relu")
     for a, b in zip((*inputs, *terms.values()), before, strict=True):
         assert_bits_equal(a, b)
 
 
-def test_autocast_and_compile_change_nothing(device: torch.device) -> None:
+def test_triton_says_what_it_does_not_take(device: torch.device) -> None:
+    inputs = operands(5, 16, 8, device)
+    wide = torch.ones(2, 16385, device=device)
+    long, one = torch.ones(8193, 16, dtype=torch.int8, device=device), torch.ones((), device=device)
+    with dispatch.use_backend("triton"):
+        with pytest.raises(dispatch.NotSupportedError, match="float64"):
+            int8_matmul(*inputs, bias=torch.ones(8, dtype=torch.float64, device=device))
+        with pytest.raises(dispatch.NotSupportedError, match="a dimension of the weight is 0"):
+            int8_matmul(inputs[0], inputs[1][:0], inputs[2], inputs[3][:0])
+        with pytest.raises(dispatch.NotSupportedError, match="more than 8192 elements"):
+            int8_matmul(inputs[0], long, inputs[2], one, quantize_output=True)
+        with pytest.raises(dispatch.NotSupportedError, match="1 to 16384 elements, not 16385"):
+            quantize_per_token(wide)
+    with dispatch.record() as choices:
+        quantize_per_token(wide)
+    assert [choice.backend for choice in choices] == ["torch"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_and_compile_change_nothing(backend: str, device: torch.device) -> None:
+    torch._dynamo.reset()
     inputs = operands(7, 33, 17, device)
 
     def quantised_linear(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
@@ -208,11 +233,12 @@ def test_autocast_and_compile_change_nothing(device: torch.device) -> None:
         codes, scale = quantize_per_token(x)
         return int8_matmul(codes, codes, scale, scale)
 
-    expected = quantised_linear(*inputs)
-    with torch.autocast(device.type, BF16):
-        assert_bits_equal(quantised_linear(*inputs), expected)
-    compiled = torch.compile(quantised_linear, fullgraph=True, backend="aot_eager")
-    assert_bits_equal(compiled(*inputs), expected)
+    with dispatch.use_backend(backend):
+        expected = quantised_linear(*inputs)
+        with torch.autocast(device.type, BF16):
+            assert_bits_equal(quantised_linear(*inputs), expected)
+        compiled = torch.compile(quantised_linear, fullgraph=True, backend="aot_eager")
+        assert_bits_equal(compiled(*inputs), expected)
 
 
 def test_every_reason_is_named_at_once(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyaccel import dispatch, ops
 from pyaccel.ops import _attention_triton as attention
 from pyaccel.ops import _bert_embeddings_triton as embeddings
+from pyaccel.ops import _int8_triton as int8
 from pyaccel.ops import _linear_activation_triton as linear_activation
 from pyaccel.ops import _masked_lm_cross_entropy_triton as mlm_loss
 from pyaccel.ops._dropout import dropout_key
@@ -460,3 +461,22 @@ def test_masked_lm_cross_entropy_compiles_to_one_graph_and_other_sizes_do_not_re
                 results.append((out, *torch.autograd.grad(out, (hidden, weight, bias), grad)))
             for a, b in zip(*results, strict=True):
                 assert_bits_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_opcheck_int8(dtype: torch.dtype, device: torch.device) -> None:
+    x, factor = torch.randn(5, 48, device=device).to(dtype), torch.rand(48, device=device)
+    torch.library.opcheck(int8.quantize_rows_op, (x, factor, True))
+    torch.library.opcheck(int8.quantize_rows_op, (x.T, None, False))
+    torch.library.opcheck(int8.quantize_tensor_op, (x, factor, torch.tensor(0.1, device=device)))
+    codes, scale, offset = int8.quantize_rows_op(x, None, True)
+    weight, weight_scale, _ = int8.quantize_rows_op(torch.randn(40, 48, device=device), None, False)
+    bias, residual = torch.randn(40, device=device), torch.randn(5, 40, device=device).to(dtype)
+    for terms in ((offset, bias, residual, "gelu", dtype), (None, None, None, None, None)):
+        torch.library.opcheck(int8.matmul_op, (codes, weight, scale, weight_scale, *terms))
+    # Sizes that aren't multiples of 16 are copied on the way in: an output must not alias that either.
+    odd = (codes[:, :33], weight[:, :33], scale, weight_scale, offset, bias, None, None, F32)
+    torch.library.opcheck(int8.matmul_op, odd)
+    if dtype != F32:
+        torch.library.opcheck(int8.weight_only_op, (x, weight, weight_scale, bias, "gelu"))
+        torch.library.opcheck(int8.weight_only_op, (x[:, :33], weight[:, :33], weight_scale, None, None))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyaccel import dispatch
 from pyaccel.cli.inputs import load_model, real_passages
 
 Batch = dict[str, Tensor]
@@ -48,6 +49,13 @@ class Real:
 
     def cosines(self, model: Any) -> Tensor:
         return torch.cosine_similarity(self.embeddings(model), self.expected)
+
+
+@pytest.fixture(autouse=True)
+def torch_backend() -> Iterator[None]:
+    """A real checkpoint takes too long under the interpreter; backends' bits are compared in tests/ops."""
+    with dispatch.use_backend("torch"):
+        yield
 
 
 @pytest.fixture(scope="session")

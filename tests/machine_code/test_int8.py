@@ -1,0 +1,268 @@
+"""Machine code of quantisation and of the int8 products: every launch configuration that ships, for real GPUs.
+
+What is compiled: products in bf16 with all terms and erf GELU by every configuration for every architecture; in fp32,
+without a residual, of inner dimensions that no block divides and of no epilogue (split products) by every
+configuration for sm_90, the other activations by its largest. Rows that are finished or quantised: with all terms in
+fp32, which takes most registers, for sm_80, sm_90, sm_100 and gfx942, in bf16 and lean for sm_90. fp16 is left out: it
+is bf16 with another conversion instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pyaccel.kernels import config as row_config
+from pyaccel.kernels import int8_epilogue, int8_matmul, int8_weight_only, quantize
+from pyaccel.kernels import int8_matmul_config as config
+from pyaccel.kernels.int8_epilogue import Epilogue
+from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.verify import int8_matmul_specs, quantize_specs
+from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
+from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+ROW_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+Compiled = list[tuple[KernelSpec, MachineCode]]
+
+
+def wanted(spec: KernelSpec, arch: str) -> bool:
+    if spec.dtype == "fp16":
+        return False
+    if spec.op == "quantize" or spec.name.startswith("finish"):
+        full = spec.name in ("rows, offset and factor", "finish", "finish, int8") and spec.dtype == "fp32"
+        return arch == "sm_90" or (full and arch in ROW_ARCHS)
+    if spec.name in ("everything, gelu", "weight only") and spec.dtype == "bf16":
+        return True
+    activation = spec.name.rsplit(", ", 1)[-1]
+    if activation in ACTIVATIONS and activation != "gelu":
+        largest = spec.config == config.CONFIGS["hopper"][0].label
+        return (
+            arch == "sm_90" and largest and spec.name.startswith("everything") and "uneven" not in spec.name
+        )
+    return arch == "sm_90" and (spec.dtype != "fp32" or spec.name == "everything, gelu")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    """Every kernel of the matrix with its machine code."""
+    everything = [*specs("quantize"), *specs("int8_matmul")]
+    chosen = [(spec, arch) for spec, arch in tasks(everything, ARCHS) if wanted(spec, arch)]
+    return [(spec, code) for (spec, _), code in zip(chosen, compile_tasks(chosen), strict=True)]
+
+
+def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
+    """The kernels for which `broken` returns what is wrong with them."""
+    found = ((code, broken(spec, code)) for spec, code in compiled)
+    return [f"{code}: {problem}" for code, problem in found if problem]
+
+
+def products(compiled: Compiled) -> Compiled:
+    return [(s, c) for s, c in compiled if s.op == "int8_matmul" and not s.name.startswith("finish")]
+
+
+def test_every_configuration_is_there(compiled: Compiled) -> None:
+    for arch in ARCHS:
+        part = config.int8_matmul_part(arch)
+        shipped = {c.label for c in (*config.CONFIGS[part], *config.TMA_CONFIGS.get(part, ()))}
+        for name in ("everything, gelu", "sums") if arch == "sm_90" else ("everything, gelu",):
+            there = {s.config for s, c in compiled if (c.arch, s.name) == (arch, name) and s.dtype != "fp32"}
+            assert there == shipped
+    names = {spec.name for spec, _ in compiled}
+    assert {f"everything, {a}" for a in ACTIVATIONS if a is not None} <= names
+    assert {"rows", "rows, offset and factor", "tensor", "row sum", "finish", "finish, int8"} <= names
+    widths = {row_config.quantize(n).label for n in range(1, row_config.MAX_ROW + 1)}
+    assert {s.config for s, _ in compiled if s.name == "rows"} == widths
+
+
+def test_no_spills_and_no_stack(compiled: Compiled) -> None:
+    def broken(_: KernelSpec, code: MachineCode) -> str:
+        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
+        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
+
+    assert violations(compiled, broken) == []
+
+
+def test_shared_memory_fits(compiled: Compiled) -> None:
+    def broken(_: KernelSpec, code: MachineCode) -> str:
+        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
+
+    assert violations(compiled, broken) == []
+
+
+def test_products_are_matrix_instructions_and_hoppers_are_wgmma(compiled: Compiled) -> None:
+    """Of 16 rows a Hopper warp group has no use: there the smaller instructions serve."""
+
+    def broken(spec: KernelSpec, code: MachineCode) -> str:
+        if code.arch == "sm_90" and spec.constexprs["BLOCK_M"] > 16:
+            wrong = code.wgmma == 0 or code.mma > 0
+        else:
+            wrong = code.mma == 0 or code.wgmma > 0
+        return f"{code.wgmma} wgmma, {code.mma} other" * wrong
+
+    assert violations(products(compiled), broken) == []
+
+
+def test_the_copy_engine_loads_where_it_is_asked_to(compiled: Compiled) -> None:
+    assert (
+        violations(
+            products(compiled), lambda s, c: (c.tma > 0) != bool(s.constexprs.get("TMA", False)) and "TMA"
+        )
+        == []
+    )
+
+
+def test_tiles_move_512_bytes_a_warp(compiled: Compiled) -> None:
+    """Both operands are read with accesses of 512 bytes a warp.
+
+    That is 128 bits for each of 32 lanes, the widest there is; half of it does for each of AMD's 64. What the copy
+    engine reads no thread does.
+    """
+
+    def broken(spec: KernelSpec, code: MachineCode) -> str:
+        warp = PARTS[code.arch].warp_size
+        wide = 512 * 8 // warp
+        block_m, block_n, block_k = (spec.constexprs[f"BLOCK_{axis}"] for axis in "MNK")
+        itemsize = 1 if spec.signature.get("a_ptr") else 2
+        tiles = (block_m * itemsize + block_n) * block_k
+        loaded = sum(bits * n for bits, n in code.loads.items() if bits >= wide) // 8 * warp * code.num_warps
+        return f"loads {code.loads}" * (not code.tma and loaded < tiles)
+
+    assert violations(products(compiled), broken) == []
+
+
+def test_rows_are_read_and_written_wide(compiled: Compiled) -> None:
+    """256 bytes a warp and more, codes too; what is left for narrow accesses are scales and offsets."""
+
+    def broken(spec: KernelSpec, code: MachineCode) -> str:
+        if spec.op != "quantize" or spec.name == "row sum":
+            return ""
+        lane = 256 * 8 // PARTS[code.arch].warp_size
+        return f"loads {code.loads}, stores {code.stores}" * (code.load_bits < lane or code.store_bits < lane)
+
+    assert violations(compiled, broken) == []
+
+
+# What is compiled above must be what the launchers launch: the same kernels, types, constants and options.
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """Kernels and their arguments by name, launched by nobody."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [name for name in self.arg_names if name not in kwargs]
+        found.append((self, {**dict(zip(names, args, strict=False)), **kwargs}))
+
+    monkeypatch.setattr(type(int8_matmul.matmul_kernel), "run", run)
+    return found
+
+
+def launched(kernel: Any, arguments: dict[str, Any], like: KernelSpec) -> KernelSpec:
+    values = {k: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    options = {key: values.pop(key) for key in ("num_warps", "num_stages") if key in values}
+    fp_fusion = values.pop("enable_fp_fusion", True)
+    constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
+    return kernel_spec(
+        like.op,
+        like.name,
+        f"{kernel.fn.__module__}:{kernel.__name__}",
+        values,
+        constexprs,
+        dtype=like.dtype,
+        config=like.config,
+        programs_per_sm=like.programs_per_sm,
+        archs=like.archs,
+        fp_fusion=fp_fusion,
+        **options,
+    )
+
+
+def epilogue(dtype: torch.dtype, rows: int, n_out: int, activation: str) -> Epilogue:
+    return Epilogue(
+        torch.empty(rows),
+        torch.empty(n_out),
+        torch.empty(rows),
+        torch.empty(n_out, dtype=torch.int32),
+        torch.empty(n_out, dtype=dtype),
+        torch.empty(rows, n_out, dtype=dtype),
+        activation,
+    )
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_product_specs_are_what_is_launched(
+    arch: str, launches: list[tuple[Any, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton.set_allocator", lambda _: None)
+    shipped = {(s.name, s.config): s for s in specs("int8_matmul") if s.dtype in ("bf16", "int8")}
+    rows, n_out, part = int8_matmul_specs.N_ROWS, int8_matmul_specs.N_OUT, config.int8_matmul_part(arch)
+    terms = epilogue(torch.bfloat16, rows, n_out, "gelu")
+    for chosen in (*config.CONFIGS[part], *config.TMA_CONFIGS.get(part, ())):
+        for name, n_in in (("everything, gelu", 768), ("everything, uneven, gelu", 784), ("sums", 768)):
+            a, b = (torch.empty(n, n_in, dtype=torch.int8) for n in (rows, n_out))
+            if name == "sums":
+                int8_matmul.matmul(torch.empty(1, rows, n_out, dtype=torch.int32), a, b, None, chosen)
+            else:
+                int8_matmul.matmul(torch.empty(rows, n_out, dtype=torch.bfloat16), a, b, terms, chosen)
+            like = shipped[name, chosen.label]
+            assert launched(*launches.pop(), like) == like
+
+
+def test_the_other_specs_are_what_is_launched(launches: list[tuple[Any, dict[str, Any]]]) -> None:
+    every = [*specs("int8_matmul"), *specs("quantize")]
+    shipped = {(s.name, s.config): s for s in every if s.dtype in ("bf16", "int8")}
+
+    def check(name: str, label: str) -> None:
+        like = shipped[name, label]
+        assert launched(*launches.pop(), like) == like
+
+    rows = int8_matmul_specs.N_ROWS
+    for n_out in (*int8_matmul_specs.WIDTHS, int8_matmul_specs.N_OUT):
+        again = n_out in int8_matmul_specs.WIDTHS
+        chosen = row_config.int8_finish(n_out, quantize=again)
+        out = torch.empty(rows, n_out, dtype=torch.int8 if again else torch.bfloat16)
+        sums = torch.empty(1 if again else 3, rows, n_out, dtype=torch.int32)
+        terms = epilogue(torch.bfloat16, rows, n_out, "gelu")
+        int8_epilogue.finish(out, torch.empty(rows) if again else None, sums, terms, chosen)
+        check("finish, int8" if again else "finish", chosen.label)
+    for few in config.WEIGHT_ONLY_CONFIGS["cards"]:
+        for name, n_in in (("weight only", 768), ("weight only, uneven", 784)):
+            x, weight = torch.empty(7, n_in, dtype=torch.bfloat16), torch.empty(3072, n_in, dtype=torch.int8)
+            bias, scale = torch.empty(3072, dtype=torch.bfloat16), torch.empty(3072)
+            out = torch.empty(7, 3072, dtype=torch.bfloat16)
+            int8_weight_only.weight_only(out, x, weight, scale, bias, "gelu", few)
+            check(name, few.label)
+    for n_cols in quantize_specs.WIDTHS:
+        x = torch.empty(rows, n_cols, dtype=torch.bfloat16)
+        codes, scale, factor = torch.empty(x.shape, dtype=torch.int8), torch.empty(rows), torch.empty(n_cols)
+        quantize.rows(codes, scale, None, x, None, row_config.quantize(n_cols))
+        check("rows", row_config.quantize(n_cols).label)
+        quantize.rows(codes, scale, scale, x, factor, row_config.quantize(n_cols))
+        check("rows, offset and factor", row_config.quantize(n_cols).label)
+    for n_cols in quantize_specs.TILED_WIDTHS:
+        x = torch.empty(rows, n_cols, dtype=torch.bfloat16)
+        chosen = row_config.quantize_by_given_scale(n_cols)
+        quantize.tensor(
+            torch.empty(x.shape, dtype=torch.int8), x, torch.empty(n_cols), torch.empty(()), chosen
+        )
+        check("tensor", chosen.label)
+    quantize.row_sum(
+        torch.empty(3072, dtype=torch.int32),
+        torch.empty(3072, 768, dtype=torch.int8),
+        row_config.int8_row_sum(),
+    )
+    check("row sum", row_config.int8_row_sum().label)
