@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -19,8 +20,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from rich import box
 from rich.console import Console
@@ -93,37 +96,46 @@ def copy_tree(destination: Path) -> None:
             shutil.copy2(source, destination / name)
 
 
-def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> Outcome:
-    """Run `tests` in `tree` until the first failure."""
-    # The tree's own pyaccel, whatever is installed; and no compiled leftovers of another mutant.
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "COLUMNS": "500",  # pytest cuts what it says of a failure to the terminal's width
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *tests,
-        "-x",
-        "-q",
-        "-rfE",
-        "--tb=line",
-        "-p",
-        "no:cacheprovider",
-    ]
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+class Worker:
+    """A process of tests/fork_server.py: pytest runs in forks of it, one at a time."""
+
+    def __init__(self) -> None:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",  # no compiled leftovers of another mutant
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch may look for a GPU without making forks useless for it
+            "COLUMNS": "500",  # pytest cuts what it says of a failure to the terminal's width
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "fork_server.py")],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-    except subprocess.TimeoutExpired:
-        # A loop that no longer ends is noticed too.
-        return Outcome("killed", f"no end within {timeout:.0f} s", time.perf_counter() - start)
-    return judge(done.returncode, done.stdout + done.stderr, time.perf_counter() - start)
+
+    def run_tests(self, tree: Path, tests: Sequence[str], timeout: float) -> Outcome:
+        """Run `tests` in `tree` until the first failure."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        output = tree / "pytest.log"
+        request = {"tree": str(tree), "tests": list(tests), "timeout": timeout, "output": str(output)}
+        start = time.perf_counter()
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        seconds = time.perf_counter() - start
+        if not answer:
+            raise RuntimeError("tests/fork_server.py has ended; what it wrote above says why")
+        returncode = json.loads(answer)["returncode"]
+        if returncode is None:
+            # A loop that no longer ends is noticed too.
+            return Outcome("killed", f"no end within {timeout:.0f} s", seconds)
+        return judge(returncode, output.read_text(errors="replace"), seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 def judge(returncode: int, output: str, seconds: float) -> Outcome:
@@ -151,8 +163,10 @@ def _last_line(output: str) -> str:
     return lines[-1] if lines else "no output"
 
 
-def try_mutant(mutant: Mutant | None, tests: Sequence[str], timeout: float) -> Outcome:
-    """Run `tests` in a copy of the tree with `mutant` planted; with None in a plain copy."""
+def try_mutant(
+    workers: SimpleQueue[Worker], mutant: Mutant | None, tests: Sequence[str], timeout: float
+) -> Outcome:
+    """Have a free worker run `tests` in a copy of the tree with `mutant` planted; with None in a plain copy."""
     with tempfile.TemporaryDirectory(prefix="pyaccel-mutant-") as folder:
         tree = Path(folder)
         copy_tree(tree)
@@ -162,7 +176,11 @@ def try_mutant(mutant: Mutant | None, tests: Sequence[str], timeout: float) -> O
             except (OSError, ValueError, SyntaxError) as error:
                 return Outcome("error", f"can't be planted: {error}", 0.0)
             (tree / mutant.file).write_text(mutated)
-        return run_tests(tree, tests, timeout)
+        worker = workers.get()
+        try:
+            return worker.run_tests(tree, tests, timeout)
+        finally:
+            workers.put(worker)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,25 +215,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes: dict[str, Outcome] = {}
+    workers: SimpleQueue[Worker] = SimpleQueue()
     with (
+        ExitStack() as stack,
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
         ThreadPoolExecutor(WORKERS) as pool,
     ):
-        task = progress.add_task("the tree as it is", total=None)
-        timeouts: dict[str, float] = {}
-        for family in dict.fromkeys(family for family, _ in chosen):
-            healthy = try_mutant(None, fast_tests(family), options.timeout or 1800.0)
-            if healthy.verdict != "survived":
-                console.print(f"The tests of {family} fail without any mutant: {healthy.by}", markup=False)
-                return 1
-            timeouts[family] = options.timeout or 60.0 + 5.0 * healthy.seconds
-        progress.update(task, description="mutants", total=len(chosen))
-        running = {
-            pool.submit(try_mutant, mutant, fast_tests(family), timeouts[family]): mutant.name
-            for family, mutant in chosen
+        for _ in range(WORKERS):
+            workers.put(worker := Worker())
+            stack.callback(worker.close)
+        named = list(dict.fromkeys(family for family, _ in chosen))
+        task = progress.add_task("the tree as it is", total=len(named))
+        patience = options.timeout or 1800.0
+        healthy = {
+            family: pool.submit(try_mutant, workers, None, fast_tests(family), patience) for family in named
         }
-        for future in as_completed(running):
-            outcomes[running[future]] = future.result()
+        seconds: dict[str, float] = {}
+        for family, future in healthy.items():
+            outcome = future.result()
+            if outcome.verdict != "survived":
+                pool.shutdown(wait=False, cancel_futures=True)
+                console.print(f"The tests of {family} fail without any mutant: {outcome.by}", markup=False)
+                return 1
+            seconds[family] = outcome.seconds
+            progress.advance(task)
+        progress.update(task, description="mutants", total=len(chosen), completed=0)
+        # The longest first, so that no worker is left with a long one at the end.
+        running = {
+            pool.submit(
+                try_mutant,
+                workers,
+                mutant,
+                fast_tests(family),
+                options.timeout or 60.0 + 5.0 * seconds[family],
+            ): mutant.name
+            for family, mutant in sorted(chosen, key=lambda pair: -seconds[pair[0]])
+        }
+        for done in as_completed(running):
+            outcomes[running[done]] = done.result()
             progress.advance(task)
 
     console.print(_table(chosen, outcomes))
