@@ -107,6 +107,7 @@ def op_names() -> tuple[str, ...]:
         "quantize_per_channel",
         "quantize_per_tensor",
         "int8_matmul",
+        "int8_weight_only_matmul",
         "bert_embeddings",
         "masked_lm_cross_entropy",
         "bias_gelu",

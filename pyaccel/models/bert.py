@@ -452,8 +452,10 @@ def _fusable_scales(linears: tuple[Any, ...]) -> list[Tensor] | None:
     """The weights' scales, if these are int8 layers that quantise their common input in the same way."""
     scales = []
     for linear in linears:
-        if not (
-            isinstance(linear, Int8Linear) and linear.input_scale is None and linear.smooth_scale is None
+        if (
+            not isinstance(linear, Int8Linear)
+            or linear.method != "dynamic"
+            or linear.smooth_scale is not None
         ):
             return None
         if linear.weight_scale is None or (
@@ -728,7 +730,7 @@ def _make_int8(model: BertModel, quantization: Any, weights: dict[str, Tensor], 
         parent, _, last = name.rpartition(".")
         try:
             module = Int8Linear.from_linear(
-                linears[name], method=how, input_scale=None if how == "dynamic" else 1.0
+                linears[name], method=how, input_scale=1.0 if how == "static" else None
             )
         except ValueError as error:
             raise ValueError(f"{folder}: {name}: {error}") from error

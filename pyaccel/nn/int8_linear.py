@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pyaccel import ops
 from pyaccel.reference.quantize import dequantize
 
-Method = Literal["dynamic", "static"]
-METHODS: tuple[Method, ...] = ("dynamic", "static")
+Method = Literal["dynamic", "static", "weight_only"]
+METHODS: tuple[Method, ...] = ("dynamic", "static", "weight_only")
 
 
 class Int8Linear(nn.Module):
-    """``x @ weight^T + bias`` with x and weight in int8, bit for bit the same in training and deployed.
+    """``x @ weight^T + bias`` with x and weight, or weight alone, in int8: the same bits in training and deployed.
 
     A floating ``weight`` is trainable: every forward quantises it by a scale for each output channel, and gradients are
     straight-through (:func:`pyaccel.ops.int8_linear`). :meth:`freeze` puts the int8 codes in its place, beside their
@@ -25,7 +25,8 @@ class Int8Linear(nn.Module):
     Args:
         in_features, out_features, bias, device, dtype: as of ``nn.Linear``.
         method: ``"dynamic"`` quantises each token around the middle of its own range, ``"static"`` all of them
-            symmetrically, by ``input_scale``.
+            symmetrically, by ``input_scale``, and ``"weight_only"`` none: the weight takes a quarter of fp32's bytes
+            and products are of x's dtype.
 
     Attributes:
         weight: Parameter ``[out_features, in_features]``, floating or int8.
@@ -80,7 +81,7 @@ class Int8Linear(nn.Module):
         """
         if method in METHODS and (input_scale is not None) != (method == "static"):
             raise ValueError(
-                f"Int8Linear: method 'static' needs an input_scale and 'dynamic' has none; "
+                f"Int8Linear: method 'static' needs an input_scale and the others have none; "
                 f"got {method!r} and {input_scale}"
             )
         module = cls(
@@ -143,16 +144,15 @@ class Int8Linear(nn.Module):
     def linear_activation(self, x: Tensor, activation: str | None) -> Tensor:
         """The same with an activation in the product's epilogue: see :func:`pyaccel.ops.int8_linear`."""
         return ops.int8_linear(
-            self._smoothed(x),
+            x,
             self.weight,
             self.bias,
             activation,
             weight_scale=self.weight_scale,
             input_scale=self.input_scale,
+            smooth_scale=self.smooth_scale,
+            weight_only=self.method == "weight_only",
         )
-
-    def _smoothed(self, x: Tensor) -> Tensor:
-        return x if self.smooth_scale is None else (x * self.smooth_scale).to(x.dtype)
 
     def _dequantized(self) -> Tensor:
         if self.weight_scale is None:

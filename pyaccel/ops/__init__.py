@@ -6,6 +6,7 @@ from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.feed_forward import feed_forward
 from pyaccel.ops.int8_linear import int8_linear
 from pyaccel.ops.int8_matmul import int8_matmul
+from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
 from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
 from pyaccel.ops.masked_lm_cross_entropy import masked_lm_cross_entropy
 from pyaccel.ops.quantize import (
@@ -23,6 +24,7 @@ __all__ = [
     "feed_forward",
     "int8_linear",
     "int8_matmul",
+    "int8_weight_only_matmul",
     "linear_activation",
     "linear_residual_layernorm",
     "masked_lm_cross_entropy",

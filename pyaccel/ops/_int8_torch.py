@@ -39,7 +39,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
-def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_per_token_with_offset(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`pyaccel.reference.quantize_per_token_with_offset`, bit for bit."""
     if not x.numel():
         return reference.quantize_per_token_with_offset(x)
@@ -47,7 +47,7 @@ def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scale, offset = torch.empty(2, len(rows))
     for block in blocks(*rows.shape):
-        part = rows[block].float()
+        part = reference.scaled(rows[block], factor)
         high, low, middle = part.amax(-1), part.amin(-1), offset[block]
         torch.add(high * 0.5, low * 0.5, out=middle).add_(0.0)
         centred = part - middle.unsqueeze(-1)

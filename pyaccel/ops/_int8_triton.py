@@ -1,7 +1,7 @@
 """The Triton backend of quantisation and of int8 products: registered ops, and the functions that call them.
 
 Arguments are checked by :mod:`pyaccel.ops.quantize`, :mod:`pyaccel.ops.int8_matmul` and
-:mod:`pyaccel.ops.int8_weight_only_linear`, which call these. Nothing here has a gradient.
+:mod:`pyaccel.ops.int8_weight_only_matmul`, which call these. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def matmul_op(
     epilogue = int8_epilogue.Epilogue(
         a_scale.contiguous(),
         b_scale.contiguous(),
-        None if a_offset is None else a_offset.contiguous(),
+        _contiguous(a_offset),
         b_sum,
-        None if bias is None else bias.contiguous(),
+        _contiguous(bias),
         residual,
         activation,
     )
@@ -179,7 +179,7 @@ def _(
     return _matmul_outputs(a, b, out_dtype)
 
 
-@torch.library.custom_op("pyaccel::int8_weight_only_linear", mutates_args=())
+@torch.library.custom_op("pyaccel::int8_weight_only_matmul", mutates_args=())
 def weight_only_op(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
@@ -189,9 +189,14 @@ def weight_only_op(
 
     out = x.new_empty(x.shape[0], weight.shape[0])
     launch = int8_matmul_config.weight_only(x.shape[0], device_info(x.device).arch)
-    bias = None if bias is None else bias.contiguous()
     int8_weight_only.weight_only(
-        out, _aligned(x), _aligned(weight), weight_scale.contiguous(), bias, activation, launch
+        out,
+        _aligned(x),
+        _aligned(weight),
+        weight_scale.contiguous(),
+        _contiguous(bias),
+        activation,
+        launch,
     )
     return out
 
@@ -217,21 +222,21 @@ def _aligned(x: Tensor) -> Tensor:
 # --- what the public functions call -----------------------------------------------------------------------------
 
 
-def quantize_per_token(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`pyaccel.ops.quantize_per_token`."""
-    codes, scale, _ = quantize_rows_op(_rows(x), factor, False)
+    codes, scale, _ = quantize_rows_op(_rows(x), None, False)
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
-def quantize_per_token_with_offset(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_per_token_with_offset(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`pyaccel.ops.quantize_per_token_with_offset`."""
-    codes, scale, offset = quantize_rows_op(_rows(x), factor, True)
+    codes, scale, offset = quantize_rows_op(_rows(x), _contiguous(factor), True)
     return codes.view(x.shape), scale.view(x.shape[:-1]), offset.view(x.shape[:-1])
 
 
-def quantize_per_tensor(x: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
+def quantize_per_tensor(x: Tensor, scale: Tensor, factor: Tensor | None) -> Tensor:
     """Codes as of :func:`pyaccel.ops.quantize_per_tensor`, whose scale is given."""
-    return quantize_tensor_op(_rows(x), factor, scale).view(x.shape)
+    return quantize_tensor_op(_rows(x), _contiguous(factor), scale).view(x.shape)
 
 
 def int8_matmul(
@@ -263,10 +268,10 @@ def int8_matmul(
     return (out, scale.view(leading)) if quantize_output else out
 
 
-def int8_weight_only_linear(
+def int8_weight_only_matmul(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """``activation((x @ codes^T) * weight_scale + bias)``, ``[..., in]`` -> ``[..., out]`` in x's dtype."""
+    """As :func:`pyaccel.ops.int8_weight_only_matmul`."""
     out = weight_only_op(_rows(x), weight, weight_scale, bias, activation)
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -274,3 +279,7 @@ def int8_weight_only_linear(
 def _rows(x: Tensor) -> Tensor:
     """``[..., cols]`` as a matrix, without a copy where strides allow it."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

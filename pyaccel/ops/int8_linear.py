@@ -14,6 +14,7 @@ from torch import Tensor
 from pyaccel import dispatch
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops.int8_matmul import int8_matmul
+from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
 from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.ops.quantize import (
     quantize_per_channel,
@@ -34,9 +35,11 @@ def int8_linear(
     *,
     weight_scale: Tensor | None = None,
     input_scale: Tensor | None = None,
+    smooth_scale: Tensor | None = None,
+    weight_only: bool = False,
     int8_grad_input: bool = False,
 ) -> Tensor:
-    """``activation(x @ weight^T + bias)`` with both operands quantised to int8; differentiable.
+    """``activation(x @ weight^T + bias)`` with both operands quantised to int8, or the weight alone; differentiable.
 
     Args:
         x: ``[..., in_features]``, fp32, bf16 or fp16.
@@ -47,6 +50,11 @@ def int8_linear(
         weight_scale: fp32 ``[out_features]``, with an int8 weight only.
         input_scale: fp32 scalar: x is quantised by this one (static); by default each token by its own,
             around the middle of its range (dynamic).
+        smooth_scale: fp32 ``[in_features]``, multiplies x in the pass that quantises it (SmoothQuant,
+            arXiv:2211.10438).
+        weight_only: x is multiplied as it is (in autocast's dtype), see
+            :func:`pyaccel.ops.int8_weight_only_matmul`: for few rows, where the weight's bytes are what takes time, and
+            closer to the floating layer. Saved for the backward is x then, not codes.
         int8_grad_input: the gradient of x too is an int8 product: the incoming gradient quantised per token, the weight
             per input channel. Faster where int8 is, and biased by their rounding.
 
@@ -63,10 +71,14 @@ def int8_linear(
         ValueError: naming every argument that makes no sense.
         pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
     """
-    reasons = not_supported_reasons(x, weight, bias, activation, weight_scale, input_scale)
+    reasons = not_supported_reasons(x, weight, bias, activation, weight_scale, input_scale, smooth_scale)
+    if weight_only and (input_scale is not None or smooth_scale is not None):
+        reasons.append(
+            "input_scale and smooth_scale go with a quantised input; weight_only leaves it as it is"
+        )
     dispatch.invalid("int8_linear", reasons)
     out_dtype = autocast_dtype(x.device) or x.dtype
-    arguments = (x, weight, bias, weight_scale, input_scale, activation, out_dtype)
+    arguments = (x, weight, bias, weight_scale, input_scale, smooth_scale, activation, out_dtype, weight_only)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return Int8LinearFunction.apply(*arguments, int8_grad_input)[0]
     return _forward(*arguments)[0]
@@ -79,6 +91,7 @@ def not_supported_reasons(
     activation: str | None,
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
+    smooth_scale: Tensor | None,
 ) -> list[str]:
     """Every reason why these arguments make no sense, on any backend; empty if they do."""
     reasons = []
@@ -103,15 +116,26 @@ def not_supported_reasons(
     if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.dim()):
         got = f"{input_scale.dtype} {tuple(input_scale.shape)}"
         reasons.append(f"input_scale must be a float32 scalar, got {got}")
+    if smooth_scale is not None and (
+        smooth_scale.dtype != torch.float32 or smooth_scale.shape != x.shape[-1:]
+    ):
+        got = f"{smooth_scale.dtype} {tuple(smooth_scale.shape)}"
+        reasons.append(f"smooth_scale must be float32 {tuple(x.shape[-1:])}, got {got}")
     if bias is not None and (not bias.is_floating_point() or tuple(bias.shape) != shape):
         reasons.append(f"bias must be floating point {shape}, got {bias.dtype} {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
         reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
-    others = {"weight": weight, "bias": bias, "weight_scale": weight_scale, "input_scale": input_scale}
+    others = {
+        "weight": weight,
+        "bias": bias,
+        "weight_scale": weight_scale,
+        "input_scale": input_scale,
+        "smooth_scale": smooth_scale,
+    }
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             reasons.append(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
-    for name in ("weight_scale", "input_scale"):
+    for name in ("weight_scale", "input_scale", "smooth_scale"):
         scale = others[name]
         if torch.is_grad_enabled() and scale is not None and scale.requires_grad:
             reasons.append(f"a gradient is wanted of {name}, and this op has none: detach() it")
@@ -124,17 +148,22 @@ def _forward(
     bias: Tensor | None,
     weight_scale: Tensor | None,
     input_scale: Tensor | None,
+    smooth_scale: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """The output; codes, scale and offset of x; codes and scale of the weight."""
+    weight_only: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The output; codes, scale and offset of x, those there are; codes and scale of the weight."""
     w_codes, w_scale = quantize_per_channel(weight) if weight_scale is None else (weight, weight_scale)
+    if weight_only:
+        out = int8_weight_only_matmul(x.detach().to(out_dtype), w_codes, w_scale, bias, activation)
+        return out, None, None, None, w_codes, w_scale
     codes: Tensor
     offset: Tensor | None = None
     if input_scale is None:
-        codes, scale, offset = quantize_per_token_with_offset(x)
+        codes, scale, offset = quantize_per_token_with_offset(x, factor=smooth_scale)
     else:
-        codes, scale = quantize_per_tensor(x, input_scale)
+        codes, scale = quantize_per_tensor(x, input_scale, factor=smooth_scale)
     out = int8_matmul(codes, w_codes, scale, w_scale, bias, activation, out_dtype=out_dtype, a_offset=offset)
     return out, codes, scale, offset, w_codes, w_scale
 
@@ -149,14 +178,17 @@ class Int8LinearFunction(torch.autograd.Function):
         _, weight, _, weight_scale, input_scale, *_ = inputs
         # No output of a Function may be one of its inputs: what was given comes back as a tensor of size 0.
         if input_scale is not None:
-            scale = scale.new_empty(0)
+            scale = None
         if weight_scale is not None:
             w_codes, w_scale = weight.new_empty(0), weight_scale.new_empty(0)
-        return out, codes, scale, scale.new_empty(0) if offset is None else offset, w_codes, w_scale
+        nothing = out.new_empty(0)
+        codes, scale, offset = (nothing.clone() if t is None else t for t in (codes, scale, offset))
+        return out, codes, scale, offset, w_codes, w_scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, weight_scale, input_scale, activation, _, int8_grad_input = inputs
+        x, weight, bias, weight_scale, input_scale, smooth_scale, *how = inputs
+        activation, out_dtype, weight_only, int8_grad_input = how
         _, codes, scale, offset, w_codes, w_scale = output
         ctx.mark_non_differentiable(codes, scale, offset, w_codes, w_scale)
         ctx.set_materialize_grads(False)
@@ -168,31 +200,39 @@ class Int8LinearFunction(torch.autograd.Function):
         needs_input = wants_weight or activation is not None or (wants_x and input_scale is not None)
         needs_weight = wants_x or activation is not None
         ctx.save_for_backward(
-            codes if needs_input else None,
-            (scale if input_scale is None else input_scale) if needs_input else None,
-            offset if needs_input and input_scale is None else None,
+            (x if weight_only else codes) if needs_input else None,
+            (scale if input_scale is None else input_scale) if needs_input and not weight_only else None,
+            offset if needs_input and input_scale is None and not weight_only else None,
             w_codes if needs_weight else None,
             w_scale if needs_weight else None,
             bias if activation is not None else None,
+            smooth_scale if wants_x else None,
         )
         ctx.activation = activation
         ctx.int8_grad_input = int8_grad_input
         ctx.static = input_scale is not None
+        ctx.weight_only = weight_only
+        ctx.out_dtype = out_dtype
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 8
+        nothing = (None,) * 10
         if grad is None:
             return nothing
-        codes, scale, offset, w_codes, w_scale, bias = ctx.saved_tensors
+        # With weight_only the codes are x itself.
+        codes, scale, offset, w_codes, w_scale, bias, smooth_scale = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         compute = grad.dtype
         if ctx.activation is not None:
             bias = None if bias is None else bias.detach()
-            pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)
+            if ctx.weight_only:
+                wide = codes.detach().to(ctx.out_dtype).float()
+                pre = int8_weight_only_matmul(wide, w_codes, w_scale, bias)
+            else:
+                pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)
             grad = _activation_grad(grad.float(), pre, ctx.activation).to(compute)
         dx = dweight = dbias = None
         if wants_x:
@@ -203,13 +243,19 @@ class Int8LinearFunction(torch.autograd.Function):
                 dx = (grad.float() * w_scale).to(compute) @ w_codes.to(compute)
             if ctx.static:
                 dx = dx.masked_fill(codes.abs() == INT8_MAX, 0.0)
+            if smooth_scale is not None:
+                dx = dx.float() * smooth_scale
             dx = dx.to(x_dtype)
         if wants_weight or wants_bias:
             rows = grad.reshape(-1, grad.shape[-1])
             if wants_weight:
-                by_row = scale if ctx.static else scale.reshape(-1, 1)
-                scaled = (rows.float() * by_row).to(compute)
-                dweight = scaled.mT @ codes.reshape(-1, codes.shape[-1]).to(compute)
+                columns = codes.reshape(-1, codes.shape[-1]).to(compute)
+                if ctx.weight_only:
+                    dweight = rows.mT @ columns
+                else:
+                    by_row = scale if ctx.static else scale.reshape(-1, 1)
+                    scaled = (rows.float() * by_row).to(compute)
+                    dweight = scaled.mT @ columns
                 if offset is not None:  # of rank 1, as in the forward
                     dweight = dweight.float() + (rows.float().mT @ offset.reshape(-1)).unsqueeze(-1)
                 dweight = dweight.to(weight_dtype)

@@ -36,7 +36,9 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_per_token_with_offset(
+    x: Tensor, *, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise each row around the middle of its range: ``codes * scale + offset`` approximates ``x``.
 
     With two fp32 numbers a row the codes stay symmetric and a row that isn't keeps up to a bit more; the offset's part
@@ -44,21 +46,24 @@ def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         x: ``[..., features]``, fp16, bf16, fp32 or fp64; any strides.
+        factor: fp32 ``[features]``, by which x is multiplied first, in fp32 and in the same pass (SmoothQuant,
+            arXiv:2211.10438), or None.
 
     Returns:
         int8 codes ``[..., features]``, fp32 scales ``[...]`` and fp32 offsets ``[...]``. A row of one value has codes
         0, scale 1 and that value as its offset; one with NaN or inf a NaN scale.
 
     Raises:
-        ValueError: ``x`` has no dimension, or isn't floating point.
+        ValueError: ``x`` has no dimension, or isn't floating point; ``factor`` doesn't fit it.
     """
-    dispatch.invalid("quantize_per_token_with_offset", not_supported_reasons("x", x))
-    backend = _choose("quantize_per_token_with_offset", on_gpu.rows_reasons(x))
+    reasons = not_supported_reasons("x", x) + _factor_reasons(x, factor)
+    dispatch.invalid("quantize_per_token_with_offset", reasons)
+    backend = _choose("quantize_per_token_with_offset", on_gpu.rows_reasons(x, factor))
     if backend == "triton":
-        return on_gpu.quantize_per_token_with_offset(x)
+        return on_gpu.quantize_per_token_with_offset(x, factor)
     if backend == "torch" and _in_blocks(x):
-        return on_cpu.quantize_per_token_with_offset(x)
-    return reference.quantize_per_token_with_offset(x)
+        return on_cpu.quantize_per_token_with_offset(x, factor)
+    return reference.quantize_per_token_with_offset(x, factor=factor)
 
 
 @torch.no_grad()
@@ -76,30 +81,33 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_per_tensor(
+    x: Tensor, scale: Tensor | None = None, *, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantise all of ``x`` by one scale: static quantisation, with a scale that calibration found.
 
     Args:
         x: any shape, floating point.
         scale: fp32 scalar tensor on x's device, above 0; values beyond ``127 * scale`` are clamped. By
             default ``amax(|x|) / 127``.
+        factor: fp32 ``[features]``, by which x is multiplied first, as of :func:`quantize_per_token_with_offset`.
 
     Returns:
         int8 codes of x's shape, and the scale.
 
     Raises:
-        ValueError: ``x`` isn't floating point, or ``scale`` isn't an fp32 scalar.
+        ValueError: ``x`` isn't floating point, ``scale`` isn't an fp32 scalar, or ``factor`` doesn't fit x.
     """
-    reasons = not_supported_reasons("x", x, dim=x.dim())
+    reasons = not_supported_reasons("x", x, dim=x.dim()) + _factor_reasons(x, factor)
     if scale is not None and (scale.dtype != torch.float32 or scale.dim() or scale.device != x.device):
         got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
         reasons.append(f"scale must be an fp32 scalar tensor on {x.device}, got {got}")
     dispatch.invalid("quantize_per_tensor", reasons)
-    if _choose("quantize_per_tensor", on_gpu.tensor_reasons(x)) == "triton":
+    if _choose("quantize_per_tensor", on_gpu.tensor_reasons(x, factor)) == "triton":
         if scale is None:
-            scale = reference.tensor_scale(x)
-        return on_gpu.quantize_per_tensor(x, scale), scale
-    return reference.quantize_per_tensor(x, scale)
+            scale = reference.tensor_scale(reference.scaled(x, factor))
+        return on_gpu.quantize_per_tensor(x, scale, factor), scale
+    return reference.quantize_per_tensor(x, scale, factor=factor)
 
 
 def _by_rows(op: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +125,15 @@ def _choose(op: str, triton_reasons: list[str]) -> str:
 
 def _in_blocks(x: Tensor) -> bool:
     return x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+
+
+def _factor_reasons(x: Tensor, factor: Tensor | None) -> list[str]:
+    if factor is None:
+        return []
+    if factor.dtype != torch.float32 or factor.shape != x.shape[-1:] or factor.device != x.device:
+        got = f"{factor.dtype} {tuple(factor.shape)} on {factor.device}"
+        return [f"factor must be float32 {tuple(x.shape[-1:])} on {x.device}, got {got}"]
+    return []
 
 
 def not_supported_reasons(name: str, x: Tensor, dim: int | None = None) -> list[str]:

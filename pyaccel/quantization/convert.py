@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class QuantizationReport:
     """What :func:`quantize` did.
 
     Attributes:
-        method: "dynamic" or "static".
+        method: "dynamic", "static" or "weight_only".
         quantized: names of the layers that are int8 now.
         skipped: name of each linear layer that was left -> why.
         smoothed: names of the layers whose input is smoothed.
@@ -67,6 +67,8 @@ def quantize(
         model: our BertModel or a Hugging Face encoder, accelerated or not.
         method: "dynamic": each token has its own scale, found as it comes; right without any data. "static": one scale
             for each layer's input, from ``calibration``; cheaper, and worse where channels have outliers, as BERT's do.
+            "weight_only": inputs stay floating: the most accurate, and for few tokens, where a weight's bytes take the
+            time.
         calibration: what :func:`calibrate` saw, or the data to calibrate with. "static" and ``smooth`` need it.
         smooth: SmoothQuant (arXiv:2211.10438): large input channels hand part of their size to the weight.
         alpha: how much of it, from 0 (none) to 1.
@@ -82,6 +84,10 @@ def quantize(
             they are needed.
     """
     linears, report = _selected(model, method, skip)
+    if method == "weight_only" and smooth:
+        raise ValueError(
+            "quantize: smooth=True is for quantised inputs, and 'weight_only' leaves them as they are"
+        )
     if observer not in OBSERVERS:
         raise ValueError(f"quantize: unknown observer {observer!r}: expected one of {', '.join(OBSERVERS)}")
     if not 0 < percent <= 100 or not 0 <= alpha <= 1:
@@ -120,15 +126,21 @@ def quantize(
     return report
 
 
-def prepare_qat(model: nn.Module, *, skip: Sequence[str] = ()) -> QuantizationReport:
-    """Make the encoder's linear layers trainable Int8Linears, dynamic, with the very same Parameters.
+def prepare_qat(
+    model: nn.Module, method: Literal["dynamic", "weight_only"] = "dynamic", *, skip: Sequence[str] = ()
+) -> QuantizationReport:
+    """Make the encoder's linear layers trainable Int8Linears with the very same Parameters.
 
     Train as before; :func:`freeze` then gives the int8 model that computed the last forward, bit for bit. Put it before
     the optimizer is made or after it: the Parameters are the same objects.
     """
-    linears, report = _selected(model, "dynamic", skip)
+    if method == "static":
+        raise ValueError(
+            "prepare_qat: a static scale would not follow the training: 'dynamic' or 'weight_only'"
+        )
+    linears, report = _selected(model, method, skip)
     for name, linear in linears.items():
-        _replace(model, name, linear, "dynamic", None, None)
+        _replace(model, name, linear, method, None, None)
         report.quantized.append(name)
     report.bytes_after = report.bytes_before
     return report

@@ -5,7 +5,7 @@ from pyaccel.reference.attention import attention_probs, scaled_dot_product_atte
 from pyaccel.reference.bert_embeddings import BertEmbeddingsOutput, bert_embeddings
 from pyaccel.reference.bias_gelu import bias_gelu
 from pyaccel.reference.int8_linear import int8_linear
-from pyaccel.reference.int8_matmul import int8_matmul
+from pyaccel.reference.int8_matmul import int8_matmul, int8_weight_only_matmul
 from pyaccel.reference.masked_lm_cross_entropy import masked_lm_cross_entropy
 from pyaccel.reference.quantize import (
     quantize_per_channel,
@@ -24,6 +24,7 @@ __all__ = [
     "bias_gelu",
     "int8_linear",
     "int8_matmul",
+    "int8_weight_only_matmul",
     "masked_lm_cross_entropy",
     "quantize_per_channel",
     "quantize_per_tensor",

@@ -30,6 +30,8 @@ def int8_linear(
     *,
     weight_scale: Tensor | None = None,
     input_scale: Tensor | None = None,
+    smooth_scale: Tensor | None = None,
+    weight_only: bool = False,
     upcast: bool = True,
 ) -> Tensor:
     """``activation(fake_quantize(x) @ fake_quantize(weight)^T + bias)``.
@@ -41,6 +43,8 @@ def int8_linear(
         activation: a name of :func:`pyaccel.reference.activation`, or None.
         weight_scale: fp32 ``[out_features]`` of int8 codes.
         input_scale: fp32 scalar: x is quantised by it (static), not by a scale for each token.
+        smooth_scale: fp32 ``[in_features]``, multiplies x first, in fp32.
+        weight_only: x is not quantised at all.
         upcast: True computes in fp64 and returns fp64; False in fp32, rounded to x's dtype at the end.
     """
     wide = torch.float64 if upcast else torch.float32
@@ -48,7 +52,12 @@ def int8_linear(
         w = _straight_through(weight, dequantize(*quantize_per_channel(weight.detach())), wide)
     else:
         w = dequantize(weight, weight_scale).to(wide)
-    if input_scale is None:
+    dtype = x.dtype
+    if smooth_scale is not None:
+        x = x.to(wide if x.dtype == torch.float64 else torch.float32) * smooth_scale
+    if weight_only:
+        a = x.to(wide)
+    elif input_scale is None:
         codes, scale, offset = quantize_per_token_with_offset(x.detach())
         a = _straight_through(x, dequantize(codes, scale).to(wide) + offset.unsqueeze(-1), wide)
     else:
@@ -58,7 +67,7 @@ def int8_linear(
             x.masked_fill(codes.abs() == INT8_MAX, 0.0), dequantize(codes, input_scale), wide
         )
     out = activate(F.linear(a, w, None if bias is None else bias.to(wide)), activation)
-    return out if upcast else out.to(x.dtype)
+    return out if upcast else out.to(dtype)
 
 
 def _straight_through(x: Tensor, rounded: Tensor, wide: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
-"""int8 matrix product with a floating-point epilogue, in plain torch: the definition.
+"""int8 matrix products with a floating-point epilogue, in plain torch: the definitions.
 
-``act((a @ b^T) * a_scale * b_scale + bias) + residual``, the product accumulated exactly in int32.
+``act((a @ b^T) * a_scale * b_scale + bias) + residual``, the product accumulated exactly in int32; and, of floating
+activations and an int8 weight, ``act((x @ b^T) * b_scale + bias)``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,33 @@ def int8_matmul(
     if quantize_output:
         return quantize_per_token(out)
     return out if upcast else out.to(out_dtype)
+
+
+def int8_weight_only_matmul(
+    x: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    upcast: bool = True,
+) -> Tensor:
+    """Product of floating activations and a quantised weight.
+
+    Args:
+        x: ``[..., in_features]``, floating.
+        b: int8 ``[out_features, in_features]``.
+        b_scale: fp32 ``[out_features]``.
+        bias: ``[out_features]``, any floating dtype.
+        activation: a name of :func:`pyaccel.reference.activation`, or None.
+        upcast: True computes in fp64 and returns fp64, the truth; False in fp32, rounded to x's dtype at the end.
+    """
+    wide = torch.float64 if upcast else torch.float32
+    out = (x.to(wide) @ b.to(wide).T) * b_scale.to(wide)
+    if bias is not None:
+        out = out + bias.to(wide)
+    out = activate(out, activation)
+    return out if upcast else out.to(x.dtype)
 
 
 def accumulate(a: Tensor, b: Tensor) -> Tensor:

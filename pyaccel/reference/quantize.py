@@ -24,13 +24,16 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return encode(x, scale.unsqueeze(-1)), scale
 
 
-def quantize_per_token_with_offset(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_per_token_with_offset(
+    x: Tensor, *, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Each row around the middle of its range: int8 ``[..., features]``, fp32 scales and offsets ``[...]``.
 
     ``x - offset`` is quantised symmetrically, by its own scale: a row of one sign, such as an activation's output, or
-    with one outlier, keeps up to a bit more. ``offset = max(x) / 2 + min(x) / 2`` in fp32.
+    with one outlier, keeps up to a bit more. ``offset = max(x) / 2 + min(x) / 2`` in fp32. ``factor``, fp32
+    ``[features]``, multiplies x first, in fp32.
     """
-    x = x.float()
+    x = scaled(x, factor)
     if not x.shape[-1]:
         return *quantize_per_token(x), x.new_zeros(x.shape[:-1])
     # Adding 0 makes -0 to 0: which of the two a maximum returns is anybody's choice.
@@ -43,11 +46,19 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_per_token(weight)
 
 
-def quantize_per_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One scale for all of ``x``: the given (static) fp32 scalar, or amax / 127; the rest is clamped."""
+def quantize_per_tensor(
+    x: Tensor, scale: Tensor | None = None, *, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One scale for all of ``x * factor``: the given (static) fp32 scalar, or amax / 127; the rest is clamped."""
+    x = scaled(x, factor)
     if scale is None:
         scale = tensor_scale(x)
     return encode(x, scale), scale
+
+
+def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    """``x * factor`` in fp32; a factor is fp32 ``[features]``."""
+    return x.float() if factor is None else x.float() * factor
 
 
 def tensor_scale(x: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def test_a_persistent_grid_makes_every_tile(device: torch.device) -> None:
 def test_weight_only(
     dtype: torch.dtype, activation: str | None, rows: int, device: torch.device, guarded_empty: Alloc
 ) -> None:
-    n_in, n_out = 80, 70
+    n_in, n_out = 656, 70  # sums of many blocks, the last of them not full
     x = (torch.randn(rows, n_in, device=device) + 0.3).to(dtype)
     weight, scale = codes(n_out, n_in, device, "gaps"), torch.logspace(-4, -2, n_out, device=device)
     bias = None if activation == "relu" else torch.randn(n_out, device=device).to(dtype)

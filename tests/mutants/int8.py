@@ -31,8 +31,11 @@ MUTANTS = [
     Mutant("int8_linear: the pre-activation made again without its offset", OP, "pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)", "pre = int8_matmul(codes, w_codes, scale, w_scale, bias)"),
     Mutant("int8_linear: a gradient where a static scale has clamped", OP, "            if ctx.static:\n                dx =", "            if False:\n                dx ="),
     Mutant("int8_linear: the bias's gradient in 16 bits", OP, "rows.sum(0, dtype=torch.float32)", "rows.cumsum(0)[-1]"),
-    Mutant("int8_linear: the input itself is saved", OP, "            codes if needs_input else None,", "            x if needs_input else None,"),
+    Mutant("int8_linear: the input itself is saved", OP, "            (x if weight_only else codes) if needs_input else None,", "            x if needs_input else None,"),
     Mutant("Int8Linear: scales follow a cast", MODULE, "setattr(self, name, moved if same else _moved(scale, moved))", "setattr(self, name, moved)"),
     Mutant("Int8Linear: smoothing forgotten on the way back", MODULE, "                    values = values * self.smooth_scale\n", "                    values = values * 1.0\n"),
     Mutant("Int8Linear: frozen weights load into trainable ones as floats", MODULE, "(saved.dtype == torch.int8) != self.is_frozen", "saved.dtype == torch.int16"),
+    Mutant("int8_linear: the input's gradient without smoothing", OP, "                dx = dx.float() * smooth_scale\n", "                dx = dx.float() * 1.0\n"),
+    Mutant("int8_linear: weight only, the weight's gradient of scaled rows", OP, "dweight = rows.mT @ columns", "dweight = (rows * w_scale).mT @ columns if w_scale is not None else rows.mT @ columns * 2"),
+    Mutant("weight only: the bias before the scales", "pyaccel/ops/int8_weight_only_matmul.py", "    out = out * b_scale\n    if bias is not None:\n        out = out + bias.float()\n", "    if bias is not None:\n        out = out + bias.float()\n    out = out * b_scale\n"),
 ]  # fmt: skip

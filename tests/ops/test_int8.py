@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
 from pyaccel.ops import _int8_torch
 from pyaccel.ops.int8_matmul import _accumulate, _pad_for_cublas, int8_matmul
+from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
 from pyaccel.ops.quantize import (
     quantize_per_channel,
     quantize_per_tensor,
@@ -19,6 +21,7 @@ from pyaccel.ops.quantize import (
 )
 from pyaccel.reference import quantize as reference_quantize
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
+from pyaccel.reference.int8_matmul import int8_weight_only_matmul as reference_int8_weight_only_matmul
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -192,6 +195,65 @@ def test_leading_dimensions_static_scales_and_strides(backend: str, device: torc
     torch.testing.assert_close(strided, flat)
     torch.testing.assert_close(one, flat[3])
     assert torch.equal(static, (a.cpu().int() @ b.cpu().int().T).to(device) * 0.125)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(1, 64, 32), (7, 33, 17), (16, 40, 9), (17, 96, 31)])
+def test_weight_only_product(
+    rows: int, n_in: int, n_out: int, backend: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = (torch.randn(n_in, rows, device=device) + 0.2).to(dtype).T
+    weight = torch.randn(n_out, n_in, device=device) * torch.logspace(-2, 0, n_out, device=device)[:, None]
+    b, b_scale = quantize_per_channel(weight)
+    bias = torch.randn(n_out, device=device)
+    if backend == "triton" and dtype == F32:
+        with dispatch.use_backend(backend), pytest.raises(dispatch.NotSupportedError, match="16-bit"):
+            int8_weight_only_matmul(x, b, b_scale, bias)
+        return
+    with dispatch.use_backend(backend):
+        out = int8_weight_only_matmul(x, b, b_scale, bias, "gelu")
+        with torch.autocast(device.type, BF16):
+            assert_bits_equal(int8_weight_only_matmul(x, b, b_scale, bias, "gelu"), out)
+    truth = reference_int8_weight_only_matmul(x, b, b_scale, bias, "gelu")
+    naive = F.gelu(F.linear(x, (b * b_scale[:, None]).to(dtype), bias.to(dtype)))
+    assert_close_to_truth(out, truth, naive)
+
+
+def test_weight_only_leaves_many_rows_to_pytorch(device: torch.device) -> None:
+    b, b_scale = quantize_per_channel(torch.randn(8, 16, device=device))
+    for rows, served in ((128, "triton"), (129, "torch")):
+        with dispatch.record() as choices:
+            int8_weight_only_matmul(torch.ones(rows, 16, device=device).bfloat16(), b, b_scale)
+        assert [choice.backend for choice in choices] == [served]
+    assert "more than 128 rows" in choices[0].reason
+    with pytest.raises(ValueError, match=r"b must be int8.*b_scale must be float32 \(8,\)"):
+        int8_weight_only_matmul(torch.ones(2, 16, device=device), b.float(), b_scale[:3])
+    with pytest.raises(ValueError, match="a gradient is wanted of x"):
+        int8_weight_only_matmul(torch.ones(2, 16, device=device, requires_grad=True), b, b_scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_factor_multiplies_in_fp32_before_anything_is_rounded(backend: str, device: torch.device) -> None:
+    x = (torch.randn(5, 40, device=device) + 0.3).bfloat16()
+    factor = torch.rand(80, device=device)[::2] + 0.1
+    scale = torch.tensor(0.01, device=device)
+    scaled = x.float() * factor
+    with dispatch.use_backend(backend):
+        found = (
+            *quantize_per_token_with_offset(x, factor=factor),
+            *quantize_per_tensor(x, scale, factor=factor),
+            *quantize_per_tensor(x, factor=factor),
+        )
+    expected = (
+        *reference_quantize.quantize_per_token_with_offset(scaled),
+        *reference_quantize.quantize_per_tensor(scaled, scale),
+        *reference_quantize.quantize_per_tensor(scaled),
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert_bits_equal(a, b)
+    with pytest.raises(ValueError, match=r"factor must be float32 \(40,\)"):
+        quantize_per_token_with_offset(x, factor=factor[:3])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -56,13 +56,17 @@ def test_training_and_deployed_give_the_parts_bits(
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu", "silu"])
-@pytest.mark.parametrize("kind", ["dynamic", "static", "deployed"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "deployed", "smooth", "weight only"])
 def test_gradients_are_autograds_through_the_definition(
     kind: str, activation: str | None, dtype: torch.dtype, device: torch.device
 ) -> None:
     options: dict[str, Any] = {}
     if kind == "static":
         options["input_scale"] = torch.tensor(0.05, device=device)
+    if kind == "smooth":
+        options["smooth_scale"] = torch.rand(33, device=device) + 0.5
+    if kind == "weight only":
+        options["weight_only"] = True
     x, weight, bias = operands(device, dtype)
     given = [x, weight, bias]
     if kind == "deployed":
@@ -86,7 +90,11 @@ def test_gradients_are_autograds_through_the_definition(
 def naive_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, **options: Any) -> Tensor:
     """The definition as plain PyTorch has it in x's dtype: dequantised operands of that dtype, F.linear, activation."""
     dtype = x.dtype
-    if "input_scale" in options:
+    if "smooth_scale" in options:
+        x = (x * options["smooth_scale"]).to(dtype)
+    if "weight_only" in options:
+        rounded = x.detach()
+    elif "input_scale" in options:
         codes, scale = reference.quantize_per_tensor(x.detach(), options["input_scale"])
         rounded, x = codes * scale, x.masked_fill(codes.abs() == 127, 0.0)
     else:

@@ -15,7 +15,7 @@ from torch import nn
 import pyaccel
 from pyaccel.models.bert import BertConfig, BertModel
 from pyaccel.nn import Int8Linear, ObservedLinear
-from pyaccel.quantization import calibrate, dequantize, freeze, quantize, sensitivity
+from pyaccel.quantization import calibrate, dequantize, freeze, prepare_qat, quantize, sensitivity
 from tests.assertions import assert_bits_equal
 from tests.hf.models import tiny
 from tests.quantization.conftest import Real
@@ -63,6 +63,20 @@ def test_smoothing_makes_it_better_and_static_scales_worse(real: Real) -> None:
     assert sorted(means, key=means.__getitem__) == ["clamped", "static", "dynamic", "smooth"]
     assert cosines["smooth"].min() > cosines["dynamic"].min() >= 0.995
     assert means["static"] > 0.97
+
+
+def test_weight_only_is_the_most_accurate(real: Real) -> None:
+    model = real.model()
+    accelerated = pyaccel.accelerate(model)
+    assert quantize(model, "weight_only").bytes_after < 0.26 * quantize(real.model()).bytes_before
+    cosines = real.cosines(model)
+    assert cosines.min() >= 0.999  # the smoothed dynamic layers' is 0.9977
+    assert accelerated.fast == Counter(packed=6 * len(real.batches))
+    assert not accelerated.fallbacks
+    with pytest.raises(ValueError, match="leaves them as they are"):
+        quantize(real.model(), "weight_only", smooth=True, calibration=real.batches[:1])
+    with pytest.raises(ValueError, match="'dynamic' or 'weight_only'"):
+        prepare_qat(real.model(), "static")  # type: ignore[arg-type]
 
 
 def test_the_costliest_layers_are_named(real: Real) -> None:
@@ -156,14 +170,16 @@ def small_model(**changes: Any) -> BertModel:
     return BertModel(config).eval()
 
 
-@pytest.mark.parametrize("method", ["dynamic", "static", "smooth"])
+@pytest.mark.parametrize("method", ["dynamic", "static", "smooth", "weight_only"])
 def test_files(method: str, tmp_path: Path) -> None:
     model = small_model()
     ids = torch.randint(0, 97, (3, 7))
     floating = model(ids).last_hidden_state.detach()
     model.save_pretrained(tmp_path / "float")
-    options: dict[str, Any] = {"calibration": [ids]} if method != "dynamic" else {}
-    quantize(model, "static" if method == "static" else "dynamic", smooth=method == "smooth", **options)
+    options: dict[str, Any] = {"smooth": True} if method == "smooth" else {"method": method}
+    if method in ("static", "smooth"):
+        options["calibration"] = [ids]
+    quantize(model, **options)
     with torch.no_grad():
         expected = model(ids).last_hidden_state
     assert 0 < (expected - floating).abs().max() < 0.2
