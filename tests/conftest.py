@@ -14,10 +14,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+
+if platform.machine() in ("x86_64", "AMD64"):
+    # The interpreter multiplies by numpy's BLAS, which sums in an order of each CPU's own: one order for all, so that
+    # a test that passes on one passes on another. It has to be chosen before numpy is imported.
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 
 import pytest
 import torch

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import select
 import signal
 import sys
@@ -38,7 +39,9 @@ PYTEST = ("-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider")
 
 
 def preload() -> None:
-    """Import what all runs share. Triton reads TRITON_INTERPRET as it is imported: tests/conftest.py's choice."""
+    """Import what all runs share. What is read at an import is set here as tests/conftest.py sets it."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
     import torch
 
     os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")

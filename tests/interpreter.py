@@ -1,4 +1,4 @@
-"""A correction of Triton's interpreter for bfloat16, used by the test suite and by nothing else.
+"""A correction of Triton's interpreter for bfloat16, and its quickening; used by the test suite and by nothing else.
 
 TRITON_INTERPRET=1 runs a kernel's blocks in numpy, which has no bfloat16: the interpreter keeps such values
 as bit patterns in uint16. In triton 3.6 to 3.9 it then gets wrong, without a word:
@@ -15,6 +15,10 @@ rounded once, to nearest even. So does the hardware, in dots (products and sums 
 operations. The third group depends on the order of its roundings and is refused: kernels sum in float32.
 
 Loads, bitcasts, selections and data movement treat a value as bits and are right as they are.
+
+The interpreter also replaces the whole of ``triton.language`` at each call of a device function, though the launch
+around it has done so, and makes a table of all dtypes each time it needs one: 40 % of the time of a test.
+:func:`install` lets the first replacement stand and keeps the answers.
 """
 
 from __future__ import annotations
@@ -60,9 +64,11 @@ EXPECTED_PARAMETERS = {
     (interpreter.ReduceOps, "sum"): ["self", "input"],
     (interpreter.ScanOps, "cumsum"): ["self", "input"],
     (interpreter.ScanOps, "cumprod"): ["self", "input"],
+    (interpreter, "_patch_lang"): ["fn"],
+    (interpreter, "_get_np_dtype"): ["tt_dtype"],
 }
 
-_originals: dict[tuple[type, str], Any] = {}
+_originals: dict[tuple[Any, str], Any] = {}
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -139,6 +145,38 @@ def _get_bf16(self: Any, value: float) -> Any:
     return _narrow(self.get_fp32(value))
 
 
+def _patched_once(patch_lang: Callable[..., Any]) -> Callable[..., Any]:
+    """`patch_lang`, which does nothing where `fn` finds the language patched: a scope that restores nothing."""
+
+    @functools.cache
+    def languages(fn: Callable[..., Any]) -> tuple[Any, ...]:
+        return tuple(module for module in (tl, tl.core) if module in _modules(fn))
+
+    @functools.wraps(patch_lang)
+    def patched(fn: Any) -> Any:
+        if any(tl.core.is_builtin(module.load) for module in languages(fn)):
+            return patch_lang(fn)
+        return interpreter._LangPatchScope()
+
+    return patched
+
+
+def _looked_up_once(get_np_dtype: Callable[..., Any]) -> Callable[..., Any]:
+    of_scalar = functools.cache(get_np_dtype)
+
+    @functools.wraps(get_np_dtype)
+    def get(tt_dtype: Any) -> Any:
+        scalar = tt_dtype.scalar
+        # Pointer types can't be hashed.
+        return get_np_dtype(scalar) if isinstance(scalar, tl.pointer_type) else of_scalar(scalar)
+
+    return get
+
+
+def _modules(fn: Callable[..., Any]) -> list[Any]:
+    return [value for value in fn.__globals__.values() if inspect.ismodule(value)]
+
+
 def check_internals() -> None:
     """Raise RuntimeError unless this triton's interpreter is one that the correction was written for."""
     problems = []
@@ -171,6 +209,10 @@ def install() -> None:
     for (owner, name), method in _originals.items():
         if name == "get_bf16":
             replacement = _get_bf16
+        elif name == "_patch_lang":
+            replacement = _patched_once(method)
+        elif name == "_get_np_dtype":
+            replacement = _looked_up_once(method)
         elif name == "cast_impl":
             replacement = _corrected_cast(method)
         elif owner is builder and name != "create_atomic_rmw":
