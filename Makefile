@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ENV := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-gpu bench lint mutants inspect clean
+.PHONY: help demo test test-gpu bench lint machine-code mutants inspect clean
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -33,6 +33,9 @@ lint: $(ENV)     ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+machine-code: $(ENV)  ## every kernel for every architecture: those too that make test takes from one like it
+	PYACCEL_EVERY_ARCH=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/machine_code $(ARGS)
 
 mutants: $(ENV)  ## plant known bugs in the kernels; fail if the tests let one live
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -19,9 +19,9 @@ from pyaccel.ops.bias_gelu import ACTIVATIONS
 from pyaccel.verify import bias_gelu_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
+from tests.machine_code import DISTINCT_ARCHS
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
-MATRIX = {"bf16": ARCHS, "fp32": ("sm_80", "sm_90"), "bf16 + fp32": ("sm_90",)}
+MATRIX = {"bf16": DISTINCT_ARCHS, "fp32": ("sm_80", "sm_90"), "bf16 + fp32": ("sm_90",)}
 FEED_FORWARD = 3072
 # Matrices that are read.
 INPUTS = {"forward": 1, "backward": 2, "int8": 1}

@@ -23,8 +23,8 @@ from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.verify import int8_matmul_specs, quantize_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
+from tests.machine_code import ARCHS
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 ROW_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 Compiled = list[tuple[KernelSpec, MachineCode]]

@@ -20,8 +20,7 @@ from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.verify import linear_activation_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
-
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+from tests.machine_code import ARCHS
 
 Compiled = list[tuple[KernelSpec, MachineCode]]
 

@@ -190,9 +190,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="run this mutant alone; repeatable")
     parser.add_argument("--family", action="append", help="run this family's mutants alone; repeatable")
     parser.add_argument(
+        "--tests-pass",
+        action="store_true",
+        help="believe that the tests pass on the tree as it is, as where they have just been run",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
-        help="seconds for one run; default: 60 and 5 times what the unmutated tree takes",
+        help="seconds for one run; default: 60 and 5 times what the unmutated tree takes, 900 if that isn't known",
     )
     options = parser.parse_args(arguments)
     chosen = [(family, mutant) for family, listed in families().items() for mutant in listed]
@@ -226,9 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.callback(worker.close)
         named = list(dict.fromkeys(family for family, _ in chosen))
         task = progress.add_task("the tree as it is", total=len(named))
-        patience = options.timeout or 1800.0
+        patience = options.timeout or 900.0
         healthy = {
-            family: pool.submit(try_mutant, workers, None, fast_tests(family), patience) for family in named
+            family: pool.submit(try_mutant, workers, None, fast_tests(family), patience)
+            for family in named
+            if not options.tests_pass
         }
         seconds: dict[str, float] = {}
         for family, future in healthy.items():
@@ -247,9 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 workers,
                 mutant,
                 fast_tests(family),
-                options.timeout or 60.0 + 5.0 * seconds[family],
+                options.timeout or (60.0 + 5.0 * seconds[family] if seconds else patience),
             ): mutant.name
-            for family, mutant in sorted(chosen, key=lambda pair: -seconds[pair[0]])
+            for family, mutant in sorted(chosen, key=lambda pair: -seconds.get(pair[0], 0.0))
         }
         for done in as_completed(running):
             outcomes[running[done]] = done.result()

@@ -92,9 +92,13 @@ def test_codes_around_an_offset(backend: str, dtype: torch.dtype, device: torch.
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("block_bytes", [1, 2**20], ids=["many blocks", "one block"])
+@pytest.mark.parametrize(
+    ("backend", "block_bytes"),
+    [("torch", 1), ("torch", 2**20), ("triton", 2**20)],
+    ids=["blocks", "one", "triton"],
+)
 def test_rows_that_have_no_ordinary_scale(
-    block_bytes: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    backend: str, block_bytes: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_int8_torch, "BLOCK_BYTES", block_bytes)
     x = torch.randn(70, 9, device=device)
@@ -106,27 +110,30 @@ def test_rows_that_have_no_ordinary_scale(
     x[42] = torch.linspace(-190, 190, 9) * 2.0**-149
     x[50, 0] = 1e30
     x = x.to(dtype)
-    for op, definition in (
-        (quantize_per_token, reference_quantize.quantize_per_token),
-        (quantize_per_token_with_offset, reference_quantize.quantize_per_token_with_offset),
-    ):
-        for a, b in zip(op(x), definition(x), strict=True):
-            assert_bits_equal(
-                a.nan_to_num(7) if a.is_floating_point() else a,
-                b.nan_to_num(7) if b.is_floating_point() else b,
-            )
-    codes, scale = quantize_per_token(x)
-    weight, w_scale = quantize_per_channel(torch.randn(5, 9, device=device))
-    out = int8_matmul(codes, weight, scale, w_scale)
-    bad = torch.tensor([3, 4, 5], device=device)
-    assert not out[bad].isfinite().any()  # it shows, and stays in its row
-    assert out[:3].isfinite().all()
-    assert out[6:].isfinite().all()
+    with dispatch.use_backend(backend):
+        for op, definition in (
+            (quantize_per_token, reference_quantize.quantize_per_token),
+            (quantize_per_token_with_offset, reference_quantize.quantize_per_token_with_offset),
+        ):
+            for a, b in zip(op(x), definition(x), strict=True):
+                assert_bits_equal(
+                    a.nan_to_num(7) if a.is_floating_point() else a,
+                    b.nan_to_num(7) if b.is_floating_point() else b,
+                )
+        codes, scale = quantize_per_token(x)
+        weight, w_scale = quantize_per_channel(torch.randn(5, 9, device=device))
+        out = int8_matmul(codes, weight, scale, w_scale)
+        bad = torch.tensor([3, 4, 5], device=device)
+        assert not out[bad].isfinite().any()  # it shows, and stays in its row
+        assert out[:3].isfinite().all()
+        assert out[6:].isfinite().all()
 
 
-def test_nothing_to_quantise(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_nothing_to_quantise(backend: str, device: torch.device) -> None:
     for shape in ((0, 5), (3, 0)):
-        codes, scale = quantize_per_token(torch.zeros(shape, device=device))
+        with dispatch.use_backend(backend):
+            codes, scale = quantize_per_token(torch.zeros(shape, device=device))
         assert codes.shape == shape
         assert scale.tolist() == [1.0] * shape[0]
 

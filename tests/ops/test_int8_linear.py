@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pyaccel import reference
+from pyaccel import dispatch, reference
 from pyaccel.ops import (
     int8_linear,
     int8_matmul,
@@ -21,6 +22,13 @@ from pyaccel.ops import (
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True, params=["triton", "torch"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test by either, but for what its backend leaves to another."""
+    with dispatch.use_backend("auto" if request.param == "triton" else request.param):
+        yield request.param
 
 
 def operands(device: torch.device, dtype: torch.dtype = F32, rows: tuple[int, ...] = (3, 5)) -> list[Tensor]:
