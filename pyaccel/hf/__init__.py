@@ -1,9 +1,10 @@
 """Acceleration of Hugging Face transformers models, in place and reversible.
 
 ``accelerate(model)``, ``restore(model)`` and ``explain(model)`` are the whole of it; ``register()`` makes
-``attn_implementation="pyaccel"`` known to transformers without accelerating anything.
+``attn_implementation="pyaccel"`` and int8 folders known to transformers without accelerating anything.
+``PyaccelInt8Config`` is its quantization_config.
 
-transformers is imported by the first call, not by importing this package.
+transformers is imported by the first call, or by asking for that class, not by importing this package.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from pyaccel.hf.quantizer import PyaccelInt8Config
     from pyaccel.hf.report import Explanation, Report
 
-__all__ = ["Explanation", "Report", "accelerate", "explain", "register", "restore"]
+__all__ = ["Explanation", "PyaccelInt8Config", "Report", "accelerate", "explain", "register", "restore"]
 
 
 def accelerate(
@@ -80,15 +82,20 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def register() -> None:
-    """Make ``attn_implementation="pyaccel"`` known to transformers, attention and mask function together."""
+    """Make known to transformers ``attn_implementation="pyaccel"`` and, as "pyaccel_int8", our int8 folders.
+
+    Attention and mask function are registered together. Without this, or ``accelerate``, transformers loads the codes
+    of an int8 folder as if they were weights, with a warning.
+    """
     _swap().register()
 
 
 def _swap() -> Any:
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("pyaccel.hf needs Hugging Face transformers: pip install pyaccel-bert[hf]")
-    from pyaccel.hf import swap
+    from pyaccel.hf import quantizer, swap
 
+    assert quantizer  # registers int8 folders as it is imported
     return swap
 
 
@@ -97,4 +104,9 @@ def __getattr__(name: str) -> Any:
         from pyaccel.hf import report
 
         return getattr(report, name)
+    if name == "PyaccelInt8Config":
+        _swap()
+        from pyaccel.hf import quantizer
+
+        return quantizer.PyaccelInt8Config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pyaccel import ops, reference
 from pyaccel.nn import Int8Linear, ResidualLayerNorm
+from pyaccel.nn.int8_files import make_int8, quantization_config
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
@@ -356,7 +357,10 @@ class BertModel(nn.Module):
         with torch.device("meta"):
             model = cls(config, add_pooling_layer=any(name.startswith("pooler.") for name in weights))
         if "quantization_config" in values:
-            _make_int8(model, values["quantization_config"], weights, folder)
+            try:
+                make_int8(model, values["quantization_config"])
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
         _check_weights(weights, model.state_dict(), folder)
         model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
         model.to_empty(device="cpu")
@@ -380,7 +384,7 @@ class BertModel(nn.Module):
         dtype = str(self.embeddings.word_embeddings.weight.dtype).removeprefix("torch.")
         values.update(model_type="bert", architectures=["BertModel"], dtype=dtype)
         values.pop("quantization_config", None)
-        if quantization := _quantization_config(self):
+        if quantization := quantization_config(self):
             values["quantization_config"] = quantization
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -697,49 +701,6 @@ def _bert_weights(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]
     # Early checkpoints name LayerNorm's parameters as TensorFlow does, and hold a buffer of positions.
     named.pop("embeddings.position_ids", None)
     return {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in named.items()}
-
-
-_QUANT_METHOD = "pyaccel_int8"
-
-
-def _quantization_config(model: BertModel) -> dict[str, Any] | None:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
-    if not found:
-        return None
-    if trainable := [name for name, module in found.items() if not module.is_frozen]:
-        raise ValueError(
-            f"save_pretrained: {trainable[0]} still trains; pyaccel.quantization.freeze(model) first"
-        )
-    return {"quant_method": _QUANT_METHOD, "modules": {name: module.method for name, module in found.items()}}
-
-
-def _make_int8(model: BertModel, quantization: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Put empty int8 layers where `quantization_config` names them."""
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != _QUANT_METHOD:
-        raise ValueError(
-            f"{folder}: a quantized checkpoint, by {method!r}; "
-            f"BertModel loads floating-point weights and {_QUANT_METHOD!r}"
-        )
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name, how in quantization.get("modules", {}).items():
-        if name not in linears:
-            raise ValueError(
-                f"{folder}: config.json's quantization_config names {name!r}, which is no linear layer"
-            )
-        parent, _, last = name.rpartition(".")
-        try:
-            module = Int8Linear.from_linear(
-                linears[name], method=how, input_scale=1.0 if how == "static" else None
-            )
-        except ValueError as error:
-            raise ValueError(f"{folder}: {name}: {error}") from error
-        shape = module.weight.shape
-        module.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), requires_grad=False)
-        module.weight_scale = torch.empty(shape[0], device="meta")
-        if f"{name}.smooth_scale" in weights:
-            module.smooth_scale = torch.empty(shape[1], device="meta")
-        setattr(model.get_submodule(parent), last, module)
 
 
 def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyaccel.models.bert import share_qkv_storage
 from pyaccel.nn import Int8Linear
+from pyaccel.nn.int8_files import quantization_config
 from pyaccel.nn.int8_linear import METHODS, Method
 from pyaccel.quantization.calibrate import OBSERVERS, Calibration, Observer, calibrate, encoder_linears
 from pyaccel.quantization.smooth import smooth_scales
@@ -159,6 +160,7 @@ def freeze(model: nn.Module) -> nn.Module:
         heads = [getattr(module, name, None) for name in ("query", "key", "value")]
         if all(isinstance(head, Int8Linear) for head in heads):
             share_qkv_storage(module)  # one product for the three, without a copy
+    _record(model)
     return model
 
 
@@ -169,7 +171,24 @@ def dequantize(model: nn.Module) -> nn.Module:
         raise ValueError(f"dequantize: there is no Int8Linear in this {type(model).__name__}")
     for name, layer in found.items():
         _set(model, name, layer.to_linear())
+    _record(model)
     return model
+
+
+def _record(model: nn.Module) -> None:
+    """Have the ``save_pretrained`` of transformers' models in ``model`` write what is int8 now into config.json."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if not hasattr(module, "base_model_prefix") or config is None:
+            continue  # no PreTrainedModel of transformers
+        entry = quantization_config(module, prefix=f"{module.base_model_prefix}.")
+        quantizer = getattr(module, "hf_quantizer", None)
+        if entry is not None:
+            config.quantization_config = entry
+        elif quantizer is not None:  # from_pretrained made it int8, and knows what else says so
+            quantizer.remove_quantization_config(module)
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
 
 
 def _selected(

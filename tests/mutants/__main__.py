@@ -2,6 +2,9 @@
 
 Only a failing test kills. A mutant that cannot be planted, or that merely breaks an import, is an error: it
 would prove nothing.
+
+The test that killed a mutant last time (``killers.json``, which ``--remember`` writes) is run first and alone; where it
+doesn't kill, all of the family's tests are run, so that what is remembered saves time and decides nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from tests.mutants import Mutant
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ("kernels", "pyaccel", "tests", "pyproject.toml")
 WORKERS = 2
+KILLERS = Path(__file__).with_name("killers.json")
 
 # What pytest's -rfE prints for a failure; what cannot be collected has no "::test".
 FAILED = re.compile(r"^(FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
@@ -48,7 +52,7 @@ class Outcome:
 
     Attributes:
         verdict: "killed", "survived" or "error".
-        by: the first test that failed, or what is wrong.
+        by: the first test that failed, by pytest's name for it, or what is wrong.
         seconds: how long the tests ran.
     """
 
@@ -152,10 +156,9 @@ def judge(returncode: int, output: str, seconds: float) -> Outcome:
     if not failures:
         return Outcome("error", f"pytest exited with {returncode}: {_last_line(output)}", seconds)
     _, where, message = failures[0]
-    _, _, test = where.partition("::")
-    if returncode != 1 or not test or BROKEN.search(message):
+    if returncode != 1 or "::" not in where or BROKEN.search(message):
         return Outcome("error", f"{where}: {message or 'not collected'}", seconds)
-    return Outcome("killed", test, seconds)
+    return Outcome("killed", where, seconds)
 
 
 def _last_line(output: str) -> str:
@@ -164,9 +167,16 @@ def _last_line(output: str) -> str:
 
 
 def try_mutant(
-    workers: SimpleQueue[Worker], mutant: Mutant | None, tests: Sequence[str], timeout: float
+    workers: SimpleQueue[Worker],
+    mutant: Mutant | None,
+    tests: Sequence[str],
+    timeout: float,
+    killer: str | None = None,
 ) -> Outcome:
-    """Have a free worker run `tests` in a copy of the tree with `mutant` planted; with None in a plain copy."""
+    """Have a free worker run `tests` in a copy of the tree with `mutant` planted; with None in a plain copy.
+
+    `killer` is a test to run before them, which may be enough.
+    """
     with tempfile.TemporaryDirectory(prefix="pyaccel-mutant-") as folder:
         tree = Path(folder)
         copy_tree(tree)
@@ -178,6 +188,10 @@ def try_mutant(
             (tree / mutant.file).write_text(mutated)
         worker = workers.get()
         try:
+            if killer is not None:
+                outcome = worker.run_tests(tree, [killer], timeout)
+                if outcome.verdict == "killed":
+                    return outcome
             return worker.run_tests(tree, tests, timeout)
         finally:
             workers.put(worker)
@@ -194,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="believe that the tests pass on the tree as it is, as where they have just been run",
     )
+    parser.add_argument("--remember", action="store_true", help=f"write {KILLERS.name} for the next run")
     parser.add_argument(
         "--timeout",
         type=float,
@@ -220,6 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes: dict[str, Outcome] = {}
+    killers: dict[str, str] = json.loads(KILLERS.read_text()) if KILLERS.exists() else {}
     workers: SimpleQueue[Worker] = SimpleQueue()
     with (
         ExitStack() as stack,
@@ -255,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 mutant,
                 fast_tests(family),
                 options.timeout or (60.0 + 5.0 * seconds[family] if seconds else patience),
+                killers.get(mutant.name),
             ): mutant.name
             for family, mutant in sorted(chosen, key=lambda pair: -seconds.get(pair[0], 0.0))
         }
@@ -262,6 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes[running[done]] = done.result()
             progress.advance(task)
 
+    if options.remember:
+        names = {mutant.name for listed in families().values() for mutant in listed}
+        killers |= {n: o.by for n, o in outcomes.items() if o.verdict == "killed" and "::" in o.by}
+        kept = {name: killers[name] for name in sorted(killers) if name in names}
+        KILLERS.write_text(json.dumps(kept, indent=1) + "\n")
     console.print(_table(chosen, outcomes))
     alive = [name for name, outcome in outcomes.items() if outcome.verdict != "killed"]
     console.print(f"{len(outcomes) - len(alive)} of {len(outcomes)} mutants killed")
@@ -277,8 +299,9 @@ def _table(chosen: list[tuple[str, Mutant]], outcomes: dict[str, Outcome]) -> Ta
         outcome = outcomes[mutant.name]
         colour = "green" if outcome.verdict == "killed" else "red"
         verdict = f"[{colour}]{outcome.verdict}[/{colour}]"
+        _, _, test = outcome.by.partition("::")
         # Brackets of a parametrised test's name are no markup.
-        by = outcome.by.replace("[", r"\[")
+        by = (test or outcome.by).replace("[", r"\[")
         table.add_row(family, mutant.name, verdict, by, f"{outcome.seconds:.1f}")
     return table
 
