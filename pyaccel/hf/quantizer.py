@@ -54,7 +54,9 @@ class PyaccelInt8Config(QuantizationConfigMixin):  # type: ignore[misc]
                 f"PyaccelInt8Config: skip must be a list of names or patterns: write skip=[{skip!r}]"
             )
         if modules is None and method not in ("dynamic", "weight_only"):
-            hint = "quantize a loaded model with pyaccel.quantization.quantize(model, 'static', calibration=...)"
+            hint = (
+                "quantize a loaded model with pyaccel.quantization.quantize(model, 'static', calibration=...)"
+            )
             raise ValueError(
                 f"PyaccelInt8Config: method must be 'dynamic' or 'weight_only', got {method!r}"
                 + (f"; static scales need data: {hint}" if method == "static" else "")

@@ -71,7 +71,9 @@ def test_loaded_in_int8_as_quantised_in_place_and_again(auto: Any, method: str, 
     assert all(weights[f"{name}_scale"].dtype == torch.float32 for name in codes)
     again.save_pretrained(folder.parent / "once more")
     for name in ("config.json", "model.safetensors"):
-        assert (folder.parent / "once more" / name).read_bytes() == (folder.parent / "int8" / name).read_bytes()
+        assert (folder.parent / "once more" / name).read_bytes() == (
+            folder.parent / "int8" / name
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["static", "smooth"])
@@ -109,7 +111,9 @@ def test_scales_stay_fp32_in_16_bits(dtype: torch.dtype, quantized: bool, folder
 
 
 def test_our_bert_and_transformers_load_each_others_folders(folder: Path) -> None:
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=PyaccelInt8Config())
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=PyaccelInt8Config()
+    )
     theirs.save_pretrained(folder.parent / "theirs")
     ours = our_bert.BertModel.from_pretrained(folder.parent / "theirs")
     assert len(int8_layers(ours)) == 18
@@ -117,15 +121,21 @@ def test_our_bert_and_transformers_load_each_others_folders(folder: Path) -> Non
     back = BertModel.from_pretrained(folder.parent / "ours")
     batch = batch_of()
     with torch.no_grad(), pyaccel.use_backend("torch"):
-        hidden = ours(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")).last_hidden_state
+        hidden = ours(
+            batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")
+        ).last_hidden_state
         expected = theirs.bert(**batch).last_hidden_state
         assert_bits_equal(back(**batch).last_hidden_state, expected)
     read = batch["attention_mask"].bool()
-    torch.testing.assert_close(hidden[read], expected[read], atol=0.05, rtol=0.05)  # other rounding before a code
+    torch.testing.assert_close(
+        hidden[read], expected[read], atol=0.05, rtol=0.05
+    )  # other rounding before a code
 
 
 def test_accelerated_saved_and_restored(folder: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=PyaccelInt8Config())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=PyaccelInt8Config()
+    )
     plain = answer(model)
     report = pyaccel.accelerate(model)
     model.save_pretrained(folder.parent / "int8")
@@ -134,12 +144,16 @@ def test_accelerated_saved_and_restored(folder: Path) -> None:
     assert not report.fallbacks
     pyaccel.restore(model)
     assert_bits_equal(answer(model), plain)
-    assert_bits_equal(answer(AutoModelForSequenceClassification.from_pretrained(folder.parent / "int8")), plain)
+    assert_bits_equal(
+        answer(AutoModelForSequenceClassification.from_pretrained(folder.parent / "int8")), plain
+    )
 
 
 @pytest.mark.parametrize("how", ["theirs", "ours"])
 def test_back_to_floating_point(how: str, folder: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=PyaccelInt8Config())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, quantization_config=PyaccelInt8Config()
+    )
     model = model.dequantize() if how == "theirs" else dequantize(model)
     assert not int8_layers(model)
     assert not hasattr(model, "hf_quantizer")
@@ -194,7 +208,9 @@ def test_deepcopy(folder: Path) -> None:
 
 
 def test_a_new_process_needs_register(folder: Path) -> None:
-    AutoModel.from_pretrained(folder, quantization_config=PyaccelInt8Config()).save_pretrained(folder / "int8")
+    AutoModel.from_pretrained(folder, quantization_config=PyaccelInt8Config()).save_pretrained(
+        folder / "int8"
+    )
     code = (
         "import sys, pyaccel.hf; pyaccel.hf.register(); from transformers import AutoModel; "
         "model = AutoModel.from_pretrained(sys.argv[1]); print(type(model.encoder.layer[0].output.dense).__name__)"
@@ -217,7 +233,9 @@ def test_errors(folder: Path) -> None:
             PyaccelInt8Config(**arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no linear layer of the encoder fits '\*.nowhere'"):
         AutoModel.from_pretrained(folder, quantization_config=PyaccelInt8Config(skip=["*.nowhere"]))
-    AutoModel.from_pretrained(folder, quantization_config=PyaccelInt8Config()).save_pretrained(folder / "int8")
+    AutoModel.from_pretrained(folder, quantization_config=PyaccelInt8Config()).save_pretrained(
+        folder / "int8"
+    )
     path = folder / "int8" / "config.json"
     path.write_text(path.read_text().replace("encoder.layer.1.output.dense", "encoder.layer.1.elsewhere"))
     with pytest.raises(ValueError, match=r"names 'encoder.layer.1.elsewhere', which is no linear layer"):
