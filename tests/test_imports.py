@@ -36,7 +36,7 @@ class Rule:
     lazily: tuple[str, ...] = ()  # of either kind, by full name, but only inside functions
 
 
-# kernels <- ops <- nn <- models <- hf, verify <- cli.
+# kernels <- ops <- nn <- models <- quantization <- hf, verify <- cli.
 # Only kernels import triton at the top of a file, and only hf transformers.
 RULES = {
     "kernels": Rule(packages=("torch", "triton")),
@@ -49,7 +49,7 @@ RULES = {
         ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
     ),
     "hf": Rule(
-        ("reference", "dispatch", "packing", "ops", "nn", "models"),
+        ("reference", "dispatch", "packing", "ops", "nn", "models", "quantization"),
         ("torch", "transformers", "huggingface_hub"),
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),

@@ -21,7 +21,7 @@ from pyaccel.quantization import dequantize, freeze, quantize
 
 
 @register_quantization_config(QUANT_METHOD)
-class PyaccelInt8Config(QuantizationConfigMixin):  # type: ignore[misc]
+class PyaccelInt8Config(QuantizationConfigMixin):
     """int8 linear layers in the encoder of a model that ``from_pretrained`` loads.
 
     Args:
@@ -61,7 +61,7 @@ class PyaccelInt8Config(QuantizationConfigMixin):  # type: ignore[misc]
                 f"PyaccelInt8Config: method must be 'dynamic' or 'weight_only', got {method!r}"
                 + (f"; static scales need data: {hint}" if method == "static" else "")
             )
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.method = method
         self.skip = list(skip)
         self.modules = None if modules is None else dict(modules)
@@ -82,7 +82,7 @@ class PyaccelInt8Config(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(QUANT_METHOD)
-class PyaccelInt8Quantizer(HfQuantizer):  # type: ignore[misc]
+class PyaccelInt8Quantizer(HfQuantizer):
     """What transformers calls while it loads a model; users have :class:`PyaccelInt8Config`."""
 
     requires_calibration = False
