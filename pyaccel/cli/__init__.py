@@ -10,6 +10,7 @@ from pyaccel.cli.cost import cost
 from pyaccel.cli.demo import demo
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inspect import inspect
+from pyaccel.cli.quantize import quantize
 
 app = typer.Typer(
     help="Fused, verified Transformer kernels for BERT-family models.",
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(inspect)
 app.command()(cost)
+app.command()(quantize)
 
 
 def main() -> None:

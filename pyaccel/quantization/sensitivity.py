@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,22 +16,44 @@ from pyaccel.quantization.calibrate import encoder_linears, run, watched
 
 @dataclass
 class Sensitivity:
-    """SQNR in dB of each layer's output, in int8 against floating point on the same input: the lower, the costlier."""
+    """What int8 costs each layer, and what leaving it in floating point would.
+
+    Attributes:
+        sqnr_db: SQNR in dB of each layer's output, in int8 against floating point on the same input: the lower, the
+            costlier.
+        saved_bytes: how many fewer its weight takes in int8.
+    """
 
     sqnr_db: dict[str, float]
+    saved_bytes: dict[str, int] = field(default_factory=dict)
 
     def costliest(self) -> list[str]:
         """Names, the costliest first."""
         return sorted(self.sqnr_db, key=self.sqnr_db.__getitem__)
 
-    def leave(self, *, count: int | None = None, below_db: float | None = None) -> list[str]:
-        """Layers to leave in floating point (``skip=`` of quantize): the ``count`` costliest, or all ``below_db``."""
-        if (count is None) == (below_db is None):
-            raise ValueError("Sensitivity.leave: give either count or below_db")
+    def leave(
+        self, *, count: int | None = None, below_db: float | None = None, max_bytes: int | None = None
+    ) -> list[str]:
+        """Layers to leave in floating point (``skip=`` of quantize), the costliest first.
+
+        Args:
+            count: so many.
+            below_db: all whose SQNR is lower.
+            max_bytes: those that fit: together they may take so many bytes more than in int8.
+        """
+        if sum(limit is not None for limit in (count, below_db, max_bytes)) != 1:
+            raise ValueError("Sensitivity.leave: give one of count, below_db and max_bytes")
         if count is not None:
             return self.costliest()[:count]
-        assert below_db is not None
-        return [name for name in self.costliest() if self.sqnr_db[name] < below_db]
+        if below_db is not None:
+            return [name for name in self.costliest() if self.sqnr_db[name] < below_db]
+        assert max_bytes is not None
+        left = []
+        for name in self.costliest():
+            if self.saved_bytes[name] <= max_bytes:
+                max_bytes -= self.saved_bytes[name]
+                left.append(name)
+        return left
 
     def __str__(self) -> str:
         lines = [f"{self.sqnr_db[name]:6.1f} dB  {name}" for name in self.costliest()]
@@ -66,7 +88,12 @@ def sensitivity(model: nn.Module, data: Iterable[Any], *, progress: bool = True)
 
     with torch.no_grad(), watched(model, observer):
         run(model, data, progress=progress, description="sensitivity")
-    return Sensitivity({name: _decibels(*sums) for name, sums in power.items()})
+    # An int8 weight has a byte a value, and 4 for the scale of each row.
+    saved = {
+        name: layer.weight.numel() * (layer.weight.element_size() - 1) - 4 * layer.out_features
+        for name, layer in layers.items()
+    }
+    return Sensitivity({name: _decibels(*sums) for name, sums in power.items()}, saved)
 
 
 def _decibels(signal: float, noise: float) -> float:

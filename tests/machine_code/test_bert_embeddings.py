@@ -1,7 +1,7 @@
 """Machine code of the bert_embeddings family: every launch configuration that ships, for real GPUs.
 
 What is compiled: in bf16, which is what users run, every configuration with all
-options for every architecture, and in fp32, where a row takes most registers, for sm_80 and sm_90. fp16 is left out: it
+options for every architecture, and in fp32, where a row takes most registers, for sm_90. fp16 is left out: it
 is bf16 with another conversion instruction. The column sums of backward are those of residual_layernorm.
 """
 
@@ -16,9 +16,9 @@ import pytest
 from pyaccel.kernels import config
 from pyaccel.verify.kernel_specs import KernelSpec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
-from tests.machine_code import DISTINCT_ARCHS
+from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
-MATRIX = {"bf16": DISTINCT_ARCHS, "fp32": ("sm_80", "sm_90")}
+MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS}
 # Tensors of rows that a kernel reads and writes: a table's rows, gradients, partial sums.
 ROWS = {
     "forward": (3, 1),

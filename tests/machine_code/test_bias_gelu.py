@@ -2,7 +2,7 @@
 
 What is compiled: in bf16, which is what users run, erf GELU (which takes most registers) with every configuration for
 every architecture, and the other activations with the configurations of feed-forward layers for sm_90; in fp32 and in
-autocast's mix, erf GELU for sm_80 and sm_90 (the mix for sm_90 alone): register demand depends on the dtypes. fp16 is
+autocast's mix, erf GELU for sm_90: register demand depends on the dtypes. fp16 is
 left out: it is bf16 with another conversion instruction.
 """
 
@@ -19,9 +19,9 @@ from pyaccel.ops.bias_gelu import ACTIVATIONS
 from pyaccel.verify import bias_gelu_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
-from tests.machine_code import DISTINCT_ARCHS
+from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
-MATRIX = {"bf16": DISTINCT_ARCHS, "fp32": ("sm_80", "sm_90"), "bf16 + fp32": ("sm_90",)}
+MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS, "bf16 + fp32": ("sm_90",)}
 FEED_FORWARD = 3072
 # Matrices that are read.
 INPUTS = {"forward": 1, "backward": 2, "int8": 1}

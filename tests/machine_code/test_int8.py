@@ -3,7 +3,7 @@
 What is compiled: products in bf16 with all terms and erf GELU by every configuration for every architecture; in fp32,
 without a residual, of inner dimensions that no block divides and of no epilogue (split products) by every
 configuration for sm_90, the other activations by its largest. Rows that are finished or quantised: with all terms in
-fp32, which takes most registers, for sm_80, sm_90, sm_100 and gfx942, in bf16 and lean for sm_90. fp16 is left out: it
+fp32, which takes most registers, for sm_90 and gfx942, in bf16 and lean for sm_90. fp16 is left out: it
 is bf16 with another conversion instruction.
 """
 
@@ -23,9 +23,7 @@ from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.verify import int8_matmul_specs, quantize_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
-from tests.machine_code import ARCHS
-
-ROW_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+from tests.machine_code import ARCHS, ROW_ARCHS
 
 Compiled = list[tuple[KernelSpec, MachineCode]]
 

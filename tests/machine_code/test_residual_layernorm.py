@@ -4,9 +4,7 @@ What is compiled:
 
 * in bf16, which is what users run, every configuration with all options for every architecture, and lean (as in
   inference) for sm_90;
-* in fp32 every configuration with all options for sm_80 and sm_90, and in autocast's mix for sm_90: register demand
-  depends on the dtypes, and the other NVIDIA architectures have the register file and the instructions (for these
-  kernels) of one of the two.
+* in fp32 and in autocast's mix every configuration with all options for sm_90: register demand depends on the dtypes.
 
 fp16 is left out: it is bf16 with another conversion instruction.
 """
@@ -24,11 +22,11 @@ from pyaccel.kernels import column_sum, config, residual_layernorm, residual_lay
 from pyaccel.ops.residual_layernorm import MAX_CODES_ROW
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
-from tests.machine_code import DISTINCT_ARCHS, EVERY
+from tests.machine_code import EVERY, ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {
-    "bf16": DISTINCT_ARCHS + (("gfx950",) if EVERY else ()),
-    "fp32": ("sm_80", "sm_90"),
+    "bf16": ROW_ARCHS + (("gfx950",) if EVERY else ()),
+    "fp32": ROW_FP32_ARCHS,
     "bf16 + fp32": ("sm_90",),
 }
 LEAN = ("bf16", "sm_90")

@@ -89,7 +89,18 @@ def test_the_costliest_layers_are_named(real: Real) -> None:
     assert all(found.sqnr_db[name] < found.sqnr_db[worst[-1]] + 1e-9 for name in worst)
     assert found.leave(below_db=found.sqnr_db[worst[2]]) == worst[:2]
     assert worst[0] in str(found).splitlines()[1]
-    with pytest.raises(ValueError, match="either count or below_db"):
+    one = found.saved_bytes[worst[0]]
+    assert (
+        one
+        == real.stock.get_submodule(worst[0]).weight.numel() * 3
+        - 4 * real.stock.get_submodule(worst[0]).out_features
+    )
+    assert found.leave(max_bytes=one) == worst[:1]
+    assert found.leave(max_bytes=0) == []
+    within = found.leave(max_bytes=3 * one + 1)
+    assert sum(found.saved_bytes[name] for name in within) <= 3 * one + 1
+    assert within == [name for name in found.costliest() if name in within]
+    with pytest.raises(ValueError, match="one of count, below_db and max_bytes"):
         found.leave()
     report = quantize(model, skip=worst)
     assert [name for name, why in report.skipped.items() if why == "skip"] == [

@@ -1,0 +1,90 @@
+"""A folder in, its int8 folder out; bad input is one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyaccel
+from pyaccel.cli.inputs import demo_checkpoint
+from pyaccel.models.bert import BertModel
+from pyaccel.nn import Int8Linear
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pyaccel", "quantize", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_the_real_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    pyaccel.hf.register()
+    out = tmp_path / "int8"
+    done = run(demo_checkpoint(), "--out", out, "--smooth", "--sensitivity", "--leave", 2)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "int8, dynamic: 34 linear layers",
+        "left: 2 (skip)",
+        "dB  encoder.layer.",
+        "hasn't seen: mean 0.999",
+    ):
+        assert words in done.stdout
+    model = AutoModel.from_pretrained(out)
+    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 34
+    ids = AutoTokenizer.from_pretrained(out)("The quick brown fox.", return_tensors="pt")
+    stock = AutoModel.from_pretrained(demo_checkpoint())
+    with torch.no_grad(), pyaccel.use_backend("torch"):
+        cosine = torch.cosine_similarity(model(**ids)[0].mean(1), stock(**ids)[0].mean(1))
+        assert cosine.item() > 0.998
+        assert BertModel.from_pretrained(out)(ids["input_ids"]).last_hidden_state.isfinite().all()
+
+
+def test_methods_and_a_text_of_ones_own(tiny_bert: Path, passages: Path, tmp_path: Path) -> None:
+    for method in ("static", "weight_only"):
+        out = tmp_path / method
+        done = run(tiny_bert, "--out", out, "--method", method, "--text", passages, "--skip", "*.value")
+        assert done.returncode == 0, done.stderr
+        modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
+        assert set(modules.values()) == {method}
+        assert len(modules) == 10
+        assert (out / "tokenizer.json").read_bytes() == (tiny_bert / "tokenizer.json").read_bytes()
+    again = run(tmp_path / "static", "--out", tmp_path / "again")
+    assert again.returncode == 2
+    assert "quantised already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "fp8"], "unknown method 'fp8'"),
+        (["--method", "weight_only", "--smooth"], "leaves them as they are"),
+        (["--skip", "*.nowhere"], "fits '*.nowhere'"),
+        (["--leave", 1, "--leave-mb", 1], "either --leave or --leave-mb"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[object], message: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    done = run(tiny_bert, "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders(tiny_bert: Path, tmp_path: Path) -> None:
+    for folder, out, message in (
+        (tmp_path, tmp_path / "out", "has no config.json"),
+        (tiny_bert, tmp_path, "exists already"),
+    ):
+        done = run(folder, "--out", out)
+        assert done.returncode == 2
+        assert message in done.stderr
