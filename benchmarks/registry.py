@@ -20,6 +20,7 @@ CASES = (
     "linear_activation",
     "bert_embeddings",
     "masked_lm_cross_entropy",
+    "int8_linear",
 )  # modules of this package, each with a CASE
 
 

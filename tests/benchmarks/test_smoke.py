@@ -60,6 +60,18 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path, capsys: pytest.Captur
             {"pyaccel triton"},
         ),
         (
+            "int8_linear",
+            {
+                "pyaccel torch",
+                "pyaccel torch, weight only",
+                "floating",
+                "floating, torch.compile",
+                "torch._int_mm",
+                "torch._int_mm, torch.compile",
+            },
+            {"pyaccel triton", "pyaccel triton, weight only", "torchao, torch.compile"},
+        ),
+        (
             "attention",
             {"pyaccel torch", "eager", "torch.compile", "SDPA", "FlexAttention"},
             {"pyaccel triton", "FlexAttention", *SDPA_BACKENDS},
