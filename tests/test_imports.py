@@ -43,13 +43,14 @@ RULES = {
     "reference": Rule(),
     "dispatch": Rule(),
     "packing": Rule(),
-    "ops": Rule(("reference", "dispatch"), lazily=("pyaccel.kernels",)),
+    "tuned": Rule(),
+    "ops": Rule(("reference", "dispatch", "tuned"), lazily=("pyaccel.kernels",)),
     "nn": Rule(("reference", "dispatch", "packing", "ops")),
     "models": Rule(
         ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
     ),
     "hf": Rule(
-        ("reference", "dispatch", "packing", "ops", "nn", "models", "quantization"),
+        ("reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "quantization"),
         ("torch", "transformers", "huggingface_hub"),
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),

@@ -68,6 +68,8 @@ class Explanation:
         backends: op -> backend, for the ops of one layer.
         reasons: op -> why that backend and no other.
         report: the model's report.
+        int8: size of an int8 layer -> rows -> how many times as fast as in floating point it was measured to be on
+            this kind of machine.
     """
 
     dtype: str
@@ -75,6 +77,7 @@ class Explanation:
     backends: dict[str, str]
     reasons: dict[str, str]
     report: Report
+    int8: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, strings and numbers, for JSON."""
@@ -84,10 +87,20 @@ class Explanation:
             "backends": dict(self.backends),
             "reasons": dict(self.reasons),
             "report": self.report.as_dict(),
+            "int8": {size: dict(rows) for size, rows in self.int8.items()},
         }
 
     def __str__(self) -> str:
         width = max(map(len, self.backends), default=0)
         lines = [f"{self.dtype} on {self.device}:"]
         lines += [f"  {op:{width}}  {name:9}  {self.reasons[op]}" for op, name in self.backends.items()]
+        for size, rows in self.int8.items():
+            times = ", ".join(f"{speedup:.2f} at {n}" for n, speedup in rows.items())
+            lines.append(f"  int8, {size}: times as fast as floating point, by rows: {times}")
+            slower = [n for n, speedup in rows.items() if speedup < 1]
+            if slower:
+                few = ", ".join(map(str, slower))
+                lines.append(
+                    f"    not faster at {few} rows: quantize(..., skip=[...]) leaves layers floating"
+                )
         return "\n".join([*lines, str(self.report)])

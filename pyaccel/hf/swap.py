@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers.models.bert import modeling_bert as stock
 
-from pyaccel import dispatch
+from pyaccel import dispatch, tuned
 from pyaccel.hf.attention import NAME, register
 from pyaccel.hf.bert import SUBCLASSES, Acceleration, Attached, padded_attention, unfit
 from pyaccel.hf.report import Explanation, Report
 from pyaccel.models.bert import encoder_layer, packed_attention, share_qkv_storage, unshare_qkv_storage
+from pyaccel.nn import Int8Linear
 from pyaccel.packing import layout
 
 __all__ = ["accelerate", "explain", "register", "restore"]
@@ -112,7 +113,20 @@ def explain(model: nn.Module) -> Explanation:
         backends={op: choice.backend for op, choice in summary.items()},
         reasons={op: choice.reason for op, choice in summary.items()},
         report=accelerations[0].report,
+        int8=_int8_speedups(layer, weight.dtype),
     )
+
+
+def _int8_speedups(layer: Any, dtype: torch.dtype) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for module in layer.modules():
+        if isinstance(module, Int8Linear) and module.method != "weight_only":
+            n_in, n_out, device = module.in_features, module.out_features, module.weight.device
+            for rows in sorted({timing.rows for timing in tuned.int8_timings(device, dtype)}):
+                near = tuned.int8_timing(device, dtype, rows, n_in, n_out)
+                if near is not None and near.rows == rows:
+                    found.setdefault(f"{n_in} to {n_out}", {})[rows] = near.speedup
+    return found
 
 
 def _not_swappable(module: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import dispatch, tuned
 from pyaccel.ops import _int8_torch as on_cpu
 from pyaccel.ops import _int8_triton as on_gpu
 from pyaccel.ops.linear import ACTIVATIONS
@@ -104,8 +104,16 @@ def int8_matmul(
     triton_reasons = on_gpu.matmul_reasons(
         b, a_scale, b_scale, bias, residual, quantize_output=quantize_output
     )
+    measured = None
+    # A graph serves many sizes, and the interpreter is nobody's measured machine.
+    if not torch.compiler.is_compiling() and not dispatch.interpreting():
+        size = (a.shape[:-1].numel(), a.shape[-1], b.shape[0])
+        measured = tuned.int8_timing(a.device, out_dtype, *size)
     choice = dispatch.choose(
-        "int8_matmul", {"triton": triton_reasons, "torch": torch_reasons, "reference": []}
+        "int8_matmul",
+        {"triton": triton_reasons, "torch": torch_reasons, "reference": []},
+        None if measured is None else measured.fastest,
+        str(measured),
     )
     if choice.backend == "triton":
         return on_gpu.int8_matmul(
