@@ -25,8 +25,10 @@ from torch.utils.flop_counter import flop_registry
 
 from pyaccel import dispatch, ops
 from pyaccel.models.bert import BertConfig, BertLayer, encoder_layer, share_qkv_storage
+from pyaccel.nn import Int8Linear
 
 STOCK, OURS, FUSED = "transformers, SDPA", "pyaccel", "pyaccel, fused product"
+INT8 = "pyaccel, int8"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("evaluation", "training")
 
@@ -139,6 +141,17 @@ def _attention_backward_launches(arguments: dict[str, Any]) -> int:
     return 2 + split + arguments["want_dmask"]
 
 
+def _int8_matmul_launches(arguments: dict[str, Any]) -> int:
+    """The product, the weight's row sums where there are offsets, and what finishes split or requantised sums."""
+    from pyaccel.kernels import int8_matmul_config
+
+    a, b = arguments["a"], arguments["b"]
+    sizes = (a.shape[0], b.shape[0], a.shape[1])
+    launch = int8_matmul_config.int8_matmul(*sizes[:2], "sm_90")
+    split = int8_matmul_config.splits(*sizes, "sm_90", launch) > 1
+    return 1 + (arguments["a_offset"] is not None) + (split or arguments["out_dtype"] is None)
+
+
 def _launches(name: str, arguments: dict[str, Any]) -> int:
     """Launches of the operator ``name`` with these arguments by name."""
     if name == "pyaccel::attention_backward":
@@ -150,6 +163,8 @@ def _launches(name: str, arguments: dict[str, Any]) -> int:
         return 1 + arguments["want_dbias"]
     if name == "pyaccel::linear_activation_backward":
         return 1 + (arguments["bias_dtype"] is not None)
+    if name == "pyaccel::int8_matmul":
+        return _int8_matmul_launches(arguments)
     # PyTorch's on CUDA: gradients of the rows, then of weight and bias; FlashAttention's: delta, gradients, dq's cast.
     return {
         "aten::native_layer_norm_backward": 2,
@@ -162,6 +177,9 @@ def _flops(name: str, packet: Any, args: Any, kwargs: Any, arguments: dict[str, 
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if name == "pyaccel::linear_activation_forward":
         return 2 * arguments["x"].numel() * arguments["weight"].shape[0]
+    if name == "pyaccel::int8_matmul":
+        # Matrix units do twice as many in int8 as in 16 bits: half of them in terms of those.
+        return arguments["a"].numel() * arguments["b"].shape[0]
     if name.startswith("pyaccel::attention_"):
         query, value = arguments["query"], arguments["value"]
         scores = query.shape[:3].numel() * arguments["seq_k"]
@@ -273,6 +291,17 @@ def _our_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], Ten
     return layer, lambda hidden: encoder_layer(layer, hidden, attend)
 
 
+def _int8_layer(size: LayerSize, *, training: bool) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
+    """Deployed, with int8 weights; in training, with weights that each forward quantises."""
+    layer, run = _our_layer(size)
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            parent, _, last = name.rpartition(".")
+            int8 = Int8Linear.from_linear(module.to(size.dtype))
+            setattr(layer.get_submodule(parent), last, int8 if training else int8.freeze())
+    return layer, run
+
+
 def _stock_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
     from transformers.models.bert import modeling_bert
 
@@ -298,10 +327,10 @@ def measure(
     layer: torch.nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor, *, training: bool
 ) -> Cost:
     """The cost of ``run(hidden)``, which calls ``layer``, and in training of its backward."""
-    parameters = list(layer.parameters())
+    parameters = [p for p in layer.parameters() if p.requires_grad]
     layer.train(training)
     saved: dict[int, int] = {}
-    recorder = Recorder(parameters)
+    recorder = Recorder([*layer.parameters(), *layer.buffers()])
 
     def save(t: Tensor) -> Tensor:
         if not recorder.is_parameter(t):
@@ -321,26 +350,34 @@ def measure(
 
 
 def layer_costs(size: LayerSize) -> dict[str, dict[str, Cost]]:
-    """One BERT layer: by who computes it (:data:`STOCK`, :data:`OURS`, :data:`FUSED`), then by :data:`MODES`.
+    """One BERT layer: by who computes it (:data:`STOCK`, :data:`OURS`, :data:`FUSED`, :data:`INT8`), then by mode.
 
     :data:`FUSED` takes the bias and GELU into the product, which isn't what dispatch chooses until it is measured.
+    :data:`INT8` is dynamic, for 16-bit and fp32 activations.
 
     Raises:
         RuntimeError: triton isn't installed, and without it there are no kernels to count.
     """
     if not dispatch.has_triton():
         raise RuntimeError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
-    builders: dict[str, Callable[[LayerSize], tuple[torch.nn.Module, Callable[[Tensor], Tensor]]]]
-    builders = {STOCK: _stock_layer, OURS: _our_layer, FUSED: _our_layer}
     costs: dict[str, dict[str, Cost]] = {}
-    for name, build in builders.items():
-        with torch.device("meta"):
-            layer, run = build(size)
-            layer.to(size.dtype)
-            hidden = torch.empty(size.batch, size.seq, size.hidden, dtype=size.dtype)
-        if name != STOCK:
-            share_qkv_storage(layer.get_submodule("attention.self"))  # a cast gives each its own again
+    for name in (STOCK, OURS, FUSED, INT8):
         backend = "triton" if name == FUSED else "torch"
         with dispatch.use_backend("auto"), dispatch.use_backend(backend, ops=["linear_activation"]):
-            costs[name] = {mode: measure(layer, run, hidden, training=mode == "training") for mode in MODES}
+            costs[name] = {mode: _layer_cost(name, size, training=mode == "training") for mode in MODES}
     return costs
+
+
+def _layer_cost(name: str, size: LayerSize, *, training: bool) -> Cost:
+    with torch.device("meta"):
+        if name == STOCK:
+            layer, run = _stock_layer(size)
+        elif name == INT8:
+            layer, run = _int8_layer(size, training=training)
+        else:
+            layer, run = _our_layer(size)
+        layer.to(size.dtype)
+        hidden = torch.empty(size.batch, size.seq, size.hidden, dtype=size.dtype)
+    if name != STOCK:
+        share_qkv_storage(layer.get_submodule("attention.self"))  # a cast gives each its own again
+    return measure(layer, run, hidden, training=training)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from typer.testing import CliRunner
 
 from pyaccel import dispatch
 from pyaccel.cli import app
 from pyaccel.models.bert import BertConfig, BertLayer
 from pyaccel.packing import layout
+from pyaccel.quantization import freeze, prepare_qat
 from pyaccel.verify import cost
-from pyaccel.verify.cost import FUSED, OURS, STOCK, Cost, LayerSize, Recorder, layer_costs
+from pyaccel.verify.cost import FUSED, INT8, OURS, STOCK, Cost, LayerSize, Recorder, layer_costs
 
 SIZES = [
     LayerSize(),
@@ -61,8 +64,12 @@ def test_training_saves_two_thirds_of_stocks_bytes(costs: Any) -> None:
 
 def test_both_multiply_as_much(costs: Any) -> None:
     _, by_name = costs
-    in_evaluation = {sum(step.flops for step in by["evaluation"].forward) for by in by_name.values()}
-    assert len(in_evaluation) == 1
+    flops = {name: sum(step.flops for step in by["evaluation"].forward) for name, by in by_name.items()}
+    assert flops[STOCK] == flops[OURS] == flops[FUSED]
+    attention = sum(
+        s.flops for s in by_name[INT8]["evaluation"].forward if s.op == "pyaccel::attention_forward"
+    )
+    assert 2 * (flops[INT8] - attention) == flops[OURS] - attention  # int8 is twice as fast
 
 
 def test_a_recorded_step() -> None:
@@ -82,10 +89,10 @@ def test_a_recorded_step() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["fused", "parts", "int8", "int8, deployed"])
 @pytest.mark.parametrize("seq", [7, 131])
 def test_our_ops_launch_as_many_kernels_as_is_said(
-    seq: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+    seq: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.runtime import interpreter
 
@@ -102,9 +109,16 @@ def test_our_ops_launch_as_many_kernels_as_is_said(
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", count)
     monkeypatch.setattr(linear, "_on_gpu", lambda x: True)
     layer = BertLayer(BertConfig(hidden_size=32, num_attention_heads=2, intermediate_size=48)).train()
+    if kind.startswith("int8"):
+        encoder = nn.Sequential(OrderedDict(layers=nn.ModuleList([layer])))
+        prepare_qat(encoder)
+        if kind == "int8, deployed":
+            freeze(encoder)
     hidden = torch.randn(seq, 32, requires_grad=True)
     recorder = Recorder(list(layer.parameters()))
-    ops = ["residual_layernorm", "bias_gelu", "varlen_attention", *(["linear_activation"] if fused else [])]
+    ops = ["residual_layernorm", "bias_gelu", "varlen_attention", "int8_matmul"]
+    ops += ["linear_activation"] if kind == "fused" else []
+    launched = 0  # of freeze
     with dispatch.use_backend("triton", ops=ops), recorder:
         layer(hidden, layout(torch.ones(1, seq, dtype=torch.bool))).square().sum().backward()
     names = [step.op for step in recorder.steps if step.op.startswith("pyaccel::")]
@@ -116,9 +130,11 @@ def test_the_command_prints_the_figures() -> None:
     result = CliRunner().invoke(app, ["cost", "--batch", "2", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.output)
-    assert [row["mode"] for row in rows] == ["evaluation"] * 3 + ["training"] * 3
-    assert {row["layer"] for row in rows} == {STOCK, OURS, FUSED}
-    assert rows[5]["saved_bytes_of_stock"] <= 0.65
+    assert [row["mode"] for row in rows] == ["evaluation"] * 4 + ["training"] * 4
+    assert {row["layer"] for row in rows} == {STOCK, OURS, FUSED, INT8}
+    assert rows[3]["layer"] == INT8
+    assert rows[3]["least_seconds"] < 0.85 * rows[1]["least_seconds"]
+    assert rows[6]["saved_bytes_of_stock"] <= 0.65
     table = CliRunner().invoke(app, ["cost", "--card", "H100"])
     assert table.exit_code == 0, table.output
     assert "64." in table.output
