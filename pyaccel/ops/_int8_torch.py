@@ -1,13 +1,16 @@
 """int8 quantisation and products on a CPU, in stock PyTorch: the torch backend's loops over blocks of rows.
 
-The product itself (``torch._int_mm``, oneDNN's) is several times as fast as one in fp32 where the CPU has VNNI, so
-that what follows it would take most of the time: a block is small enough for its fp32 values to stay in the L2 cache
-from the accumulator to the last rounding, and nothing is done to them twice.
+The product itself (``torch._int_mm``, oneDNN's) is several times as fast as one in fp32 where the CPU has VNNI (and
+wrong where it has not: :func:`product`), so that what follows it would take most of the time: a block is small enough
+for its fp32 values to stay in the L2 cache from the accumulator to the last rounding, and nothing is done to them
+twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import platform
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,8 @@ from pyaccel.reference import quantize as reference
 
 # Measured with 2 cores of 1 MiB L2 each: blocks of half this size and of twice this size are up to 20 % slower.
 BLOCK_BYTES = 3 * 2**19
+# As many products of int8 sum up to 2**24 at most.
+EXACT_TERMS = 1024
 # Below it amax / 127 is rounded too coarsely to say that no code exceeds 127.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -88,20 +93,18 @@ def int8_matmul(
     """As :func:`pyaccel.ops.int8_matmul`. Steps and their order are the reference's, so the bits are too."""
     rows, n_out = a.shape[:-1], b.shape[0]
     a = a.reshape(rows.numel(), a.shape[-1])
-    b = b.t()
     bias = None if bias is None else bias.float()
     by_row = a_scale.reshape(-1, 1) if a_scale.dim() else None
     residual = None if residual is None else residual.reshape(len(a), n_out)
+    times_b = product(b)
     if a_offset is not None:
         a_offset = a_offset.reshape(-1, 1)
-        b_sum = torch._int_mm(a.new_ones(1, a.shape[1]), b).float()  # [1, out_features], exact below 2**24
+        b_sum = times_b(a.new_ones(1, a.shape[1])).float()  # [1, out_features], exact below 2**24
     out = torch.empty(len(a), n_out, dtype=torch.int8 if quantize_output else out_dtype)
     scale = torch.ones(len(a)) if quantize_output else None
     for block in blocks(*out.shape):
-        if out.dtype == torch.float32:
-            x = out[block].copy_(torch._int_mm(a[block], b))
-        else:
-            x = torch._int_mm(a[block], b).float()
+        sums = times_b(a[block])
+        x = out[block].copy_(sums) if out.dtype == torch.float32 else sums.float()
         x.mul_(a_scale if by_row is None else by_row[block])
         if a_offset is not None:
             x.add_(a_offset[block] * b_sum)
@@ -117,6 +120,45 @@ def int8_matmul(
             out[block].copy_(x)
     out = out.view(*rows, n_out)
     return out if scale is None else (out, scale.view(rows))
+
+
+def product(b: Tensor) -> Callable[[Tensor], Tensor]:
+    """``a -> a @ b^T`` in int32, exact: ``b`` int8 ``[out_features, in_features]``, ``a`` ``[rows, in_features]``."""
+    if int_mm_is_exact():
+        b = b.t()
+        return lambda a: torch._int_mm(a, b)
+    # fp32 (and a bf16 that it may be lowered to) holds codes exactly, and their sums up to 2**24.
+    parts = [part.t().float() for part in b.split(EXACT_TERMS, dim=1)]
+
+    def in_parts(a: Tensor) -> Tensor:
+        columns = a.float().split(EXACT_TERMS, dim=1)
+        sums = [(x @ w).to(torch.int32) for x, w in zip(columns, parts, strict=True)]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0, dtype=torch.int32)
+
+    return in_parts
+
+
+@torch.compiler.assume_constant_result
+def int_mm_is_exact() -> bool:
+    """Whether ``torch._int_mm`` is what it says on this CPU.
+
+    Without VNNI oneDNN adds two products of 8 bits in 16, and cuts off what doesn't fit: sums of large codes are wrong
+    without a word. Shown by a product of the largest ones; the flags are asked too, as kernels differ between sizes.
+    """
+    return _int_mm_is_exact()
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    if platform.machine() in ("x86_64", "AMD64"):
+        # torch 2.11 has none: the product decides
+        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        if has and not any(has.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
+            return False
+    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    lowest = -largest - 1
+    pairs = ((largest, largest), (largest, lowest), (lowest, largest), (lowest, lowest))
+    return all(torch.equal(torch._int_mm(a, b.t()), a.int() @ b.int().t()) for a, b in pairs)
 
 
 def _activate(x: Tensor, activation: str | None) -> Tensor:

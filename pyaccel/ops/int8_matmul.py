@@ -145,6 +145,8 @@ def int8_matmul(
 def _accumulate(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b^T`` in int32, exact: ``[rows, in_features]`` and ``[out_features, in_features]``."""
     rows, out_features = a.shape[0], b.shape[0]
+    if a.is_cpu:
+        return on_cpu.product(b)(a)
     if a.is_cuda:
         a, b = _pad_for_cublas(a, b)
     return torch._int_mm(a, b.t())[:rows, :out_features]

@@ -20,6 +20,8 @@ MUTANTS = [
     Mutant("int8 offset: the lower end of the range", CPU, "torch.add(high * 0.5, low * 0.5, out=middle)", "torch.add(high * 0.0, low, out=middle)"),
     Mutant("int8 offset: the scale forgets the lower end", CPU, "torch.maximum(high - middle, middle - low)", "high"),
     Mutant("int8 blocks: the scales of the first rows for all", CPU, "x.mul_(a_scale if by_row is None else by_row[block])", "x.mul_(a_scale if by_row is None else by_row[: len(x)])"),
+    Mutant("int8 product: more terms than fp32 can sum", CPU, "EXACT_TERMS = 1024", "EXACT_TERMS = 4096"),
+    Mutant("int8 product: PyTorch's, whatever the CPU", CPU, "    if int_mm_is_exact():", "    if True:"),
     Mutant("int8 product: the offset's part left out", CPU, "x.add_(a_offset[block] * b_sum)", "x.add_(a_offset[block] * 0.0)"),
     Mutant("int8 product: the offset's part after the weight's scale", CPU, "            x.add_(a_offset[block] * b_sum)\n        x.mul_(b_scale)\n", "            x.mul_(b_scale).add_(a_offset[block] * b_sum)\n        else:\n            x.mul_(b_scale)\n"),
     Mutant("int8 product: codes of the rounded output", CPU, "        if scale is not None:\n            quantize_block(x,", "        if scale is not None:\n            x = x.bfloat16().float()\n            quantize_block(x,"),

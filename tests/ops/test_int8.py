@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -149,6 +153,41 @@ def test_accumulation_is_exact(rows: int, n_in: int, n_out: int, device: torch.d
     assert padded_a.shape[0] > 16
     assert {*padded_a.shape[1:], *padded_b.shape} <= {8 * n for n in range(1, 1000)}
     assert_bits_equal(torch._int_mm(padded_a, padded_b.T)[:rows, :n_out], exact)
+
+
+@pytest.mark.parametrize("n_in", [17, 1024, 1025, 3000])
+def test_products_are_exact_where_pytorchs_is_not(n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without VNNI: the largest codes, whose products don't fit 16 bits in pairs, nor their sums fp32."""
+    monkeypatch.setattr(_int8_torch, "int_mm_is_exact", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", lambda *_: pytest.fail("it isn't exact"))
+    a = torch.randint(-128, 128, (5, n_in), dtype=torch.int8)
+    b = torch.randint(-128, 128, (7, n_in), dtype=torch.int8)
+    a[0], b[0], b[1] = -128, -128, 127
+    a[1], b[2] = 127, 127
+    exact = a.int() @ b.int().T
+    assert_bits_equal(_accumulate(a, b), exact)
+    one = torch.ones(())
+    with dispatch.use_backend("torch"):
+        for options in ({}, {"a_offset": torch.randn(5)}):
+            out = int8_matmul(a, b, one, torch.ones(7), **options)
+            assert_bits_equal(out, reference_int8_matmul(a, b, one, torch.ones(7), **options, upcast=False))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's switch names x86 instructions")
+def test_a_cpu_without_vnni_is_found_out() -> None:
+    code = (
+        "import torch\n"
+        "from pyaccel import ops\n"
+        "from pyaccel.ops._int8_torch import int_mm_is_exact\n"
+        "a, one = torch.full((40, 80), 127, dtype=torch.int8), torch.ones(())\n"
+        "call = lambda: ops.int8_matmul(a, a, one, torch.ones(40))\n"
+        "compiled = torch.compile(call, backend='aot_eager', fullgraph=True)\n"
+        "print(compiled().unique().tolist(), call().unique().tolist(), int_mm_is_exact())\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"[{80 * 127**2}.0] [{80 * 127**2}.0] False"
 
 
 EPILOGUES: dict[str, dict[str, Any]] = {
