@@ -155,7 +155,7 @@ def test_accumulation_is_exact(rows: int, n_in: int, n_out: int, device: torch.d
     assert_bits_equal(torch._int_mm(padded_a, padded_b.T)[:rows, :n_out], exact)
 
 
-@pytest.mark.parametrize("n_in", [17, 1024, 1025, 3000])
+@pytest.mark.parametrize("n_in", [17, 1024, 1025, 3001])
 def test_products_are_exact_where_pytorchs_is_not(n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without VNNI: the largest codes, whose products don't fit 16 bits in pairs, nor their sums fp32."""
     monkeypatch.setattr(_int8_torch, "int_mm_is_exact", lambda: False)
