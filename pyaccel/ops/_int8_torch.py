@@ -138,7 +138,6 @@ def product(b: Tensor) -> Callable[[Tensor], Tensor]:
     return in_parts
 
 
-@torch.compiler.assume_constant_result
 def int_mm_is_exact() -> bool:
     """Whether ``torch._int_mm`` is what it says on this CPU.
 
@@ -146,6 +145,10 @@ def int_mm_is_exact() -> bool:
     without a word. Shown by a product of the largest ones; the flags are asked too, as kernels differ between sizes.
     """
     return _int_mm_is_exact()
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo, and triton, with pyaccel.ops.
+int_mm_is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
