@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from pyaccel.verify.policy import judge
 # Saved statistics are fp32 numbers whatever the dtype of the data: a 16-bit bound would hide a wrong variance.
 STATISTIC_EPS = 32.0
 EQUIVALENT_EPS = 4.0
+# Of random results: standard errors between means, and how far from 1 the ratio of variances.
+MEANS_DIFFER = 5.0
+SPREADS_DIFFER = 0.1
 
 
 def assert_close_to_truth(out: Tensor, truth: Tensor, naive: Tensor, *, name: str = "") -> None:
@@ -67,3 +72,20 @@ def assert_equivalent(out: Tensor, expected: Tensor, *, name: str = "") -> None:
     bound = EQUIVALENT_EPS * torch.finfo(out.dtype).eps * expected.abs().max().item()
     error = (out.detach().double() - expected.detach().double()).abs().max().item()
     assert error <= bound, f"{name or 'result'}: differs by {error:.3g}, over {bound:.3g}"
+
+
+def assert_same_distribution(
+    draw: Callable[[], Tensor], expected: Callable[[], Tensor], *, runs: int
+) -> None:
+    """Two random results have the same mean and spread, element by element and as a whole.
+
+    Means may differ by 5 of their standard errors, which by chance alone one in a million does; the spread of all
+    elements together by a tenth.
+    """
+    samples = [torch.stack([one().detach().double() for _ in range(runs)]) for one in (draw, expected)]
+    (mean, other), (spread, other_spread) = ([f(s, 0) for s in samples] for f in (torch.mean, torch.var))
+    error = ((spread + other_spread) / runs).sqrt()
+    worst = ((mean - other).abs() / error.clamp(min=1e-12)).max().item()
+    assert worst <= MEANS_DIFFER, f"means differ by {worst:.2f} standard errors"
+    ratio = (spread.mean() / other_spread.mean()).item()
+    assert abs(ratio - 1) <= SPREADS_DIFFER, f"variances are {ratio:.3f} to 1"

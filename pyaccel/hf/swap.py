@@ -8,25 +8,31 @@ outputs from it.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.bert import modeling_bert as stock
 
 from pyaccel import dispatch, tuned
 from pyaccel.hf.attention import NAME, register
-from pyaccel.hf.bert import SUBCLASSES, Acceleration, Attached, padded_attention, unfit
+from pyaccel.hf.families import FAMILIES, Family, stock
+from pyaccel.hf.fast_path import (
+    Acceleration,
+    Attached,
+    family_of,
+    is_encoder,
+    layers_of,
+    run_layer,
+    subclass_for,
+    subclasses,
+)
+from pyaccel.hf.guard import unfit
 from pyaccel.hf.report import Explanation, Report
-from pyaccel.models.bert import encoder_layer, packed_attention, share_qkv_storage, unshare_qkv_storage
+from pyaccel.models.bert import share_qkv_storage, unshare_qkv_storage
 from pyaccel.nn import Int8Linear
 from pyaccel.packing import layout
 
 __all__ = ["accelerate", "explain", "register", "restore"]
-
-_OURS = tuple(SUBCLASSES.values())
-_STOCK = tuple(SUBCLASSES)
 
 
 def accelerate(
@@ -42,35 +48,39 @@ def accelerate(
         acceleration = Acceleration(packing, backend, Report(packing=packing, backend=backend))
     report = acceleration.report
 
-    candidates: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if isinstance(m, _STOCK) and not isinstance(m, _OURS)
+    candidates: dict[str, tuple[Family, Any]] = {
+        name: (family, module)
+        for name, module in model.named_modules()
+        if (family := family_of(module)) is not None and "_pyaccel" not in module.__dict__
     }
-    reasons = {name: _not_swappable(module) for name, module in candidates.items()}
-    todo = [(name, module) for name, module in candidates.items() if reasons[name] is None]
+    reasons = {name: _not_swappable(*candidate) for name, candidate in candidates.items()}
+    todo = [(name, *candidate) for name, candidate in candidates.items() if reasons[name] is None]
     report.not_swapped = {name: reason for name, reason in reasons.items() if reason is not None}
     if strict and not todo and not report.swapped:
         why = "; ".join(f"{name or 'it'}: {reason}" for name, reason in report.not_swapped.items())
-        known = ", ".join(kind.__name__ for kind in _STOCK)
+        known = ", ".join(family.title for family in FAMILIES)
         raise ValueError(
             f"pyaccel.accelerate: nothing in this {type(model).__name__} can be accelerated: "
-            f"{why or f'it holds no module of a known class ({known} of transformers)'}. "
+            f"{why or f'it holds no encoder or layer of a known family ({known} of transformers)'}. "
             f"Pass strict=False to get a report instead."
         )
     if todo:
         # A backend that was asked for and can't serve must say so before anything is changed.
-        _dry_run(_layers(todo[0][1])[0], acceleration)
+        _, family, module = todo[0]
+        _dry_run(family, layers_of(family, module)[0], acceleration)
 
-    for name, module in todo:
-        config = _config(module)
+    reads_padding = _read_in_the_padding(model)
+    for name, family, module in todo:
+        config = _config(family, module)
         if config._attn_implementation != NAME:
             acceleration.configs.append((config, config._attn_implementation))
             config._attn_implementation = NAME
-        if isinstance(module, stock.BertLayer):
-            heads = module.attention.self
+        if not is_encoder(module):
+            heads = family.view(module).attention.self
             if heads.query.weight.dtype == heads.key.weight.dtype == heads.value.weight.dtype:
                 share_qkv_storage(heads)
-        module.__class__ = SUBCLASSES[type(module)]
-        module._pyaccel = Attached(acceleration, config)
+        module.__class__ = subclass_for(family, module)
+        module._pyaccel = Attached(acceleration, config, reads_padding.get(module))
         report.swapped[name] = type(module).__name__
     return report
 
@@ -79,7 +89,7 @@ def restore(model: nn.Module) -> nn.Module:
     """See :func:`pyaccel.hf.restore`."""
     accelerations, swapped = _accelerations(model), _swapped(model)
     for module in swapped:
-        if type(module) not in _OURS:
+        if type(module) not in subclasses(_family(module)):
             raise RuntimeError(
                 f"pyaccel.restore: the class of an accelerated {type(module).__name__} was changed again, to "
                 f"{type(module).__module__}.{type(module).__qualname__}; undo that first"
@@ -87,8 +97,8 @@ def restore(model: nn.Module) -> nn.Module:
     for module in swapped:
         del module._pyaccel
         module.__class__ = type(module).__mro__[1]
-        if isinstance(module, stock.BertLayer):
-            unshare_qkv_storage(module.attention.self)
+        if not is_encoder(module):
+            unshare_qkv_storage(_family(module).view(module).attention.self)
     for acceleration in accelerations:
         for config, implementation in acceleration.configs:
             if config._attn_implementation == NAME:  # else it was set to something else since
@@ -103,10 +113,12 @@ def explain(model: nn.Module) -> Explanation:
         raise ValueError(
             f"pyaccel.explain: {len(accelerations)} models accelerated apart are in this; pass one of them"
         )
-    layer = _layers(_swapped(model)[0])[0]
+    first = _swapped(model)[0]
+    family = _family(first)
+    layer = layers_of(family, first)[0]
     with dispatch.record() as choices:
-        _dry_run(layer, accelerations[0])
-    weight, summary = layer.output.LayerNorm.weight, dispatch.summary(choices)
+        _dry_run(family, layer, accelerations[0])
+    weight, summary = family.view(layer).output.LayerNorm.weight, dispatch.summary(choices)
     return Explanation(
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
@@ -129,26 +141,41 @@ def _int8_speedups(layer: Any, dtype: torch.dtype) -> dict[str, dict[int, float]
     return found
 
 
-def _not_swappable(module: nn.Module) -> str | None:
-    if type(module) not in SUBCLASSES:
+def _not_swappable(family: Family, module: nn.Module) -> str | None:
+    if subclass_for(family, module) is None:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         return f"it is a {kind}, only transformers' own class is known"
-    if not _layers(module):
+    layers = layers_of(family, module)
+    if not layers:
         return "it has no layers"
-    reason = unfit(_layers(module), around=module)
-    if reason is None and _config(module).output_attentions:
+    reason = unfit(stock(family), layers, around=module)
+    if reason is None and _config(family, module).output_attentions:
         # transformers allows this with its eager attention alone, and won't save a config that says
         # otherwise.
         return "config.output_attentions is set: every call needs the stock modules"
     return reason
 
 
-def _layers(module: Any) -> list[Any]:
-    return list(module.layer) if isinstance(module, stock.BertEncoder) else [module]
+def _read_in_the_padding(model: nn.Module) -> dict[nn.Module, str]:
+    """Encoders whose padding positions are read, and by which head: they keep their padding."""
+    return {
+        encoder: f"{type(head).__name__} reads every position, padding too"
+        for head in model.modules()
+        # Its loss, and the best answer, are over the logits of all positions.
+        if type(head).__name__.endswith("ForQuestionAnswering")
+        for encoder in head.modules()
+        if is_encoder(encoder)
+    }
 
 
-def _config(module: Any) -> Any:
-    return module.config if isinstance(module, stock.BertEncoder) else module.attention.self.config
+def _family(module: nn.Module) -> Family:
+    family = family_of(module)
+    assert family is not None  # it is swapped
+    return family
+
+
+def _config(family: Family, module: Any) -> Any:
+    return family.view(layers_of(family, module)[0]).attention.self.config
 
 
 def _swapped(model: nn.Module) -> list[Any]:
@@ -180,9 +207,9 @@ def _present(model: nn.Module, packing: bool, backend: str) -> Acceleration | No
     return found[0]
 
 
-def _dry_run(layer: Any, acceleration: Acceleration) -> None:
+def _dry_run(family: Family, layer: Any, acceleration: Acceleration) -> None:
     """One layer in evaluation on 16 tokens of zeros, for the choices of backends that it makes."""
-    weight = layer.output.LayerNorm.weight
+    weight = family.view(layer).output.LayerNorm.weight
     mask = torch.ones(2, 8, dtype=torch.bool, device=weight.device)
     hidden = weight.new_zeros(2, 8, len(weight))
     training = [part for part in layer.modules() if part.training]
@@ -191,8 +218,8 @@ def _dry_run(layer: Any, acceleration: Acceleration) -> None:
             part.training = False
         with torch.no_grad(), acceleration.use_backend():
             if acceleration.packing:
-                encoder_layer(layer, hidden.flatten(0, 1), partial(packed_attention, tokens=layout(mask)))
-            encoder_layer(layer, hidden, partial(padded_attention, mask))
+                run_layer(family, layer, hidden.flatten(0, 1), layout(mask))
+            run_layer(family, layer, hidden, mask)
     finally:
         for part in training:
             part.training = True

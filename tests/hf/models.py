@@ -33,16 +33,21 @@ def tiny_config(**changes: Any) -> BertConfig:
 
 def tiny(kind: type[nn.Module] = BertModel, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A stock model in evaluation. LayerNorm's weights and biases are random: none can be forgotten."""
-    model = kind(tiny_config(**changes))
+    return randomise(kind(tiny_config(**changes))).to(dtype).eval()
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """The same model with random parameters, LayerNorms' too."""
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "LayerNorm.weight" in name:
+        for parameter in model.parameters():
+            if id(parameter) in norms:
                 parameter.normal_(1.0, 0.3)
             elif parameter.dim() == 1:
                 parameter.normal_(0.1, 0.3)
             else:
                 parameter.normal_(0.0, 0.15)
-    return model.to(dtype).eval()
+    return model
 
 
 def mask_of(kind: str) -> Tensor:

@@ -1,0 +1,264 @@
+"""The transformers models with a fast path: which modules they are made of, and how each family names its parts.
+
+A fast path is written once (:mod:`pyaccel.hf.fast_path`), for the names of BERT. Most families have BERT's modules
+under another prefix; :class:`Family` says which they are. DistilBERT and ALBERT compute the same with other modules:
+their ``view`` shows a layer's parts under BERT's names.
+
+No model file of transformers is imported before a model of its family is there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "LayerNorm": nn.LayerNorm, "Dropout": nn.Dropout}
+
+
+def _layers_of_bert(encoder: Any) -> Iterator[Any]:
+    yield from encoder.layer
+
+
+def _as_it_is(module: Any, *_: Any) -> Any:
+    return module
+
+
+def _hidden_states(encoder: Any, hidden_states: Any) -> Any:
+    return hidden_states
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """What one family's encoder and layers are.
+
+    Attributes:
+        title: as the family is known.
+        module: the file of transformers, below ``transformers.models``.
+        encoder, layer, attention: names of classes there; ``attention`` is the one that ``layer`` calls for q, k, v.
+        parts: path of each submodule of a layer -> its class, one of LAYERS or of the file.
+        activation: path of the activation in a layer, which may be anything.
+        output: the class of transformers.modeling_outputs that the encoder returns.
+        layers: the encoder's layers in the order in which they run; a shared one comes up again.
+        view: a layer with its parts under BERT's names.
+        enter: what the encoder does to its input before the first layer.
+    """
+
+    title: str
+    module: str
+    encoder: str
+    layer: str
+    attention: str
+    parts: dict[str, str] = field(repr=False)
+    activation: str = "intermediate.intermediate_act_fn"
+    output: str = "BaseModelOutputWithPastAndCrossAttentions"
+    layers: Callable[[Any], Iterator[Any]] = _layers_of_bert
+    view: Callable[[Any], Any] = _as_it_is
+    enter: Callable[[Any, Any], Any] = _hidden_states
+
+    @property
+    def file(self) -> str:
+        """Full name of the file, known without importing it."""
+        return f"transformers.models.{self.module}"
+
+
+class Stock:
+    """The classes of a family, which importing its file of transformers gives.
+
+    Attributes:
+        family: whose they are.
+        encoder, layer, attention: as in Family.
+        parts: path of each submodule of a layer -> its class.
+        parameters: paths of the parameters that a layer must have.
+    """
+
+    def __init__(self, family: Family) -> None:
+        file = importlib.import_module(family.file)
+        self.family = family
+        self.encoder: Any = getattr(file, family.encoder)
+        self.layer: Any = getattr(file, family.layer)
+        self.attention: Any = getattr(file, family.attention)
+        self.parts: dict[str, type[nn.Module]] = {
+            path: LAYERS[name] if name in LAYERS else getattr(file, name)
+            for path, name in family.parts.items()
+        }
+        affine = [path for path, kind in self.parts.items() if kind in (nn.Linear, nn.LayerNorm)]
+        self.parameters = {f"{path}.{name}" for path in affine for name in ("weight", "bias")}
+
+
+@functools.cache
+def stock(family: Family) -> Stock:
+    """The classes of a family, imported when they are first asked for."""
+    return Stock(family)
+
+
+def _bert(title: str, module: str, prefix: str, encoder: str | None = None) -> Family:
+    """A family whose modules are BERT's to the letter, but for the prefix of their names."""
+    parts = {
+        "attention": f"{prefix}Attention",
+        "attention.self": f"{prefix}SelfAttention",
+        "attention.self.query": "Linear",
+        "attention.self.key": "Linear",
+        "attention.self.value": "Linear",
+        "attention.self.dropout": "Dropout",
+        "attention.output": f"{prefix}SelfOutput",
+        "attention.output.dense": "Linear",
+        "attention.output.LayerNorm": "LayerNorm",
+        "attention.output.dropout": "Dropout",
+        "intermediate": f"{prefix}Intermediate",
+        "intermediate.dense": "Linear",
+        "output": f"{prefix}Output",
+        "output.dense": "Linear",
+        "output.LayerNorm": "LayerNorm",
+        "output.dropout": "Dropout",
+    }
+    return Family(
+        title, module, encoder or f"{prefix}Encoder", f"{prefix}Layer", f"{prefix}SelfAttention", parts
+    )
+
+
+# Read by encoder_layer, which asks it whether it drops: where a family has no dropout, nothing does.
+_NO_DROPOUT = nn.Dropout(0.0).eval()
+
+
+def _view_of_distilbert(layer: Any) -> SimpleNamespace:
+    attention, ffn = layer.attention, layer.ffn
+    heads = SimpleNamespace(
+        query=attention.q_lin,
+        key=attention.k_lin,
+        value=attention.v_lin,
+        dropout=attention.dropout,
+        training=attention.training,
+        num_attention_heads=attention.n_heads,
+        attention_head_size=attention.attention_head_size,
+        scaling=attention.scaling,
+        is_causal=attention.is_causal,
+        config=attention.config,
+    )
+    return SimpleNamespace(
+        attention=SimpleNamespace(
+            self=heads,
+            output=SimpleNamespace(
+                dense=attention.out_lin, LayerNorm=layer.sa_layer_norm, dropout=_NO_DROPOUT
+            ),
+        ),
+        intermediate=SimpleNamespace(dense=ffn.lin1, intermediate_act_fn=ffn.activation),
+        output=SimpleNamespace(dense=ffn.lin2, LayerNorm=layer.output_layer_norm, dropout=ffn.dropout),
+        chunk_size_feed_forward=ffn.chunk_size_feed_forward,
+        is_decoder=False,
+    )
+
+
+_DISTILBERT = Family(
+    "DistilBERT",
+    "distilbert.modeling_distilbert",
+    encoder="Transformer",
+    layer="TransformerBlock",
+    attention="DistilBertSelfAttention",
+    parts={
+        "attention": "DistilBertSelfAttention",
+        "attention.q_lin": "Linear",
+        "attention.k_lin": "Linear",
+        "attention.v_lin": "Linear",
+        "attention.out_lin": "Linear",
+        "attention.dropout": "Dropout",
+        "sa_layer_norm": "LayerNorm",
+        "ffn": "FFN",
+        "ffn.dropout": "Dropout",
+        "ffn.lin1": "Linear",
+        "ffn.lin2": "Linear",
+        "output_layer_norm": "LayerNorm",
+    },
+    activation="ffn.activation",
+    output="BaseModelOutput",
+    view=_view_of_distilbert,
+)
+
+
+def _view_of_albert(layer: Any) -> SimpleNamespace:
+    attention = layer.attention
+    heads = SimpleNamespace(
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        dropout=attention.attention_dropout,
+        training=attention.training,
+        num_attention_heads=attention.num_attention_heads,
+        attention_head_size=attention.attention_head_size,
+        scaling=attention.scaling,
+        is_causal=attention.is_causal,
+        config=attention.config,
+    )
+    return SimpleNamespace(
+        attention=SimpleNamespace(
+            self=heads,
+            output=SimpleNamespace(
+                dense=attention.dense, LayerNorm=attention.LayerNorm, dropout=attention.output_dropout
+            ),
+        ),
+        intermediate=SimpleNamespace(dense=layer.ffn, intermediate_act_fn=layer.activation),
+        # The dropout that an AlbertLayer has too is not in its forward.
+        output=SimpleNamespace(
+            dense=layer.ffn_output, LayerNorm=layer.full_layer_layer_norm, dropout=_NO_DROPOUT
+        ),
+        chunk_size_feed_forward=layer.chunk_size_feed_forward,
+        is_decoder=False,
+    )
+
+
+def _layers_of_albert(encoder: Any) -> Iterator[Any]:
+    groups, count = encoder.albert_layer_groups, encoder.config.num_hidden_layers
+    for index in range(count):
+        yield from groups[int(index / (count / encoder.config.num_hidden_groups))].albert_layers
+
+
+def _enter_albert(encoder: Any, hidden_states: Any) -> Any:
+    return encoder.embedding_hidden_mapping_in(hidden_states)
+
+
+_ALBERT = Family(
+    "ALBERT",
+    "albert.modeling_albert",
+    encoder="AlbertTransformer",
+    layer="AlbertLayer",
+    attention="AlbertAttention",
+    parts={
+        "full_layer_layer_norm": "LayerNorm",
+        "attention": "AlbertAttention",
+        "attention.attention_dropout": "Dropout",
+        "attention.output_dropout": "Dropout",
+        "attention.query": "Linear",
+        "attention.key": "Linear",
+        "attention.value": "Linear",
+        "attention.dense": "Linear",
+        "attention.LayerNorm": "LayerNorm",
+        "ffn": "Linear",
+        "ffn_output": "Linear",
+        "dropout": "Dropout",
+    },
+    activation="activation",
+    output="BaseModelOutput",
+    layers=_layers_of_albert,
+    view=_view_of_albert,
+    enter=_enter_albert,
+)
+
+FAMILIES: tuple[Family, ...] = (
+    _bert("BERT", "bert.modeling_bert", "Bert"),
+    _bert("RoBERTa", "roberta.modeling_roberta", "Roberta"),
+    _bert("XLM-RoBERTa", "xlm_roberta.modeling_xlm_roberta", "XLMRoberta"),
+    _bert("CamemBERT", "camembert.modeling_camembert", "Camembert"),
+    _bert("ELECTRA", "electra.modeling_electra", "Electra"),
+    _bert("ERNIE", "ernie.modeling_ernie", "Ernie"),
+    _bert("RoCBert", "roc_bert.modeling_roc_bert", "RoCBert"),
+    _bert("Data2VecText", "data2vec.modeling_data2vec_text", "Data2VecText"),
+    _bert("BertGeneration", "bert_generation.modeling_bert_generation", "BertGeneration", "BertEncoder"),
+    _DISTILBERT,
+    _ALBERT,
+)
+BY_FILE = {family.file: family for family in FAMILIES}

@@ -1,0 +1,184 @@
+"""Whether modules are what the fast path takes them for: a change anywhere in them sends a call to the stock forward.
+
+:func:`unfit` looks at everything and says why not; :class:`Structure` notices in microseconds that nothing has changed
+since it looked. What is particular to one call is asked in :mod:`pyaccel.hf.fast_path`.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.utils import output_capturing
+
+from pyaccel.hf.families import Family, Stock
+from pyaccel.nn import Int8Linear, ObservedLinear
+
+
+def unfit(stock: Stock, layers: list[Any], around: nn.Module) -> str | None:
+    """Why these layers can't take the fast path, whatever the call; None if they can.
+
+    ``around`` is the module whose forward replaces theirs: its own hooks run as ever. Layers that an encoder calls run
+    theirs too, but on packed hidden states, which is nothing for a hook that doesn't know.
+    """
+    family, expected = stock.family, stock.parts
+    for index, layer in enumerate(dict.fromkeys(layers)):
+        where = "" if layer is around else f"layer.{index}: "
+        if not is_layer(family, layer):
+            return f"{where}it is a {type(layer).__name__}, not a {family.layer}"
+        modules = dict(layer.named_modules(remove_duplicate=False))
+        found = {path: _kind(part) for path, part in modules.items() if path not in ("", family.activation)}
+        if found != expected:
+            path = min(p for p in found.keys() | expected.keys() if found.get(p) is not expected.get(p))
+            return f"{where}{path} is {_title(found.get(path))}, not {_title(expected.get(path))}"
+        for path, part in modules.items():
+            if part is not around and (reason := _changed(part)):
+                return f"{where}{path or 'the layer'} {reason}"
+        if layer is around or not _is_sharded(layer):
+            parameters = dict(layer.named_parameters(remove_duplicate=False))
+            if missing := stock.parameters - parameters.keys():
+                return f"{where}{min(missing)} is not a parameter"
+            for path, parameter in parameters.items():
+                if reason := _special(parameter):
+                    return f"{where}{path} is {reason}"
+            if len({p.dtype for p in parameters.values() if p.is_floating_point()}) > 1:
+                return f"{where}its parameters are of several dtypes"
+        seen = family.view(layer)
+        heads = seen.attention.self
+        if seen.is_decoder or heads.is_causal:
+            return f"{where}it is a decoder layer"
+        if seen.chunk_size_feed_forward:
+            return f"{where}it has a chunk_size_feed_forward"
+        if heads.scaling != heads.attention_head_size**-0.5:
+            return f"{where}its attention is scaled by {heads.scaling}"
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    for path, part in around.named_modules():  # what an encoder has besides its layers
+        if part is not around and id(part) not in inside and (reason := _changed(part)):
+            return f"{path} {reason}"
+    return None
+
+
+def is_layer(family: Family, layer: nn.Module) -> bool:
+    """Whether it is the family's own layer, stock or ours, as it is or as FSDP2 makes it one of its own."""
+    kind = type(layer)
+    if _is_sharded(layer):
+        kind = kind.__mro__[2]
+    return kind.__name__ == family.layer and (
+        kind.__module__ == family.file or getattr(kind, "_pyaccel_family", None) is family
+    )
+
+
+def _is_sharded(layer: nn.Module) -> bool:
+    """Whether FSDP2 keeps its parameters: it puts them in their places before each call, by hooks of its own."""
+    return f"{type(layer).__mro__[1].__module__}.{type(layer).__mro__[1].__name__}" in _FSDP_MODULES
+
+
+_FSDP_MODULES = ("torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",)
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Its class, where what `encoder_layer` runs in the place of an nn.Linear counts as one."""
+    return nn.Linear if type(module) in (Int8Linear, ObservedLinear) else type(module)
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def _changed(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    if any(_may_matter(hook) for hooks in _hooks(module) for hook in hooks.values()):
+        return "has hooks"
+    return None
+
+
+# transformers leaves its capturing hooks in place for good, and they do nothing unless something is captured;
+# torch's FlopCounterMode only looks where it is; FSDP2's look after parameters, whatever the shape of the input.
+_HARMLESS = (output_capturing.__name__, "torch.utils.module_tracker", "torch.distributed.fsdp")
+
+
+def _may_matter(hook: Any) -> bool:
+    return not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS)
+
+
+def global_hooks_matter() -> bool:
+    """Whether there are hooks on all modules that can tell whether a submodule was called."""
+    kinds = (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
+    )
+    return nn_module._has_any_global_hook() and any(_may_matter(h) for hooks in kinds for h in hooks.values())
+
+
+def _special(parameter: Tensor) -> str | None:
+    if torch.compiler.is_compiling():  # export puts fake tensors in the place of parameters
+        return "a tensor subclass" if is_traceable_wrapper_subclass(parameter) else None
+    if type(parameter) not in (nn.Parameter, Tensor):
+        return f"a {type(parameter).__name__}"
+    return "on the meta device" if parameter.is_meta else None
+
+
+def _title(kind: type | None) -> str:
+    return "nothing" if kind is None else f"a {kind.__name__}"
+
+
+class Structure:
+    """What the modules inside `around` were when `unfit` found nothing: a change is noticed in microseconds.
+
+    It covers all that `unfit` looks at and that other code changes in place: children, classes,
+    attributes of instances, hooks, parameters, dtypes. The modules' own dicts are compared with copies of
+    them, by identity of the items and in C. It holds no reference to `around`, which holds it: that cycle
+    would keep a deleted model alive until the garbage collector comes by.
+    """
+
+    def __init__(self, stock: Stock, around: nn.Module) -> None:
+        self.modules = [part for part in around.modules() if part is not around]
+        self.classes = list(map(type, self.modules))
+        self.attributes = [part.__dict__ for part in self.modules]
+        self.counts = list(map(len, self.attributes))
+        self.children = [part._modules for part in around.modules() if part._modules]
+        self.children_before = [dict(children) for children in self.children]
+        self.parameters = [part._parameters for part in self.modules if part._parameters]
+        self.parameters_before = [dict(parameters) for parameters in self.parameters]
+        hooks = [kind for part in self.modules for kind in _hooks(part)]
+        self.without_hooks = [kind for kind in hooks if not kind]
+        self.with_hooks = [kind for kind in hooks if kind]  # transformers' own
+        self.hook_counts = list(map(len, self.with_hooks))
+        # Casting in place leaves the parameters the same objects. It is done to whole models or to the
+        # LayerNorms.
+        cast = (nn.LayerNorm, stock.attention)
+        self.weights = [
+            next(p for p in part.parameters() if p.is_floating_point())
+            for part in self.modules
+            if isinstance(part, cast)
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was; False also where that can't be told."""
+        try:
+            return (
+                not any(self.without_hooks)
+                and list(map(len, self.with_hooks)) == self.hook_counts
+                and list(map(type, self.modules)) == self.classes
+                and list(map(len, self.attributes)) == self.counts
+                and self.children == self.children_before
+                and self.parameters == self.parameters_before
+                and len(set(map(_DTYPE, self.weights))) == 1
+            )
+        except RuntimeError:  # a parameter was replaced: two tensors were compared, and that gives no bool
+            return False
+
+
+_DTYPE = attrgetter("dtype")
