@@ -49,19 +49,23 @@ def sdpa(
     scale: float | None,
     *,
     is_causal: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """``F.scaled_dot_product_attention``, made safe for what a mask leaves unread.
 
     Args:
         allowed, bias: from :func:`pyaccel.reference.attention.combine_masks`.
         is_causal: in place of the two.
+        dropout_p: by PyTorch's own mask, not by ours.
     """
     # By a branch: in a graph with dynamic shapes the comparison itself isn't the bool that PyTorch wants.
     gqa = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     if allowed is None:
         if is_causal:  # keys that no query sees may hold anything
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        return torch_sdpa(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+        return torch_sdpa(
+            query, key, value, None, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=gqa
+        )
     if gqa and allowed.shape[1] > 1:  # whether a key is read then differs between the heads that share it
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -80,7 +84,7 @@ def sdpa(
             # A GPU's kernels want query's dtype. A huge negative number must not become -inf, which masks.
             bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         mask = bias.masked_fill(~allowed, -math.inf).masked_fill(idle_rows, 0.0)
-    out = torch_sdpa(query, key, value, mask, scale=scale, enable_gqa=gqa)
+    out = torch_sdpa(query, key, value, mask, dropout_p, scale=scale, enable_gqa=gqa)
     return out.masked_fill(idle_rows, 0.0) if has_idle_rows else out
 
 
@@ -111,6 +115,7 @@ def varlen_by_group(
     is_causal: bool,
     scale: float | None,
     window_size: Window | None,
+    dropout_p: float,
 ) -> Tensor:
     """One call for each run of neighbouring sequences of equal lengths, on views; one copy, of the result."""
     heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[2]
@@ -125,7 +130,7 @@ def varlen_by_group(
         (len_q, len_k)
         for len_q, len_k, _ in groups
         if len_q in _BF16_MATMUL_LENGTHS and len_k in _BF16_MATMUL_LENGTHS
-        if query.dtype == torch.bfloat16 and heads == kv_heads and not recording
+        if query.dtype == torch.bfloat16 and heads == kv_heads and not recording and dropout_p == 0.0
         if not is_causal and window_size is None
     }
     # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in anew.
@@ -142,9 +147,10 @@ def varlen_by_group(
             k = k.view(count, len_k, kv_heads, -1).transpose(1, 2)
             v = v.view(count, len_k, kv_heads, value_dim).transpose(1, 2)
             if window_size is None:
-                out = sdpa(q, k, v, None, None, scale, is_causal=is_causal)
+                out = sdpa(q, k, v, None, None, scale, is_causal=is_causal, dropout_p=dropout_p)
             else:
-                out = sdpa(q, k, v, *reference.combine_masks(q, k, None, None, is_causal, window_size), scale)
+                masks = reference.combine_masks(q, k, None, None, is_causal, window_size)
+                out = sdpa(q, k, v, *masks, scale, dropout_p=dropout_p)
             # The flash kernel lays its result out as [batch, seq, heads, head_dim], so this is a view.
             parts.append(out.transpose(1, 2).reshape(count * len_q, heads, value_dim))
     if rest.shape[0] or not parts:

@@ -157,9 +157,10 @@ def scaled_dot_product_attention(
         pyaccel.dispatch.InvalidArgumentError: naming everything that is wrong with the arguments.
         pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
 
-    The torch backend is ``F.scaled_dot_product_attention``. With dropout, or where the LSE is asked for, it
-    is two matrix products and an fp32 softmax, which hold the ``[batch, heads, seq_q, seq_k]`` weights in
-    memory: PyTorch's own kernels neither take our dropout mask nor return the LSE through a public function.
+    The torch backend is ``F.scaled_dot_product_attention``; on a CPU in eager mode it draws PyTorch's own dropout
+    mask, not that of the other backends. With dropout elsewhere, or where the LSE is asked for, it is two matrix
+    products and an fp32 softmax, which hold the ``[batch, heads, seq_q, seq_k]`` weights in memory: PyTorch's own
+    kernels neither take our dropout mask nor return the LSE through a public function.
     """
     op = "scaled_dot_product_attention"
     reasons = arguments.padded_reasons(
@@ -171,7 +172,9 @@ def scaled_dot_product_attention(
     query, key, value = arguments.padded_views(query, key, value)
     attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
     backend = _choose(op, query, key, value)
-    seed = dropout_key(query.device) if dropout_p > 0.0 else None
+    # On a CPU in eager mode the torch backend drops by PyTorch's mask: ours takes it three times the attention.
+    drops_itself = backend == "torch" and torch_backend.on_host(query) and not return_lse
+    seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     result: Tensor | tuple[Tensor, Tensor]
     if backend == "triton":
         result = triton_backend.padded(
@@ -192,12 +195,14 @@ def scaled_dot_product_attention(
         key_padding_mask = None
     if backend == "torch" and seed is None and not return_lse:
         if is_causal and attn_mask is None and key_padding_mask is None and window_size is None:
-            result = torch_backend.sdpa(query, key, value, None, None, scale, is_causal=True)
+            result = torch_backend.sdpa(
+                query, key, value, None, None, scale, is_causal=True, dropout_p=dropout_p
+            )
         else:
             allowed, bias = reference.combine_masks(
                 query, key, attn_mask, key_padding_mask, is_causal, window_size
             )
-            result = torch_backend.sdpa(query, key, value, allowed, bias, scale)
+            result = torch_backend.sdpa(query, key, value, allowed, bias, scale, dropout_p=dropout_p)
     else:
         result = cast(
             "Tensor | tuple[Tensor, Tensor]",
@@ -382,8 +387,9 @@ def varlen_attention(
     if reasons:
         _refuse(op, reasons, query, key, value)
     backend = _choose(op, query, key, value)
-    seed = dropout_key(query.device) if dropout_p > 0.0 else None
     on_host = torch_backend.on_host(query)
+    drops_itself = backend == "torch" and on_host and not return_lse
+    seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     if backend == "torch" and not on_host:
         return torch_backend.varlen_on_device(
             query,
@@ -423,7 +429,9 @@ def varlen_attention(
             return_lse,
         )
     if backend == "torch" and seed is None and not return_lse:
-        return torch_backend.varlen_by_group(query, key, value, lens_q, lens_k, is_causal, scale, window_size)
+        return torch_backend.varlen_by_group(
+            query, key, value, lens_q, lens_k, is_causal, scale, window_size, dropout_p
+        )
     return reference.varlen_attention(
         query,
         key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -109,10 +110,60 @@ def leaf(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.detach().to(dtype or x.dtype).requires_grad_()
 
 
+def under_its_mask(
+    function: Callable[..., Any], truth: Callable[..., Any], *args: Any, dropout_p: float, **options: Any
+) -> Callable[..., Tensor]:
+    """``truth`` under the dropout mask that ``function`` draws, where that is PyTorch's own and not ours.
+
+    With one-hot values attention gives back its weights: where they are 0 and are not without dropout, it dropped.
+    """
+
+    def one_hot(key: Tensor) -> Tensor:
+        if not args:
+            return torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:2], -1, -1)
+        rows = torch.cat([torch.eye(args[3], dtype=key.dtype)[:n] for n in args[1].diff().tolist()])
+        rows = torch.cat([rows, rows.new_zeros(key.shape[0] - len(rows), args[3])])
+        return rows[:, None].expand(-1, key.shape[1], -1)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *_: Any, upcast: bool, **given: Any) -> Tensor:
+        def weights(attend: Callable[..., Tensor], **more: Any) -> Tensor:
+            return attend(q, k, one_hot(k), *args, **{**options, **given, **more})
+
+        with torch.no_grad():
+            torch.manual_seed(5)
+            keep = weights(function, dropout_p=dropout_p) != 0
+        kept = weights(truth, upcast=upcast).to(q.dtype) * keep / (1 - dropout_p)
+        if not args:
+            return kept @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        out = [
+            torch.einsum("qhk,khd->qhd", kept[q0:q1, :, : k1 - k0], v[k0:k1])
+            for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(cu.tolist()) for cu in args[:2]), strict=True)
+        ]
+        rest = q.shape[0] - int(args[0][-1])
+        return torch.cat([*out, out[0].new_zeros(rest, *v.shape[1:])])
+
+    return call
+
+
 def check(
-    function: Callable[..., Any], truth: Callable[..., Any], inputs: list[Tensor], *args: Any, **options: Any
+    function: Callable[..., Any],
+    truth: Callable[..., Any],
+    inputs: list[Tensor],
+    *args: Any,
+    own_mask: bool = False,
+    **options: Any,
 ) -> None:
-    """Output and gradients of ``function``, judged by the policy; all three under one dropout mask."""
+    """Output and gradients of ``function``, judged by the policy; all three under one dropout mask.
+
+    Args:
+        own_mask: whether ``function`` draws PyTorch's dropout mask.
+    """
+    if own_mask and "dropout_p" in options:
+        dropped = under_its_mask(function, truth, *args, **options)
+        truth, options_of_truth = dropped, {}
+    else:
+        options_of_truth = options
     dy = None
     results = []
     mask = options.get("attn_mask")
@@ -127,9 +178,9 @@ def check(
         torch.manual_seed(5)
         if call is truth:
             extra["upcast"] = dtype is not None
-            if options.get("dropout_p"):
+            if options_of_truth.get("dropout_p"):
                 extra["dropout_key"] = dropout_key(inputs[0].device)
-        out = call(*leaves, *args, **{**options, **extra})
+        out = call(*leaves, *args, **{**(options_of_truth if call is truth else options), **extra})
         if dy is None:  # neither ones nor contiguous
             dy = torch.randn(out.mT.shape, device=out.device).to(out.dtype).mT + 0.25
         results.append([out, *torch.autograd.grad(out, wrt, dy.to(out.dtype))])

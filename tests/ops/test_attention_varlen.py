@@ -86,7 +86,10 @@ def test_packed_is_as_right_as_plain_torch(
 ) -> None:
     lens_q, lens_k, options = PACKED[case]
     inputs, args = packed_inputs(lens_q, lens_k, dtype, device)
-    check(varlen_attention, reference.varlen_attention, inputs, *args, **options)
+    own = path == "host" and device.type == "cpu"
+    check(varlen_attention, reference.varlen_attention, inputs, *args, own_mask=own, **options)
+    if own and "dropout_p" in options:
+        return
     with torch.no_grad():  # bf16 takes another way where no gradient is recorded
         torch.manual_seed(1)
         out = varlen_attention(*inputs, *args, **options)
@@ -100,7 +103,14 @@ def test_packed_is_as_right_as_plain_torch(
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout_p": 0.3}], ids=str)
 def test_packed_grouped_heads(options: Options, path: str, device: torch.device) -> None:
     inputs, args = packed_inputs([5, 5, 0, 9], [4, 4, 3, 9], F32, device, kv_heads=2)
-    check(varlen_attention, reference.varlen_attention, inputs, *args, **options)
+    check(
+        varlen_attention,
+        reference.varlen_attention,
+        inputs,
+        *args,
+        own_mask=path == "host" and device.type == "cpu",
+        **options,
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
@@ -156,10 +166,10 @@ def test_one_call_a_group_on_views_of_the_packed_buffer(monkeypatch: pytest.Monk
     calls = []
     sdpa = module.torch_backend.torch_sdpa
 
-    def spy(*qkv: Tensor, **kwargs: Any) -> Tensor:
-        calls.append(tuple(qkv[0].shape))
-        assert {t.untyped_storage().data_ptr() for t in qkv} == {q.untyped_storage().data_ptr()}
-        return sdpa(*qkv, **kwargs)
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(tuple(args[0].shape))
+        assert {t.untyped_storage().data_ptr() for t in args[:3]} == {q.untyped_storage().data_ptr()}
+        return sdpa(*args, **kwargs)
 
     monkeypatch.setattr(module.torch_backend, "torch_sdpa", spy)
     varlen_attention(q, k, v, *args)
@@ -264,7 +274,8 @@ def test_compiled_equals_eager(backend: str, dynamic: bool, device: torch.device
     rows = [leaf(t) for t in rows]
 
     def attend(*packed: Tensor) -> Tensor:
-        return varlen_attention(*packed, *args, is_causal=True, dropout_p=0.3)
+        # With the LSE torch draws the same mask in eager mode and in a graph.
+        return varlen_attention(*packed, *args, is_causal=True, dropout_p=0.3, return_lse=True)[0]
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     results = []
