@@ -26,9 +26,9 @@ from transformers.utils import output_capturing
 from pyaccel import dispatch, ops
 from pyaccel.hf import attention
 from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
-from pyaccel.hf.guard import Structure, global_hooks_matter, unfit
+from pyaccel.hf.guard import Structure, global_hooks_matter, is_sharded, unfit
 from pyaccel.hf.report import Report
-from pyaccel.models.bert import encoder_layer, packed_attention
+from pyaccel.models.bert import encoder_layer, packed_attention, share_qkv_storage
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 # An accelerated model's config says attn_implementation="pyaccel". Unpickled in a new process, such a
@@ -218,9 +218,11 @@ def run_layer(family: Family, layer: Any, hidden: Tensor, mask: Tensor | PackedL
     seen = family.view(layer)
     heads = seen.attention.self
     dropout_p = heads.dropout.p if heads.training else 0.0
+    chunk_size = seen.chunk_size_feed_forward  # positions of all rows
     if isinstance(mask, PackedLayout):
-        return encoder_layer(seen, hidden, partial(packed_attention, tokens=mask, dropout_p=dropout_p))
-    return encoder_layer(seen, hidden, partial(padded_attention, mask, dropout_p))
+        attend = partial(packed_attention, tokens=mask, dropout_p=dropout_p)
+        return encoder_layer(seen, hidden, attend, chunk_size=chunk_size * mask.batch_size)
+    return encoder_layer(seen, hidden, partial(padded_attention, mask, dropout_p), chunk_size=chunk_size)
 
 
 def padded_attention(mask: Tensor | None, dropout_p: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -298,8 +300,30 @@ def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | Non
         attached.structure = None
         if reason := unfit(known, layers, around=module):
             return reason
+        for layer in layers:
+            _share_storage(known.family, layer)
         attached.structure = Structure(known, module)
     return None
+
+
+def _share_storage(family: Family, layer: Any) -> None:
+    """Put the weights of query, key and value into one buffer, so that one product serves them without a copy.
+
+    Not where others count on the storage that a weight has: FSDP, other processes, flat buffers of parameters.
+    """
+    heads = family.view(layer).attention.self
+    linears = (heads.query, heads.key, heads.value)
+    if is_sharded(layer) or any(type(linear) is not nn.Linear for linear in linears):
+        return
+    if all(_owns_its_storage(p) for linear in linears for p in linear.parameters()):
+        with torch.inference_mode(False):
+            share_qkv_storage(heads)
+
+
+def _owns_its_storage(parameter: Tensor) -> bool:
+    storage = parameter.untyped_storage()
+    alone = storage.nbytes() == parameter.numel() * parameter.element_size()
+    return alone and not (parameter.is_cpu and storage.is_shared())
 
 
 def layers_of(family: Family, module: Any) -> list[Any]:

@@ -19,8 +19,10 @@ from pyaccel.hf.families import Family, Stock
 from pyaccel.nn import Int8Linear, ObservedLinear
 
 
-def unfit(stock: Stock, layers: list[Any], around: nn.Module) -> str | None:
+def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = True) -> str | None:
     """Why these layers can't take the fast path, whatever the call; None if they can.
+
+    ``loaded=False`` is for a model whose weights may still be on the meta device, and come later.
 
     ``around`` is the module whose forward replaces theirs: its own hooks run as ever. Layers that an encoder calls run
     theirs too, but on packed hidden states, which is nothing for a hook that doesn't know.
@@ -38,12 +40,12 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module) -> str | None:
         for path, part in modules.items():
             if part is not around and (reason := _changed(part)):
                 return f"{where}{path or 'the layer'} {reason}"
-        if layer is around or not _is_sharded(layer):
+        if layer is around or not is_sharded(layer):
             parameters = dict(layer.named_parameters(remove_duplicate=False))
             if missing := stock.parameters - parameters.keys():
                 return f"{where}{min(missing)} is not a parameter"
             for path, parameter in parameters.items():
-                if reason := _special(parameter):
+                if reason := _special(parameter, loaded):
                     return f"{where}{path} is {reason}"
             if len({p.dtype for p in parameters.values() if p.is_floating_point()}) > 1:
                 return f"{where}its parameters are of several dtypes"
@@ -51,8 +53,6 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module) -> str | None:
         heads = seen.attention.self
         if seen.is_decoder or heads.is_causal:
             return f"{where}it is a decoder layer"
-        if seen.chunk_size_feed_forward:
-            return f"{where}it has a chunk_size_feed_forward"
         if heads.scaling != heads.attention_head_size**-0.5:
             return f"{where}its attention is scaled by {heads.scaling}"
     inside = {id(part) for layer in layers for part in layer.modules()}
@@ -65,14 +65,14 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module) -> str | None:
 def is_layer(family: Family, layer: nn.Module) -> bool:
     """Whether it is the family's own layer, stock or ours, as it is or as FSDP2 makes it one of its own."""
     kind = type(layer)
-    if _is_sharded(layer):
+    if is_sharded(layer):
         kind = kind.__mro__[2]
     return kind.__name__ == family.layer and (
         kind.__module__ == family.file or getattr(kind, "_pyaccel_family", None) is family
     )
 
 
-def _is_sharded(layer: nn.Module) -> bool:
+def is_sharded(layer: nn.Module) -> bool:
     """Whether FSDP2 keeps its parameters: it puts them in their places before each call, by hooks of its own."""
     return f"{type(layer).__mro__[1].__module__}.{type(layer).__mro__[1].__name__}" in _FSDP_MODULES
 
@@ -122,12 +122,12 @@ def global_hooks_matter() -> bool:
     return nn_module._has_any_global_hook() and any(_may_matter(h) for hooks in kinds for h in hooks.values())
 
 
-def _special(parameter: Tensor) -> str | None:
+def _special(parameter: Tensor, loaded: bool) -> str | None:
     if torch.compiler.is_compiling():  # export puts fake tensors in the place of parameters
         return "a tensor subclass" if is_traceable_wrapper_subclass(parameter) else None
     if type(parameter) not in (nn.Parameter, Tensor):
         return f"a {type(parameter).__name__}"
-    return "on the meta device" if parameter.is_meta else None
+    return "on the meta device" if loaded and parameter.is_meta else None
 
 
 def _title(kind: type | None) -> str:

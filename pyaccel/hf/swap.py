@@ -28,7 +28,7 @@ from pyaccel.hf.fast_path import (
 )
 from pyaccel.hf.guard import unfit
 from pyaccel.hf.report import Explanation, Report
-from pyaccel.models.bert import share_qkv_storage, unshare_qkv_storage
+from pyaccel.models.bert import unshare_qkv_storage
 from pyaccel.nn import Int8Linear
 from pyaccel.packing import layout
 
@@ -75,10 +75,6 @@ def accelerate(
         if config._attn_implementation != NAME:
             acceleration.configs.append((config, config._attn_implementation))
             config._attn_implementation = NAME
-        if not is_encoder(module):
-            heads = family.view(module).attention.self
-            if heads.query.weight.dtype == heads.key.weight.dtype == heads.value.weight.dtype:
-                share_qkv_storage(heads)
         module.__class__ = subclass_for(family, module)
         module._pyaccel = Attached(acceleration, config, reads_padding.get(module))
         report.swapped[name] = type(module).__name__
@@ -148,7 +144,7 @@ def _not_swappable(family: Family, module: nn.Module) -> str | None:
     layers = layers_of(family, module)
     if not layers:
         return "it has no layers"
-    reason = unfit(stock(family), layers, around=module)
+    reason = unfit(stock(family), layers, around=module, loaded=False)
     if reason is None and _config(family, module).output_attentions:
         # transformers allows this with its eager attention alone, and won't save a config that says
         # otherwise.
@@ -210,6 +206,8 @@ def _present(model: nn.Module, packing: bool, backend: str) -> Acceleration | No
 def _dry_run(family: Family, layer: Any, acceleration: Acceleration) -> None:
     """One layer in evaluation on 16 tokens of zeros, for the choices of backends that it makes."""
     weight = family.view(layer).output.LayerNorm.weight
+    if weight.is_meta:
+        return
     mask = torch.ones(2, 8, dtype=torch.bool, device=weight.device)
     hidden = weight.new_zeros(2, 8, len(weight))
     training = [part for part in layer.modules() if part.training]

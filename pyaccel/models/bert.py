@@ -395,7 +395,13 @@ class BertModel(nn.Module):
 # ---- the math of a layer ----
 
 
-def encoder_layer(layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def encoder_layer(
+    layer: Any,
+    hidden: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    chunk_size: int = 0,
+) -> Tensor:
     """One post-norm BERT layer: attention and feed-forward network, each with its residual and LayerNorm.
 
     Args:
@@ -405,6 +411,8 @@ def encoder_layer(layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, 
         hidden: `[..., hidden_size]`, packed `[tokens, hidden_size]` or padded `[batch, seq, hidden_size]`.
         attend: takes q, k and v `[..., num_heads, head_dim]` (views of one buffer), returns the context
             `[..., hidden_size]`. Attention's own dropout is its business.
+        chunk_size: run the feed-forward network on so many rows at a time (in the second last dimension), for less
+            memory and the same numbers; 0: on all at once.
 
     Returns:
         `[..., hidden_size]`. Dropout acts where the layer's dropout modules are in training mode.
@@ -416,11 +424,17 @@ def encoder_layer(layer: Any, hidden: Tensor, attend: Callable[[Tensor, Tensor, 
     act = layer.intermediate.intermediate_act_fn
     name = activation_name(act)
     dense = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
-    if name and torch.is_grad_enabled() and context.requires_grad and _are_plain(dense):
+    if name and not chunk_size and torch.is_grad_enabled() and context.requires_grad and _are_plain(dense):
         return _training_feed_forward(layer, context, hidden, name)
     hidden = linear_residual_layernorm(attention.output, context, hidden)
-    inner = project(layer.intermediate.dense, hidden, name)
-    return linear_residual_layernorm(layer.output, inner if name else act(inner), hidden)
+
+    def feed_forward(hidden: Tensor) -> Tensor:
+        inner = project(layer.intermediate.dense, hidden, name)
+        return linear_residual_layernorm(layer.output, inner if name else act(inner), hidden)
+
+    if not chunk_size:
+        return feed_forward(hidden)
+    return torch.cat([feed_forward(part) for part in hidden.split(chunk_size, -2)], -2)
 
 
 def project(linear: Any, x: Tensor, activation: str | None = None) -> Tensor:

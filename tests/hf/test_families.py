@@ -72,7 +72,7 @@ def make(family: str, head: str = "Model", **changes: Any) -> Any:
     prefix, sizes = TINY[family]
     if head == "Model" and not hasattr(transformers, f"{prefix}Model"):
         head = "Encoder"
-    if head == "ForQuestionAnswering":
+    if head == "ForQuestionAnswering" or (family, head) == ("ALBERT", "ForPreTraining"):
         changes = {"num_labels": 2, **changes}
     config = getattr(transformers, f"{prefix}Config")(
         **{

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel, DynamicCache
 
 import pyaccel
+from pyaccel import ops
 from tests.assertions import (
     assert_bits_equal,
     assert_close_to_truth,
@@ -317,17 +318,41 @@ def test_an_attention_implementation_set_since() -> None:
     assert report.fallbacks == {"the attention implementation is now 'eager'": 3}
 
 
-def test_chunked_feed_forward() -> None:
-    model = tiny(chunk_size_feed_forward=3)
-    with pytest.raises(ValueError, match="it has a chunk_size_feed_forward"):
-        pyaccel.accelerate(model)
+@pytest.mark.parametrize("packing", [True, False])
+def test_chunked_feed_forward(packing: bool) -> None:
+    """The feed-forward network runs on as many positions of all rows at a time as were asked for."""
+    model, batch = tiny(chunk_size_feed_forward=3), batch_of("right")
+    stock, rows = Truth(model), []
+    report = pyaccel.accelerate(model, packing=packing)
+    linear_activation = ops.linear_activation
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+            if weight.shape[0] == 72:
+                rows.append(x.shape[:-1].numel())
+            return linear_activation(x, weight, *args)
+
+        patch.setattr(ops, "linear_activation", spy)
+        stock.check(
+            model, batch, ["last_hidden_state"], None if not packing else read(batch["attention_mask"])
+        )
+    assert max(rows) == 3 * 5
+    assert len(rows) == (3 * 3 if packing else 3 * 4)
+    assert not report.fallbacks
 
 
 def test_a_model_on_the_meta_device() -> None:
+    """Swapped before its weights are there, fast once they are."""
+    loaded, batch = tiny(), batch_of("right")
     with torch.device("meta"):
         model = tiny()
-    with pytest.raises(ValueError, match="on the meta device"):
-        pyaccel.accelerate(model)
+    report = pyaccel.accelerate(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(loaded.state_dict())
+    for buffer in ("position_ids", "token_type_ids"):  # not in a state dict
+        setattr(model.embeddings, buffer, getattr(loaded.embeddings, buffer))
+    Truth(loaded).check(model, batch, ["pooler_output"])
+    assert report.fast == {"packed": 3}
 
 
 def test_several_dtypes() -> None:
