@@ -8,6 +8,7 @@ import typer
 
 from pyaccel.cli.cost import cost
 from pyaccel.cli.demo import demo
+from pyaccel.cli.encode import encode
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inspect import inspect
 from pyaccel.cli.quantize import quantize
@@ -22,6 +23,7 @@ app.command()(demo)
 app.command()(inspect)
 app.command()(cost)
 app.command()(quantize)
+app.command()(encode)
 
 
 def main() -> None:

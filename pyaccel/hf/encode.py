@@ -1,0 +1,215 @@
+"""Texts in, sentence embeddings out: a Hugging Face encoder, accelerated, over length-sorted batches of many tokens.
+
+    encoder = TextEncoder.from_pretrained("path/to/all-MiniLM-L6-v2")
+    embeddings = encoder.encode(texts)          # fp32 [len(texts), hidden_size], in the order of the texts
+
+Pooling, normalisation and the longest input are those of a sentence-transformers folder where it is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pyaccel.hf.report import Report
+from pyaccel.hf.swap import accelerate
+
+Pooling = Literal["mean", "cls"]
+
+# As many tokens keep the products of a CPU or of a GPU busy, and fit beside a model's activations.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+# A tokenizer is handed so many texts at a time, which its threads share.
+TEXTS_AT_ONCE = 1024
+
+
+@dataclass
+class TextEncoder:
+    """A model, its tokenizer, and how token states become one embedding.
+
+    Attributes:
+        model: an encoder whose first output is ``last_hidden_state``.
+        tokenizer: of the same checkpoint.
+        pooling: "mean" over a text's tokens, or "cls": the state of the first.
+        normalize: whether embeddings are divided by their L2 norm.
+        max_length: tokens of a text beyond it are cut off.
+        batch_tokens: about so many tokens are run at a time.
+        lower_case: whether texts are lowered before they are tokenised.
+        report: what pyaccel accelerated, and how its calls went.
+        texts, tokens, truncated: how many were encoded so far, and how many texts were cut.
+    """
+
+    model: Any
+    tokenizer: Any
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+    batch_tokens: int
+    lower_case: bool = False
+    report: Report | None = None
+    texts: int = field(default=0, init=False)
+    tokens: int = field(default=0, init=False)
+    truncated: int = field(default=0, init=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
+    ) -> TextEncoder:
+        """Load a Hugging Face or sentence-transformers folder (or hub id), accelerated.
+
+        What is None comes from the folder: a sentence-transformers folder says all of it; another one gets mean
+        pooling, no normalisation, and as many tokens as its model has positions for.
+
+        Raises:
+            OSError, ValueError: what transformers raises; ValueError too for a sentence-transformers folder with
+                modules or a pooling that this doesn't compute.
+        """
+        saved = _sentence_transformers(Path(folder))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval().to(device)
+        report = accelerate(model, strict=False)
+        longest = min(tokenizer.model_max_length, _positions(model.config))
+        asked = max_length or saved.get("max_length") or longest
+        if asked > longest:
+            raise ValueError(f"max_length {asked} is more than the {longest} tokens that the model takes")
+        kind = torch.device(device).type
+        return cls(
+            model,
+            tokenizer,
+            pooling or saved.get("pooling", "mean"),
+            saved.get("normalize", False) if normalize is None else normalize,
+            asked,
+            batch_tokens or BATCH_TOKENS.get(kind, BATCH_TOKENS["cuda"]),
+            saved.get("lower_case", False),
+            report,
+        )
+
+    def encode(self, texts: Sequence[str], *, done: Callable[[int], object] | None = None) -> Tensor:
+        """fp32 ``[len(texts), hidden_size]`` on the CPU, in the order of ``texts``.
+
+        The same texts in the same order give the same bits. ``done`` is called with the number of texts of each batch
+        that is through.
+        """
+        ids = self._tokenise(texts)
+        found: Tensor | None = None
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            for batch in batches([len(each) for each in ids], self.batch_tokens):
+                length = max(1, len(ids[batch[0]]))  # the longest
+                input_ids = torch.full((len(batch), length), self.tokenizer.pad_token_id or 0)
+                for row, index in enumerate(batch):
+                    input_ids[row, : len(ids[index])] = torch.tensor(ids[index])
+                lengths = torch.tensor([len(ids[index]) for index in batch])
+                mask = torch.arange(length) < lengths.unsqueeze(1)
+                embeddings = self._embed(input_ids.to(device), mask.to(device)).cpu()
+                if found is None:
+                    found = embeddings.new_empty(len(texts), embeddings.shape[1])
+                found[batch] = embeddings
+                if done is not None:
+                    done(len(batch))
+        self.texts += len(texts)
+        self.tokens += sum(map(len, ids))
+        return torch.empty(0, self.model.config.hidden_size) if found is None else found
+
+    def _embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state.float()
+        if self.pooling == "cls":
+            pooled = states[:, 0]
+        else:
+            pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            part = [
+                text.lower() if self.lower_case else text for text in texts[start : start + TEXTS_AT_ONCE]
+            ]
+            ids += self.tokenizer(part, verbose=False, return_attention_mask=False)["input_ids"]
+        too_long = [index for index, each in enumerate(ids) if len(each) > self.max_length]
+        self.truncated += len(too_long)
+        if too_long:  # by the tokenizer, which keeps its special tokens
+            cut = self.tokenizer([texts[i] for i in too_long], truncation=True, max_length=self.max_length)
+            for index, each in zip(too_long, cut["input_ids"], strict=True):
+                ids[index] = each
+        return ids
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices by falling length, as many at a time as have ``batch_tokens`` tokens together, but at least one.
+
+    Neighbours have about the same length; the longest come first, so a batch that doesn't fit fails at once.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and tokens + lengths[index] > batch_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += lengths[index]
+    if batch:
+        yield batch
+
+
+def _positions(config: Any) -> int:
+    """How many tokens the model takes: RoBERTa's positions begin behind its padding's."""
+    count = getattr(config, "max_position_embeddings", None)
+    if count is None:
+        return 2**30
+    families = ("roberta", "camembert", "data2vec-text", "xlm-roberta")
+    return int(count) - (config.pad_token_id + 1 if config.model_type in families else 0)
+
+
+def _sentence_transformers(folder: Path) -> dict[str, Any]:
+    """Pooling, normalisation, length and case of a sentence-transformers folder; empty for another one."""
+    file = folder / "modules.json"
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = {"normalize": False}
+    for module in json.loads(file.read_text(encoding="utf-8")):
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            config = json.loads((folder / module["path"] / "config.json").read_text(encoding="utf-8"))
+            found["pooling"] = _pooling(config, folder)
+        elif kind == "Normalize":
+            found["normalize"] = True
+        elif kind != "Transformer" or module["path"]:
+            raise ValueError(f"{folder}: its module {kind} in {module['path']!r} is not computed here")
+    sizes = folder / "sentence_bert_config.json"
+    if sizes.is_file():
+        config = json.loads(sizes.read_text(encoding="utf-8"))
+        found["max_length"] = config.get("max_seq_length")
+        found["lower_case"] = bool(config.get("do_lower_case"))
+    return found
+
+
+def _pooling(config: dict[str, Any], folder: Path) -> str:
+    modes = [name for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
+    if "pooling_mode" in config:
+        modes = [f"pooling_mode_{config['pooling_mode']}"]
+    known = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_mean": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_cls": "cls",
+    }
+    if len(modes) != 1 or modes[0] not in known:
+        raise ValueError(
+            f"{folder}: its pooling ({', '.join(modes) or 'none'}) is not computed here: mean or cls are"
+        )
+    return known[modes[0]]
