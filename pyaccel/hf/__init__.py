@@ -22,20 +22,26 @@ __all__ = ["Explanation", "PyaccelInt8Config", "Report", "accelerate", "explain"
 
 
 def accelerate(
-    model: nn.Module, *, packing: bool = True, backend: str = "auto", strict: bool = True
+    model: nn.Module,
+    *,
+    packing: bool = True,
+    int8: str | None = None,
+    backend: str = "auto",
+    strict: bool = True,
 ) -> Report:
-    """Make a Hugging Face BERT faster, in place, at the same answers; :func:`restore` undoes it.
+    """Make a Hugging Face model of the BERT family faster, in place, at the same answers; :func:`restore` undoes it.
 
-    Acts on every ``BertEncoder`` and ``BertLayer`` found in ``model``, which may be a ``BertModel``, a
-    ``BertForXxx``, or anything that holds one. Only the class of these modules changes (to a subclass of
-    the same name) and the attention implementation of their config (to ``"pyaccel"``): parameters, names,
-    hooks, buffers, tied weights and optimizers stay as they are, and what is changed in the weights later
-    is seen at once. The weights of query, key and value are moved into one buffer, so that one matrix
-    product serves the three; no copy is kept.
+    Acts on every encoder and layer of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE, RoCBert, Data2VecText,
+    BertGeneration, DistilBERT and ALBERT found in ``model``, which may be the model itself, one with a head, or
+    anything that holds one. Only the class of these modules changes (to a subclass of the same name) and the attention
+    implementation of their config (to ``"pyaccel"``): parameters, names, hooks, buffers, tied weights and optimizers
+    stay as they are, and what is changed in the weights later is seen at once. At the first call the weights of query,
+    key and value are moved into one buffer, so that one matrix product serves the three; no copy is kept. Other models
+    whose attention goes through transformers' interface (decoders, GPT-2, ModernBERT ...) get that alone.
 
-    The fast path serves evaluation. Training, autocast, a cache, ``output_attentions``, 4-D masks,
-    replaced or hooked submodules ... go to the stock modules; ``Report.fallbacks`` counts how often and
-    why.
+    The fast path serves evaluation and training, in any dtype and under autocast, with gradient checkpointing and LoRA
+    adapters. Dropout acts as in the stock model, by other random numbers. A cache, ``output_attentions``, 4-D masks,
+    replaced or hooked submodules ... go to the stock modules; ``Report.fallbacks`` counts how often and why.
 
     Models that share one config object share its attention implementation: the other model stays right,
     and runs its stock modules with pyaccel's attention. ``copy.deepcopy`` a teacher, or give it its own
@@ -44,8 +50,12 @@ def accelerate(
     Args:
         packing: drop the padding once after the embeddings, run all layers on real tokens, and put it
             back once. Padding positions of ``last_hidden_state`` are then 0, where the stock model
-            computes values that nothing should read; position 0 of every row is always computed, because
-            poolers read it. With False all layers run padded and padding positions are the stock model's.
+            computes values that nothing should read: a loss over them (labels other than -100 in the padding)
+            differs. Position 0 of every row is always computed, because poolers read it; under a question-answering
+            head, whose loss is over all positions, padding is kept. With False all layers run padded and padding
+            positions are the stock model's.
+        int8: ``"dynamic"`` or ``"weight_only"``: also quantise the layers' linear modules, as
+            :func:`pyaccel.quantization.quantize` does. The floating ones are kept in memory for :func:`restore`.
         backend: ``"auto"``, or ``"triton"``, ``"torch"`` or ``"reference"`` for every op while this model
             runs.
         strict: whether having nothing to swap is an error.
@@ -60,7 +70,7 @@ def accelerate(
         RuntimeError: the model is accelerated with other arguments; restore it first.
         pyaccel.dispatch.NotSupportedError: ``backend`` can't serve this model here; it names every reason.
     """
-    return _swap().accelerate(model, packing=packing, backend=backend, strict=strict)
+    return _swap().accelerate(model, packing=packing, int8=int8, backend=backend, strict=strict)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -45,6 +45,9 @@ class Acceleration:
     report: Report
     # A config, and its attention implementation before.
     configs: list[tuple[Any, str]] = field(default_factory=list)
+    # Where `int8` was asked for: a module, the name of a layer in it, and that layer in floating point.
+    floating: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
+    int8: str | None = None
 
     def use_backend(self) -> AbstractContextManager[object]:
         return nullcontext() if self.backend == "auto" else dispatch.use_backend(self.backend)

@@ -32,17 +32,17 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = 
         where = "" if layer is around else f"layer.{index}: "
         if not is_layer(family, layer):
             return f"{where}it is a {type(layer).__name__}, not a {family.layer}"
-        modules = dict(layer.named_modules(remove_duplicate=False))
+        modules, parameters = _inside(layer)
         found = {path: _kind(part) for path, part in modules.items() if path not in ("", family.activation)}
         if found != expected:
             path = min(p for p in found.keys() | expected.keys() if found.get(p) is not expected.get(p))
-            return f"{where}{path} is {_title(found.get(path))}, not {_title(expected.get(path))}"
+            return f"{where}{path} is {_title(found.get(path), expected.get(path))}"
         for path, part in modules.items():
             if part is not around and (reason := _changed(part)):
                 return f"{where}{path or 'the layer'} {reason}"
         if layer is around or not is_sharded(layer):
-            parameters = dict(layer.named_parameters(remove_duplicate=False))
-            if missing := stock.parameters - parameters.keys():
+            needed = {path for path in stock.parameters if not _is_opaque(modules[path.rpartition(".")[0]])}
+            if missing := needed - parameters.keys():
                 return f"{where}{min(missing)} is not a parameter"
             for path, parameter in parameters.items():
                 if reason := _special(parameter, loaded):
@@ -62,6 +62,25 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = 
     return None
 
 
+def _inside(layer: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """A layer's modules and parameters by their paths, without what is inside of those that are called as they are."""
+    modules = dict(layer.named_modules(remove_duplicate=False))
+    opaque = tuple(f"{path}." for path, part in modules.items() if _is_opaque(part))
+    parameters = layer.named_parameters(remove_duplicate=False)
+    return (
+        {path: part for path, part in modules.items() if not path.startswith(opaque)},
+        {path: parameter for path, parameter in parameters if not path.startswith(opaque)},
+    )
+
+
+# Called in the place of an nn.Linear, whose rows they treat one by one: a LoRA adapter and the layer it is around.
+_OPAQUE = ("peft.tuners.lora.layer.Linear",)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" in _OPAQUE
+
+
 def is_layer(family: Family, layer: nn.Module) -> bool:
     """Whether it is the family's own layer, stock or ours, as it is or as FSDP2 makes it one of its own."""
     kind = type(layer)
@@ -77,12 +96,12 @@ def is_sharded(layer: nn.Module) -> bool:
     return f"{type(layer).__mro__[1].__module__}.{type(layer).__mro__[1].__name__}" in _FSDP_MODULES
 
 
-_FSDP_MODULES = ("torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",)
+_FSDP_MODULES = ("torch.distributed.fsdp.FSDPModule",)
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     """Its class, where what `encoder_layer` runs in the place of an nn.Linear counts as one."""
-    return nn.Linear if type(module) in (Int8Linear, ObservedLinear) else type(module)
+    return nn.Linear if type(module) in (Int8Linear, ObservedLinear) or _is_opaque(module) else type(module)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -130,8 +149,11 @@ def _special(parameter: Tensor, loaded: bool) -> str | None:
     return "on the meta device" if loaded and parameter.is_meta else None
 
 
-def _title(kind: type | None) -> str:
-    return "nothing" if kind is None else f"a {kind.__name__}"
+def _title(kind: type | None, expected: type | None) -> str:
+    names = ["nothing" if each is None else f"a {each.__name__}" for each in (kind, expected)]
+    if kind is not None and names[0] == names[1]:
+        names[0] = f"a {kind.__module__}.{kind.__qualname__}"
+    return f"{names[0]}, not {names[1]}"
 
 
 class Structure:

@@ -16,6 +16,7 @@ class Report:
     Attributes:
         swapped: name of each swapped module -> its class.
         not_swapped: name of each module that was left alone -> why.
+        attention: name of each model that got pyaccel's attention alone -> its class.
         packing, backend: as given to `accelerate`.
         fast: calls that the fast path served, by kind: "packed" (no padding) and "padded".
         fallbacks: calls that went to the stock layer, by reason.
@@ -24,6 +25,7 @@ class Report:
 
     swapped: dict[str, str] = field(default_factory=dict)
     not_swapped: dict[str, str] = field(default_factory=dict)
+    attention: dict[str, str] = field(default_factory=dict)
     packing: bool = True
     backend: str = "auto"
     fast: Counter[str] = field(default_factory=Counter)
@@ -45,6 +47,7 @@ class Report:
         what = ", ".join(f"{count} {name}" for name, count in classes.items()) or "nothing"
         how = "padding dropped once" if self.packing else "padded"
         lines = [f"accelerated: {what} ({how}; backend {self.backend})"]
+        lines += [f"  attention alone: {name or kind} ({kind})" for name, kind in self.attention.items()]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.not_swapped.items()]
         calls = self.fast.total() + self.fallbacks.total()
         fast = ", ".join(f"{count} {kind}" for kind, count in self.fast.items()) or "0"

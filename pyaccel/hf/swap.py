@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, ops, quantization, tuned
+from pyaccel.hf import fast_path, masked_lm
 from pyaccel.hf.attention import NAME, register
 from pyaccel.hf.families import FAMILIES, Family, stock
 from pyaccel.hf.fast_path import (
@@ -24,7 +26,6 @@ from pyaccel.hf.fast_path import (
     layers_of,
     run_layer,
     subclass_for,
-    subclasses,
 )
 from pyaccel.hf.guard import unfit
 from pyaccel.hf.report import Explanation, Report
@@ -36,16 +37,26 @@ __all__ = ["accelerate", "explain", "register", "restore"]
 
 
 def accelerate(
-    model: nn.Module, *, packing: bool = True, backend: str = "auto", strict: bool = True
+    model: nn.Module,
+    *,
+    packing: bool = True,
+    int8: str | None = None,
+    backend: str = "auto",
+    strict: bool = True,
 ) -> Report:
     """See :func:`pyaccel.hf.accelerate`."""
     if backend != "auto" and backend not in dispatch.BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(dispatch.BACKENDS)}"
         )
-    acceleration = _present(model, packing, backend)
+    if int8 not in (None, "dynamic", "weight_only"):
+        raise ValueError(
+            f"unknown int8 {int8!r}: expected None, 'dynamic' or 'weight_only'; with calibration it is "
+            f"pyaccel.quantization.quantize(model, 'static', calibration=...)"
+        )
+    acceleration = _present(model, packing, int8, backend)
     if acceleration is None:
-        acceleration = Acceleration(packing, backend, Report(packing=packing, backend=backend))
+        acceleration = Acceleration(packing, backend, Report(packing=packing, backend=backend), int8=int8)
     report = acceleration.report
 
     candidates: dict[str, tuple[Family, Any]] = {
@@ -55,8 +66,10 @@ def accelerate(
     }
     reasons = {name: _not_swappable(*candidate) for name, candidate in candidates.items()}
     todo = [(name, *candidate) for name, candidate in candidates.items() if reasons[name] is None]
+    swapped = {*_swapped(model), *(module for _, _, module in todo)}
+    attention_alone = _attention_alone(model, swapped) if backend == "auto" and int8 is None else {}
     report.not_swapped = {name: reason for name, reason in reasons.items() if reason is not None}
-    if strict and not todo and not report.swapped:
+    if strict and not (todo or report.swapped or attention_alone or report.attention):
         why = "; ".join(f"{name or 'it'}: {reason}" for name, reason in report.not_swapped.items())
         known = ", ".join(family.title for family in FAMILIES)
         raise ValueError(
@@ -72,20 +85,80 @@ def accelerate(
     reads_padding = _read_in_the_padding(model)
     for name, family, module in todo:
         config = _config(family, module)
-        if config._attn_implementation != NAME:
-            acceleration.configs.append((config, config._attn_implementation))
-            config._attn_implementation = NAME
+        _set_attention(acceleration, config)
         module.__class__ = subclass_for(family, module)
         module._pyaccel = Attached(acceleration, config, reads_padding.get(module))
         report.swapped[name] = type(module).__name__
+    for name, head, decoder in _masked_lm_heads(model):
+        decoder.__class__ = masked_lm.Linear
+        decoder._pyaccel = Attached(acceleration, head.config)
+        report.swapped[name] = "Linear"
+    for name, part in attention_alone.items():
+        _set_attention(acceleration, part.config)
+        part._pyaccel = Attached(acceleration, part.config)
+        report.attention[name] = type(part).__name__
+    if int8 is not None and todo:
+        _make_int8(model, acceleration, int8)
     return report
+
+
+def _set_attention(acceleration: Acceleration, config: Any) -> None:
+    if config._attn_implementation != NAME:
+        acceleration.configs.append((config, config._attn_implementation))
+        config._attn_implementation = NAME
+
+
+def _attention_alone(model: nn.Module, swapped: set[Any]) -> dict[str, Any]:
+    """Models in which no layer can be swapped, but whose attention goes through transformers' interface."""
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, PreTrainedModel) and "_pyaccel" not in part.__dict__
+        if part._supports_sdpa
+        and part.config._attn_implementation == "sdpa"
+        and not part.config.output_attentions
+        if swapped.isdisjoint(part.modules())
+        # The innermost one: heads around it share its config.
+        if not any(isinstance(inner, PreTrainedModel) for inner in part.modules() if inner is not part)
+    }
+
+
+def _masked_lm_heads(model: nn.Module) -> list[tuple[str, Any, Any]]:
+    """Last layers of heads whose loss is over masked tokens, on an encoder that is swapped: name, head, layer."""
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for head in model.modules():
+        if not isinstance(head, PreTrainedModel) or not type(head).__name__.endswith(
+            ("ForMaskedLM", "ForPreTraining")
+        ):
+            continue
+        decoder = head.get_output_embeddings()
+        if (
+            type(decoder) is nn.Linear
+            and decoder in names
+            and any(is_encoder(part) and "_pyaccel" in part.__dict__ for part in head.modules())
+        ):
+            found.append((names[decoder], head, decoder))
+    return found
+
+
+def _make_int8(model: nn.Module, acceleration: Acceleration, method: Any) -> None:
+    """Quantise, and keep what was there: `restore` puts the very same layers back."""
+    before = {(parent, name): child for parent in model.modules() for name, child in parent.named_children()}
+    quantization.quantize(model, method, progress=False)
+    acceleration.floating += [
+        (parent, name, child)
+        for (parent, name), child in before.items()
+        if getattr(parent, name, child) is not child and type(child) is nn.Linear
+    ]
 
 
 def restore(model: nn.Module) -> nn.Module:
     """See :func:`pyaccel.hf.restore`."""
-    accelerations, swapped = _accelerations(model), _swapped(model)
+    accelerations = _accelerations(model)
+    swapped = [module for module in _swapped(model) if not isinstance(module, PreTrainedModel)]
     for module in swapped:
-        if type(module) not in subclasses(_family(module)):
+        if type(module).__module__ not in (fast_path.__name__, masked_lm.__name__):
             raise RuntimeError(
                 f"pyaccel.restore: the class of an accelerated {type(module).__name__} was changed again, to "
                 f"{type(module).__module__}.{type(module).__qualname__}; undo that first"
@@ -93,13 +166,28 @@ def restore(model: nn.Module) -> nn.Module:
     for module in swapped:
         del module._pyaccel
         module.__class__ = type(module).__mro__[1]
-        if not is_encoder(module):
+        if family_of(module) is not None and not is_encoder(module):
             unshare_qkv_storage(_family(module).view(module).attention.self)
+    for module in _swapped(model):  # those whose attention alone was changed
+        del module._pyaccel
     for acceleration in accelerations:
+        for parent, name, child in acceleration.floating:
+            here: Any = getattr(parent, name)  # the model may have been moved or cast since
+            like = child.weight if here.bias is None else here.bias
+            setattr(parent, name, child.to(here.weight.device, like.dtype).train(here.training))
+        if acceleration.floating:
+            _forget_int8(model)
         for config, implementation in acceleration.configs:
             if config._attn_implementation == NAME:  # else it was set to something else since
                 config._attn_implementation = implementation
     return model
+
+
+def _forget_int8(model: nn.Module) -> None:
+    for part in model.modules():
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -109,7 +197,9 @@ def explain(model: nn.Module) -> Explanation:
         raise ValueError(
             f"pyaccel.explain: {len(accelerations)} models accelerated apart are in this; pass one of them"
         )
-    first = _swapped(model)[0]
+    first = next(module for module in _swapped(model) if type(module) is not masked_lm.Linear)
+    if isinstance(first, PreTrainedModel):
+        return _explain_attention(first, accelerations[0])
     family = _family(first)
     layer = layers_of(family, first)[0]
     with dispatch.record() as choices:
@@ -122,6 +212,22 @@ def explain(model: nn.Module) -> Explanation:
         reasons={op: choice.reason for op, choice in summary.items()},
         report=accelerations[0].report,
         int8=_int8_speedups(layer, weight.dtype),
+    )
+
+
+def _explain_attention(model: PreTrainedModel, acceleration: Acceleration) -> Explanation:
+    weight, config = next(model.parameters()), model.config
+    heads = config.num_attention_heads
+    q = weight.new_zeros(1, heads, 16, getattr(config, "head_dim", None) or config.hidden_size // heads)
+    with dispatch.record() as choices, torch.no_grad():
+        ops.scaled_dot_product_attention(q, q, q)
+    summary = dispatch.summary(choices)
+    return Explanation(
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=str(weight.device),
+        backends={op: choice.backend for op, choice in summary.items()},
+        reasons={op: choice.reason for op, choice in summary.items()},
+        report=acceleration.report,
     )
 
 
@@ -187,15 +293,15 @@ def _accelerations(model: nn.Module) -> list[Acceleration]:
     return list(found.values())
 
 
-def _present(model: nn.Module, packing: bool, backend: str) -> Acceleration | None:
+def _present(model: nn.Module, packing: bool, int8: str | None, backend: str) -> Acceleration | None:
     """The acceleration that is in `model` already, made with these arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"pyaccel.accelerate: expected a torch.nn.Module, got {type(model).__name__}")
     if not _swapped(model):
         return None
     found = _accelerations(model)
-    if len(found) > 1 or (found[0].packing, found[0].backend) != (packing, backend):
-        before = ", ".join(f"packing={a.packing}, backend={a.backend!r}" for a in found)
+    if len(found) > 1 or (found[0].packing, found[0].int8, found[0].backend) != (packing, int8, backend):
+        before = ", ".join(f"packing={a.packing}, int8={a.int8!r}, backend={a.backend!r}" for a in found)
         raise RuntimeError(
             f"pyaccel.accelerate: parts of this {type(model).__name__} are accelerated already ({before}); "
             f"pyaccel.restore(model) first"

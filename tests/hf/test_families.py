@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import pyaccel
+from pyaccel import dispatch
 from pyaccel.hf.families import FAMILIES, stock
 from tests.assertions import (
     assert_bits_equal,
@@ -21,6 +23,7 @@ from tests.assertions import (
     assert_same_distribution,
 )
 from tests.hf.models import VOCAB, mask_of, randomise, read
+from tests.hf.test_attention_alone import MODELS
 
 BERT_SIZES = {
     "hidden_size": 32,
@@ -286,3 +289,37 @@ def test_parts_are_what_a_layer_is_made_of() -> None:
         layer = next(m for m in make(family.title).modules() if type(m) is known.layer)
         found = {path: type(m) for path, m in layer.named_modules() if path not in ("", family.activation)}
         assert found == known.parts, family.title
+
+
+def table() -> list[str]:
+    """README's table of families, from what a packed and a padded call of each does."""
+    lines = [
+        "| family | q, k, v in one product | attention | dropout + residual + LayerNorm | feed-forward | no padding |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        model = make(family.title)
+        batch = batch_for(model, "Model", "right")
+        layers = LAYERS.get(family.title, 3)
+        report = pyaccel.accelerate(model)
+        with torch.no_grad(), dispatch.record() as choices:
+            model(**batch)
+        calls = Counter(choice.op for choice in choices)
+        done = (
+            calls["linear_activation"] == 2 * layers,  # the other one is the feed-forward network's first
+            calls["varlen_attention"] == layers,
+            calls["residual_layernorm"] == 2 * layers,
+            calls["linear_activation"] == 2 * layers,
+            report.fast == {"packed": layers},
+        )
+        lines.append(f"| {family.title} | " + " | ".join("fused" if each else "" for each in done[:-1])
+                     + (" | yes |" if done[-1] else " | |"))  # fmt: skip
+    lines.append(
+        f"| {', '.join(MODELS)} and what else uses transformers' attention interface | | fused | | | |"
+    )
+    return lines
+
+
+def test_readme_says_what_is_fused() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in readme, "README's table should be:\n" + "\n".join(table())
