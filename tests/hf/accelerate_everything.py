@@ -1,9 +1,8 @@
 """A pytest plugin for transformers' own tests: every model that they make is accelerated as soon as it is there.
 
     cd transformers          # a checkout of the version that is installed
-    PYTHONPATH=path/to/pyaccel python -m pytest -p tests.hf.accelerate_everything tests/models/bert/test_modeling_bert.py
+    PYTHONPATH=path/to/pyaccel/tests/hf python -m pytest -p accelerate_everything tests/models/bert
 
-or, where both have a package ``tests``, with this file's folder on PYTHONPATH and ``-p accelerate_everything``.
 CONTRIBUTING.md lists the tests that fail by design.
 """
 
