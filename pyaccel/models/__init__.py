@@ -1,1 +1,1 @@
-"""Readable models on pyaccel's ops. `pyaccel.models.bert` is the encoder of the BERT family."""
+"""Readable models on pyaccel's ops: `bert`, the encoder of the BERT family, its `heads`, and `gpt2`."""

@@ -544,7 +544,13 @@ def linear_residual_layernorm(module: Any, x: Tensor, residual: Tensor) -> Tenso
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, tokens: PackedLayout, *, dropout_p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: PackedLayout,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
 ) -> Tensor:
     """Each sequence attends to its own tokens: `[tokens, heads, head_dim]` -> `[tokens, hidden_size]`."""
     if tokens.key_indices is not None:
@@ -558,6 +564,7 @@ def packed_attention(
         tokens.max_seqlen,
         tokens.max_seqlen_k,
         dropout_p=dropout_p,
+        is_causal=is_causal,
     )
     return context.flatten(-2)
 
