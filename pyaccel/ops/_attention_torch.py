@@ -102,8 +102,9 @@ def _cleared(x: Tensor, idle: Tensor) -> Tensor:
 # with AVX512_BF16, head_dim 32 and 64): 1.05 times as fast at 64, 1.5 at 96, 1.8 at 128, 2 at 256, 2.2 to 2.6
 # at 512; 1.5 to 1.7 on a batch of 20 to 256 tokens. Below 64 they are slower (0.2 to 0.6). The scores are
 # rounded to bf16, as in Hugging Face's eager attention: twice flash's RMS error, inside the numerics policy.
-# Beyond 1024 scores and weights would take over 48 MB at 12 heads. In fp32 flash stays.
-_BF16_MATMUL_LENGTHS = range(96, 1025)
+# Beyond 1024 scores and weights would take over 48 MB at 12 heads. In fp32 they are 1.1 to 1.5 times as fast from 64
+# to 224 tokens (two cores with AVX512, head_dim 32 and 64), and no faster elsewhere.
+_MATMUL_LENGTHS = {torch.bfloat16: range(96, 1025), torch.float32: range(64, 225)}
 
 
 def varlen_by_group(
@@ -126,11 +127,12 @@ def varlen_by_group(
     *keys, _ = _split(key, [len_k * count for _, len_k, count in groups])
     *values, _ = _split(value, [len_k * count for _, len_k, count in groups])
     recording = _records(query, key, value)
+    lengths = _MATMUL_LENGTHS.get(query.dtype, range(0))
     by_matmul = {
         (len_q, len_k)
         for len_q, len_k, _ in groups
-        if len_q in _BF16_MATMUL_LENGTHS and len_k in _BF16_MATMUL_LENGTHS
-        if query.dtype == torch.bfloat16 and heads == kv_heads and not recording and dropout_p == 0.0
+        if len_q in lengths and len_k in lengths
+        if heads == kv_heads and not recording and dropout_p == 0.0
         if not is_causal and window_size is None
     }
     # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in anew.
@@ -141,7 +143,7 @@ def varlen_by_group(
             parts.append(reference.zero_output(q, value_dim))
         elif (len_q, len_k) in by_matmul:
             sequences = zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True)
-            parts.extend(_bf16_matmul_attention(*sequence, scale, scratch) for sequence in sequences)
+            parts.extend(_matmul_attention(*sequence, scale, scratch) for sequence in sequences)
         else:
             q = q.view(count, len_q, heads, -1).transpose(1, 2)
             k = k.view(count, len_k, kv_heads, -1).transpose(1, 2)
@@ -163,7 +165,7 @@ def _split(packed: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
     return packed.split([*rows, packed.shape[0] - sum(rows)])
 
 
-def _bf16_matmul_attention(
+def _matmul_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, scratch: Tensor
 ) -> Tensor:
     """Attention of one sequence, ``[seq, heads, head_dim]``, without gradient; ``scratch`` is overwritten."""

@@ -90,7 +90,7 @@ def test_packed_is_as_right_as_plain_torch(
     check(varlen_attention, reference.varlen_attention, inputs, *args, own_mask=own, **options)
     if own and "dropout_p" in options:
         return
-    with torch.no_grad():  # bf16 takes another way where no gradient is recorded
+    with torch.no_grad():  # another way is taken where no gradient is recorded
         torch.manual_seed(1)
         out = varlen_attention(*inputs, *args, **options)
         torch.manual_seed(1)
@@ -177,12 +177,12 @@ def test_one_call_a_group_on_views_of_the_packed_buffer(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("dtype", "gradient", "matmuls"), [(BF16, False, 3), (BF16, True, 0), (F32, False, 0)]
+    ("dtype", "gradient", "matmuls"), [(BF16, False, 4), (BF16, True, 0), (F32, False, 3), (F16, False, 0)]
 )
-def test_long_bf16_sequences_take_matrix_products(
+def test_long_sequences_take_matrix_products(
     dtype: torch.dtype, gradient: bool, matmuls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, args = packed_inputs([97, 97, 20, 130], [], dtype, torch.device("cpu"))
+    inputs, args = packed_inputs([97, 97, 20, 130, 240], [], dtype, torch.device("cpu"))
     calls = []
     baddbmm = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: calls.append(a[1].shape) or baddbmm(*a, **k))
