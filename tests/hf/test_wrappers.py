@@ -187,8 +187,9 @@ print("the same")
 """
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "fsdp2, checkpointed"])
+@pytest.mark.parametrize(
+    ("how", "packing"), [("ddp", True), ("fsdp2", True), ("fsdp2", False), ("fsdp2, checkpointed", True)]
+)
 def test_two_processes_train_as_one(how: str, packing: bool, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
