@@ -129,8 +129,8 @@ def test_a_folder_with_more_than_this_computes_is_refused(tiny_bert: Path, tmp_p
 
 
 def test_every_kind_of_file(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
 
     lines = TEXTS * 20
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in lines))
@@ -215,6 +215,8 @@ def test_stopped_before_or_after_any_step(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that ends at each rename, removal and write in turn, and one after it that doesn't: the same file."""
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
     lines = [f"text {i}" for i in range(23)]
     embedded: list[str] = []
 

@@ -101,6 +101,7 @@ class Rows(torch.utils.data.Dataset):
 
 def test_trainer(tmp_path: Path) -> None:
     """Losses follow stock's; what it saves is stock's, and it resumes from it."""
+    pytest.importorskip("accelerate")
     losses, finals = [], []
     for accelerated in (True, False):
         torch.manual_seed(3)
