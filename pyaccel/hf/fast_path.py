@@ -148,7 +148,7 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
             reason = (
                 self._pyaccel.keeps_padding
-                or _not_packable(hidden_states, kwargs)
+                or _not_packable(hidden_states, attention_mask, kwargs)
                 or _call_reason(self, hidden_states, attention_mask, args, kwargs, packed=True)
                 or _structure_reason(known, self, list(family.layers(self)))
             )
@@ -279,7 +279,7 @@ def _call_reason(
     return None
 
 
-def _not_packable(hidden: Tensor, kwargs: dict[str, Any]) -> str | None:
+def _not_packable(hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this call must keep its padding: the packed layout depends on the mask's values, sizes included."""
     if output_capturing._active_collector.get():
         return "hidden states or attentions are captured"
@@ -289,8 +289,8 @@ def _not_packable(hidden: Tensor, kwargs: dict[str, Any]) -> str | None:
         return f"hidden states are a {type(hidden).__name__} on {hidden.device.type}"
     if kwargs.get("cu_seq_lens_q") is None:
         return None
-    if hidden.shape[0] != 1 or kwargs.get("max_length_q") is None:
-        return "input packed by the caller, other than one row with max_length_q"
+    if hidden.shape[0] != 1 or mask is not None or kwargs.get("max_length_q") is None:
+        return "input packed by the caller, other than one row with max_length_q and no mask"
     return None
 
 

@@ -404,16 +404,24 @@ def test_input_packed_by_the_caller() -> None:
     report = pyaccel.accelerate(model)
     offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
 
-    def again() -> torch.Tensor:
-        return model(
-            torch.cat(ids, 1),
-            position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-            cu_seq_lens_q=offsets,
-            cu_seq_lens_k=offsets,
-            max_length_q=7,
-            max_length_k=7,
-        ).last_hidden_state
+    def again(**changes: Any) -> torch.Tensor:
+        given = {
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets,
+            "max_length_q": 7,
+            "max_length_k": 7,
+        }
+        return model(torch.cat(ids, 1), **{**given, **changes}).last_hidden_state
 
+    with pytest.raises(ValueError, match="an attention_mask came with it"):
+        again(attention_mask=torch.tensor([[1] * 12 + [0]]))
+    with pytest.raises(ValueError, match="max_length_q is missing"):
+        again(max_length_q=None)
+    assert set(report.not_packed) == {
+        "input packed by the caller, other than one row with max_length_q and no mask"
+    }
+    report.reset()
     out = again()
     assert_equivalent(out, torch.cat(expected, 1))
     assert report.fast == {"packed": 3}
