@@ -242,8 +242,8 @@ def test_ten_steps_follow_the_stock_loss(family: str) -> None:
             losses[-1].append(loss.item())
     ours, theirs = (torch.tensor(each) for each in losses)
     assert_equivalent(ours[:1], theirs[:1])
-    # Adam turns a rounding into a full step where a gradient is 0: curves stay together, not bits.
-    assert ((ours - theirs).abs() / theirs.abs()).max() < 2e-3
+    # Adam turns a rounding into a full step where a gradient is 0: not equal to the bit, but 20 times closer than this.
+    assert ((ours - theirs).abs() / theirs.abs()).max() < 1e-5
     assert theirs[-1] < theirs[0]
 
 
