@@ -14,6 +14,8 @@ STATISTIC_EPS = 32.0
 EQUIVALENT_EPS = 4.0
 # Of random results: standard errors between means, and how far from 1 the ratio of variances.
 MEANS_DIFFER = 5.0
+# Of two losses after as many optimizer steps, relatively: they keep within 5e-7 where nothing is wrong.
+CURVES_DIFFER = 1e-5
 SPREADS_DIFFER = 0.1
 
 
@@ -89,3 +91,10 @@ def assert_same_distribution(
     assert worst <= MEANS_DIFFER, f"means differ by {worst:.2f} standard errors"
     ratio = (spread.mean() / other_spread.mean()).item()
     assert abs(ratio - 1) <= SPREADS_DIFFER, f"variances are {ratio:.3f} to 1"
+
+
+def assert_same_curve(losses: list[float], expected: list[float]) -> None:
+    """Losses of the same training by other ops: roundings feed back into the weights, and yet they stay together."""
+    ours, theirs = torch.tensor(losses, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    worst = ((ours - theirs).abs() / theirs.abs()).max().item()
+    assert worst <= CURVES_DIFFER, f"losses differ by {worst:.2g} of themselves: {losses} against {expected}"
