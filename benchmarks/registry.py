@@ -21,6 +21,7 @@ CASES = (
     "bert_embeddings",
     "masked_lm_cross_entropy",
     "int8_linear",
+    "encoder",
 )  # modules of this package, each with a CASE
 
 

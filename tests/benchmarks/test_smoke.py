@@ -71,6 +71,7 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path, capsys: pytest.Captur
             },
             {"pyaccel triton", "pyaccel triton, weight only", "torchao, torch.compile"},
         ),
+        ("encoder", {"pyaccel", "pyaccel, padded", "stock", "torch.compile"}, set()),
         (
             "attention",
             {"pyaccel torch", "eager", "torch.compile", "SDPA", "FlexAttention"},
@@ -95,6 +96,15 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path, capsys: pytest.Captur
     flex = [row for row in rows if row["variant"] == "FlexAttention"]
     assert {row["size"].split()[-1] for row in flex if row["note"]} == {"forward+backward"}
     assert "missing: Triton's kernels need a GPU" in printed
+
+
+def test_a_training_step_of_an_encoder() -> None:
+    (case,) = registry.cases(["encoder"])
+    uncompiled = tuple(v for v in case.variants if v.name != "torch.compile")
+    size = {"training": next(iter(case.quick.values()))._replace(training=True)}
+    case = dataclasses.replace(case, variants=uncompiled, quick=size)
+    rows = list(measure(case, torch.float32, CPU, quick=True, rounds=1))
+    assert [row.note for row in rows] == ["", "", ""]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
