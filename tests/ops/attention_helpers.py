@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyaccel.ops._dropout import dropout_key
-from tests.assertions import assert_close_to_truth
+from tests.assertions import MEANS_DIFFER, assert_close_to_truth
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAN = float("nan")
@@ -132,6 +132,10 @@ def under_its_mask(
         with torch.no_grad():
             torch.manual_seed(5)
             keep = weights(function, dropout_p=dropout_p) != 0
+            # Of the weights that there are about so many stay: a mask that drops all, or none, explains any output.
+            kept_of = keep[weights(truth, upcast=False) != 0].double()
+            spread = (dropout_p * (1 - dropout_p) / kept_of.numel()) ** 0.5
+            assert abs(kept_of.mean().item() - (1 - dropout_p)) <= MEANS_DIFFER * spread
         kept = weights(truth, upcast=upcast).to(q.dtype) * keep / (1 - dropout_p)
         if not args:
             return kept @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
