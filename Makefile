@@ -26,7 +26,7 @@ test-gpu: $(ENV) ## the same tests and those that need a GPU, kernels compiled a
 	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: torch sees no GPU")'
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest $(ARGS)
 
-test-oldest: $(ENV)  ## tests of what touches transformers, with the oldest one supported, in .venv-oldest
+test-oldest:     ## tests of what touches transformers, with the oldest one supported, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --constraint constraints.txt torch
 	grep -Ev '^(transformers|huggingface-hub)==' constraints.txt > .venv-oldest/constraints.txt

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pyaccel.cli.encode_job import WINDOW, Identity, Job, Share, fingerprint, read_texts
 from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import resolve_device, resolve_dtype
+from pyaccel.cli.inputs import loading, quiet_transformers, resolve_device, resolve_dtype
 
 
 def encode(
@@ -80,23 +80,14 @@ def encode(
 
 
 def _load(model: str, int8: bool, **options: Any) -> Any:
-    try:
-        import transformers
+    quiet_transformers()
+    from pyaccel import quantization
+    from pyaccel.hf.encode import TextEncoder
 
-        from pyaccel.hf.encode import TextEncoder
-    except ImportError:
-        raise BadInputError("transformers is not installed: pip install 'pyaccel-bert[hf]'") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with loading(model):
         encoder = TextEncoder.from_pretrained(model, **options)
-        if int8:
-            from pyaccel import quantization
-
+        if int8:  # for good: accelerate(int8=...) would keep the floating layers too
             quantization.quantize(encoder.model, "dynamic", progress=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInputError(f"{model} could not be loaded: {first}") from None
     return encoder
 
 

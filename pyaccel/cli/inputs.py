@@ -6,8 +6,10 @@ import importlib.util
 import json
 import pydoc_data.topics
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pyaccel.cli.errors import BadInputError
@@ -75,12 +77,30 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
-    """Tokenizer, stock fp32 Hugging Face model (SDPA attention, evaluation) on ``device``, and their source."""
+def quiet_transformers() -> ModuleType:
+    """transformers, without its progress bars and warnings."""
     try:
         import transformers
     except ImportError:
         raise BadInputError("transformers is not installed: pip install 'pyaccel-bert[hf]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+@contextmanager
+def loading(source: object, hint: str = "") -> Iterator[None]:
+    """What transformers raises for a model that it can't load, as one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInputError(f"{source} could not be loaded: {first}{hint}") from None
+
+
+def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
+    """Tokenizer, stock fp32 Hugging Face model (SDPA attention, evaluation) on ``device``, and their source."""
+    transformers = quiet_transformers()
     import torch
 
     source = str(demo_checkpoint()) if model is None else model
@@ -94,16 +114,11 @@ def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
         raise BadInputError(
             f"there is no folder {source}: give a Hugging Face BERT folder, or a hub id as org/name"
         )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with loading(source, " (a hub id needs a network)"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         stock = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, attn_implementation="sdpa"
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInputError(f"{source} could not be loaded: {first} (a hub id needs a network)") from None
     if stock.config.model_type != "bert":
         raise BadInputError(f"{source} is a {stock.config.model_type!r} model: give a BERT")
     return tokenizer, stock.eval().to(device), source

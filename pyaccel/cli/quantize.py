@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import read_passages, real_passages
+from pyaccel.cli.inputs import loading, quiet_transformers, read_passages, real_passages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,21 +140,13 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """The model of the class that saved it, in evaluation, and its tokenizer."""
     if not (folder / "config.json").is_file():
         raise BadInputError(f"{folder} has no config.json: give the folder of a Hugging Face encoder")
-    try:
-        import transformers
-    except ImportError:
-        raise BadInputError("transformers is not installed: pip install 'pyaccel-bert[hf]'") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    transformers = quiet_transformers()
+    with loading(folder):
         config = transformers.AutoConfig.from_pretrained(folder)
         names = config.architectures or []
         kind = getattr(transformers, names[0], None) if names else None
         model = (kind or transformers.AutoModel).from_pretrained(folder)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInputError(f"{folder} could not be loaded: {first}") from None
 
 
 def _cosines(stock: Any, model: Any, batches: list[dict[str, Tensor]]) -> Tensor:

@@ -25,8 +25,8 @@ def _layers_of_bert(encoder: Any) -> Iterator[Any]:
     yield from encoder.layer
 
 
-def _as_it_is(module: Any, *_: Any) -> Any:
-    return module
+def _as_it_is(layer: Any) -> Any:
+    return layer
 
 
 def _hidden_states(encoder: Any, hidden_states: Any) -> Any:
@@ -126,31 +126,50 @@ def _bert(title: str, module: str, prefix: str, encoder: str | None = None) -> F
 _NO_DROPOUT = nn.Dropout(0.0).eval()
 
 
-def _view_of_distilbert(layer: Any) -> SimpleNamespace:
-    attention, ffn = layer.attention, layer.ffn
-    heads = SimpleNamespace(
-        query=attention.q_lin,
-        key=attention.k_lin,
-        value=attention.v_lin,
-        dropout=attention.dropout,
-        training=attention.training,
-        num_attention_heads=attention.n_heads,
-        attention_head_size=attention.attention_head_size,
-        scaling=attention.scaling,
-        is_causal=attention.is_causal,
-        config=attention.config,
-    )
+def _view(
+    attention: Any,
+    qkv: tuple[Any, Any, Any],
+    heads: int,
+    attention_dropout: Any,
+    attention_output: tuple[Any, Any, Any],
+    intermediate: tuple[Any, Any],
+    output: tuple[Any, Any, Any],
+    chunk_size: int,
+) -> SimpleNamespace:
+    """A layer's parts under BERT's names: outputs as dense, LayerNorm, dropout; intermediate as dense, activation."""
+    parts = ("dense", "LayerNorm", "dropout")
     return SimpleNamespace(
         attention=SimpleNamespace(
-            self=heads,
-            output=SimpleNamespace(
-                dense=attention.out_lin, LayerNorm=layer.sa_layer_norm, dropout=_NO_DROPOUT
+            self=SimpleNamespace(
+                **dict(zip(("query", "key", "value"), qkv, strict=True)),
+                dropout=attention_dropout,
+                training=attention.training,
+                num_attention_heads=heads,
+                attention_head_size=attention.attention_head_size,
+                scaling=attention.scaling,
+                is_causal=attention.is_causal,
+                config=attention.config,
             ),
+            output=SimpleNamespace(**dict(zip(parts, attention_output, strict=True))),
         ),
-        intermediate=SimpleNamespace(dense=ffn.lin1, intermediate_act_fn=ffn.activation),
-        output=SimpleNamespace(dense=ffn.lin2, LayerNorm=layer.output_layer_norm, dropout=ffn.dropout),
-        chunk_size_feed_forward=ffn.chunk_size_feed_forward,
+        intermediate=SimpleNamespace(dense=intermediate[0], intermediate_act_fn=intermediate[1]),
+        output=SimpleNamespace(**dict(zip(parts, output, strict=True))),
+        chunk_size_feed_forward=chunk_size,
         is_decoder=False,
+    )
+
+
+def _view_of_distilbert(layer: Any) -> SimpleNamespace:
+    attention, ffn = layer.attention, layer.ffn
+    return _view(
+        attention,
+        (attention.q_lin, attention.k_lin, attention.v_lin),
+        attention.n_heads,
+        attention.dropout,
+        (attention.out_lin, layer.sa_layer_norm, _NO_DROPOUT),
+        (ffn.lin1, ffn.activation),
+        (ffn.lin2, layer.output_layer_norm, ffn.dropout),
+        ffn.chunk_size_feed_forward,
     )
 
 
@@ -182,32 +201,16 @@ _DISTILBERT = Family(
 
 def _view_of_albert(layer: Any) -> SimpleNamespace:
     attention = layer.attention
-    heads = SimpleNamespace(
-        query=attention.query,
-        key=attention.key,
-        value=attention.value,
-        dropout=attention.attention_dropout,
-        training=attention.training,
-        num_attention_heads=attention.num_attention_heads,
-        attention_head_size=attention.attention_head_size,
-        scaling=attention.scaling,
-        is_causal=attention.is_causal,
-        config=attention.config,
-    )
-    return SimpleNamespace(
-        attention=SimpleNamespace(
-            self=heads,
-            output=SimpleNamespace(
-                dense=attention.dense, LayerNorm=attention.LayerNorm, dropout=attention.output_dropout
-            ),
-        ),
-        intermediate=SimpleNamespace(dense=layer.ffn, intermediate_act_fn=layer.activation),
+    return _view(
+        attention,
+        (attention.query, attention.key, attention.value),
+        attention.num_attention_heads,
+        attention.attention_dropout,
+        (attention.dense, attention.LayerNorm, attention.output_dropout),
+        (layer.ffn, layer.activation),
         # The dropout that an AlbertLayer has too is not in its forward.
-        output=SimpleNamespace(
-            dense=layer.ffn_output, LayerNorm=layer.full_layer_layer_norm, dropout=_NO_DROPOUT
-        ),
-        chunk_size_feed_forward=layer.chunk_size_feed_forward,
-        is_decoder=False,
+        (layer.ffn_output, layer.full_layer_layer_norm, _NO_DROPOUT),
+        layer.chunk_size_feed_forward,
     )
 
 

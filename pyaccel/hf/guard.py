@@ -82,10 +82,10 @@ def _is_opaque(module: nn.Module) -> bool:
 
 
 def is_layer(family: Family, layer: nn.Module) -> bool:
-    """Whether it is the family's own layer, stock or ours, as it is or as FSDP2 makes it one of its own."""
+    """Whether it is the family's own layer, stock or ours, or ours as FSDP2 makes it one of its own."""
+    if is_sharded(layer):  # called with packed hidden states, which a stock layer doesn't know
+        return getattr(type(layer).__mro__[2], "_pyaccel_family", None) is family
     kind = type(layer)
-    if is_sharded(layer):
-        kind = kind.__mro__[2]
     return kind.__name__ == family.layer and (
         kind.__module__ == family.file or getattr(kind, "_pyaccel_family", None) is family
     )

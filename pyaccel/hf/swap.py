@@ -198,37 +198,32 @@ def explain(model: nn.Module) -> Explanation:
             f"pyaccel.explain: {len(accelerations)} models accelerated apart are in this; pass one of them"
         )
     first = next(module for module in _swapped(model) if type(module) is not masked_lm.Linear)
-    if isinstance(first, PreTrainedModel):
-        return _explain_attention(first, accelerations[0])
-    family = _family(first)
-    layer = layers_of(family, first)[0]
     with dispatch.record() as choices:
-        _dry_run(family, layer, accelerations[0])
-    weight, summary = family.view(layer).output.LayerNorm.weight, dispatch.summary(choices)
-    return Explanation(
-        dtype=str(weight.dtype).removeprefix("torch."),
-        device=str(weight.device),
-        backends={op: choice.backend for op, choice in summary.items()},
-        reasons={op: choice.reason for op, choice in summary.items()},
-        report=accelerations[0].report,
-        int8=_int8_speedups(layer, weight.dtype),
-    )
-
-
-def _explain_attention(model: PreTrainedModel, acceleration: Acceleration) -> Explanation:
-    weight, config = next(model.parameters()), model.config
-    heads = config.num_attention_heads
-    q = weight.new_zeros(1, heads, 16, getattr(config, "head_dim", None) or config.hidden_size // heads)
-    with dispatch.record() as choices, torch.no_grad():
-        ops.scaled_dot_product_attention(q, q, q)
+        if isinstance(first, PreTrainedModel):
+            weight, int8 = next(first.parameters()), {}
+            _dry_run_of_attention(first.config, weight)
+        else:
+            family = _family(first)
+            layer = layers_of(family, first)[0]
+            weight = family.view(layer).output.LayerNorm.weight
+            int8 = _int8_speedups(layer, weight.dtype)
+            _dry_run(family, layer, accelerations[0])
     summary = dispatch.summary(choices)
     return Explanation(
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
         backends={op: choice.backend for op, choice in summary.items()},
         reasons={op: choice.reason for op, choice in summary.items()},
-        report=acceleration.report,
+        report=accelerations[0].report,
+        int8=int8,
     )
+
+
+@torch.no_grad()
+def _dry_run_of_attention(config: Any, weight: torch.Tensor) -> None:
+    heads = config.num_attention_heads
+    q = weight.new_zeros(1, heads, 16, getattr(config, "head_dim", None) or config.hidden_size // heads)
+    ops.scaled_dot_product_attention(q, q, q)
 
 
 def _int8_speedups(layer: Any, dtype: torch.dtype) -> dict[str, dict[int, float]]:
