@@ -75,10 +75,9 @@ def quantize(
     if hasattr(model.config, "quantization_config"):
         raise BadInputError(f"{folder} is quantised already: give the floating-point model's folder")
 
-    # RoBERTa's positions begin behind its padding's.
-    padding = model.config.pad_token_id
-    room = getattr(model.config, "max_position_embeddings", MAX_LENGTH) - (padding + 1 if padding else 0)
-    max_length = min(MAX_LENGTH, tokenizer.model_max_length, room)
+    from pyaccel.hf.encode import max_tokens
+
+    max_length = min(MAX_LENGTH, tokenizer.model_max_length, max_tokens(model))
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
         return dict(

@@ -82,7 +82,7 @@ class TextEncoder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval().to(device)
         report = accelerate(model, strict=False)
-        longest = min(tokenizer.model_max_length, _positions(model.config))
+        longest = min(tokenizer.model_max_length, max_tokens(model))
         asked = max_length or saved.get("max_length") or longest
         if asked > longest:
             raise ValueError(f"max_length {asked} is more than the {longest} tokens that the model takes")
@@ -166,13 +166,12 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _positions(config: Any) -> int:
-    """How many tokens the model takes: RoBERTa's positions begin behind its padding's."""
-    count = getattr(config, "max_position_embeddings", None)
-    if count is None:
-        return 2**30
-    families = ("roberta", "camembert", "data2vec-text", "xlm-roberta")
-    return int(count) - (config.pad_token_id + 1 if config.model_type in families else 0)
+def max_tokens(model: Any) -> int:
+    """How many tokens the model takes: of RoBERTa's positions, and its like's, the first are padding's."""
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and name.endswith("position_embeddings"):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return int(getattr(model.config, "max_position_embeddings", 2**30))
 
 
 def _sentence_transformers(folder: Path) -> dict[str, Any]:

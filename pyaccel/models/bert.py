@@ -343,31 +343,7 @@ class BertModel(nn.Module):
             FileNotFoundError: no such folder, or a file is missing.
             ValueError: not a BERT, or the weights do not fit the config; names the keys.
         """
-        folder = files.find_folder(path_or_hub_id)
-        values = files.read_json(folder / "config.json")
-        if values.get("model_type", "bert") != "bert":
-            raise ValueError(f"{folder}: a {values['model_type']!r} checkpoint, BertModel loads 'bert'")
-        try:
-            config = BertConfig.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
-        weights = _bert_weights(files.read_safetensors(folder), folder)
-
-        with torch.device("meta"):
-            model = cls(config, add_pooling_layer=any(name.startswith("pooler.") for name in weights))
-        if "quantization_config" in values:
-            try:
-                make_int8(model, values["quantization_config"])
-            except ValueError as error:
-                raise ValueError(f"{folder}: {error}") from error
-        files.check_weights(weights, model.state_dict(), folder)
-        model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
-        model.to_empty(device="cpu")
-        model.load_state_dict(weights)
-        for heads in model.modules():
-            if isinstance(heads, BertSelfAttention) and isinstance(heads.query, Int8Linear):
-                share_qkv_storage(heads)
-        return model.eval()
+        return load(*read(path_or_hub_id), dtype, cls)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, for transformers' BertModel.from_pretrained too.
@@ -377,6 +353,45 @@ class BertModel(nn.Module):
         and some still train: freeze them first.
         """
         write(self, folder)
+
+
+def read(path_or_hub_id: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """A folder, the values of its `config.json` and its weights."""
+    folder = files.find_folder(path_or_hub_id)
+    return folder, files.read_json(folder / "config.json"), plain_names(files.read_safetensors(folder))
+
+
+def load(
+    folder: Path,
+    values: dict[str, Any],
+    saved: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    kind: type[BertModel] = BertModel,
+) -> BertModel:
+    """The encoder in what `read` gave, as a BertModel or a class derived from it."""
+    if values.get("model_type", "bert") != "bert":
+        raise ValueError(f"{folder}: a {values['model_type']!r} checkpoint, BertModel loads 'bert'")
+    try:
+        config = BertConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    weights = _bert_weights(saved, folder)
+
+    with torch.device("meta"):
+        model = kind(config, add_pooling_layer=any(name.startswith("pooler.") for name in weights))
+    if "quantization_config" in values:
+        try:
+            make_int8(model, values["quantization_config"])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+    files.check_weights(weights, model.state_dict(), folder)
+    model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    for heads in model.modules():
+        if isinstance(heads, BertSelfAttention) and isinstance(heads.query, Int8Linear):
+            share_qkv_storage(heads)
+    return model.eval()
 
 
 def write(model: Any, folder: str | Path, prefix: str = "") -> None:
@@ -685,4 +700,4 @@ def _bert_weights(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]
         )
     named = {name[len(prefixes[0]) :]: t for name, t in weights.items() if name.startswith(prefixes[0])}
     named.pop("embeddings.position_ids", None)  # a buffer that early checkpoints hold
-    return plain_names(named)
+    return named

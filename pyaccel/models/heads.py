@@ -12,6 +12,7 @@ in a question-answering loss.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -75,14 +76,14 @@ class BertWithHead(nn.Module):
             FileNotFoundError, ValueError: as `BertModel.from_pretrained`; ValueError too where some parameters of the
                 head are missing, or have another shape.
         """
-        folder = files.find_folder(path_or_hub_id)
-        encoder = BertModel.from_pretrained(folder, dtype=dtype)
-        model = cls(encoder.config)
+        folder, values, weights = bert.read(path_or_hub_id)
+        encoder = bert.load(folder, values, weights, dtype)
+        model = cls(replace(encoder.config, num_hidden_layers=0))  # its layers are the encoder's
+        model.config = encoder.config
         new_pooler = model.bert.pooler if encoder.pooler is None else None
         encoder.pooler = (encoder.pooler or new_pooler) if cls.needs_pooler else None
         model.bert = encoder
 
-        weights = bert.plain_names(files.read_safetensors(folder))
         expected = {
             name: tensor for name, tensor in model.state_dict().items() if not name.startswith("bert.")
         }

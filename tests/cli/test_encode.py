@@ -23,7 +23,7 @@ from pyaccel.cli import app, encode_job
 from pyaccel.cli.encode_job import Identity, Job, Share, read_texts
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import demo_checkpoint, real_passages
-from pyaccel.hf.encode import TextEncoder, batches
+from pyaccel.hf.encode import TextEncoder, batches, max_tokens
 
 TEXTS = [
     "the value of a object .",
@@ -96,6 +96,25 @@ def test_cls_pooling_and_no_normalisation(tiny_bert: Path) -> None:
         expected = AutoModel.from_pretrained(tiny_bert).eval()(**batch).last_hidden_state[:, 0]
     torch.testing.assert_close(found, expected)
     assert encoder.encode([]).shape == (0, found.shape[1])
+
+
+def test_positions_that_are_paddings_are_no_room_for_tokens() -> None:
+    import transformers
+
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    for name, room in (("Bert", 20), ("Roberta", 18), ("MPNet", 18), ("Electra", 20)):
+        config = getattr(transformers, f"{name}Config")(**sizes, max_position_embeddings=20, pad_token_id=1)
+        model = getattr(transformers, f"{name}Model")(config).eval()
+        assert max_tokens(model) == room, name
+        model(torch.full((1, room), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, room + 1), 5))
 
 
 def test_batches_hold_every_text_once() -> None:

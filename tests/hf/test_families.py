@@ -23,6 +23,7 @@ from tests.assertions import (
     assert_same_curve,
     assert_same_distribution,
 )
+from tests.hf import accelerate_everything
 from tests.hf.models import VOCAB, mask_of, randomise, read
 from tests.hf.test_attention_alone import MODELS
 
@@ -321,3 +322,11 @@ def table() -> list[str]:
 def test_readme_says_what_is_fused() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert "\n".join(table()) in readme, "README's table should be:\n" + "\n".join(table())
+
+
+def test_the_plugin_for_transformers_own_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.PreTrainedModel, "post_init", accelerate_everything.post_init)
+    model = make("BERT", "ForSequenceClassification")
+    assert {type(m).__module__ for m in (model.bert.encoder, *model.bert.encoder.layer)} == {
+        "pyaccel.hf.fast_path"
+    }
