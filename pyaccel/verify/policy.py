@@ -19,6 +19,8 @@ MAX_EPS = 4.0
 RMS_RATIO = 3.0
 RMS_RATIO_FP32 = 6.0
 RMS_EPS = 0.5
+# Of means over runs with dropout: the mean square of their differences in standard errors, which is 1 by chance.
+MEANS_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,39 @@ def judge(out: Tensor, truth: Tensor, naive: Tensor) -> Verdict:
 def rms(x: Tensor) -> float:
     """Root mean square."""
     return math.sqrt(x.square().mean().item())
+
+
+class RunningMoments:
+    """Mean and variance of a tensor over runs (Welford 1962), in fp64."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.mean = torch.empty(0)
+        self._squares = torch.empty(0)
+
+    def add(self, value: Tensor) -> None:
+        value = value.detach().double().cpu()
+        self.runs += 1
+        if self.runs == 1:
+            self.mean, self._squares = value.clone(), torch.zeros_like(value)
+            return
+        difference = value - self.mean
+        self.mean += difference / self.runs
+        self._squares += difference * (value - self.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._squares / (self.runs - 1)
+
+
+def judge_means(a: RunningMoments, b: RunningMoments) -> tuple[float, float]:
+    """How far means of two random results are apart, over all elements, and how far they may be.
+
+    In units of what chance alone gives: the mean square of differences over their standard errors. Elements that
+    never change must be equal up to the rounding that their spread leaves out, and are not counted.
+    """
+    error = (a.variance / a.runs + b.variance / b.runs).sqrt()
+    moves = error > 1e-4 * a.mean.abs().mean()
+    if not moves.any():
+        return 0.0, MEANS_RATIO
+    return ((a.mean - b.mean)[moves] / error[moves]).square().mean().item(), MEANS_RATIO

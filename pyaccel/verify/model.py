@@ -1,0 +1,427 @@
+"""``verify(model, batch)``: is the fast path right on this model, with this batch, on this machine?
+
+Three models are compared: the stock one in fp64, which is the truth; the stock one in the dtype asked for, which shows
+the error that plain PyTorch makes; and an accelerated one in that dtype. All have the same weights, rounded to it. The
+policy is :mod:`pyaccel.verify.policy`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyaccel import dispatch
+from pyaccel.verify.op_checks import check_ops
+from pyaccel.verify.policy import RunningMoments, judge, judge_means
+from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, VerifyReport, checked
+from pyaccel.verify.trace import SITES, Trace, layout_reason, trace_accelerated, trace_stock
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DROPOUT_RUNS = 64
+DROPOUT_SLOTS = 1024  # of batch and sequence, in each of these runs
+DROPOUT_TOKENS = 128  # whose values are kept
+
+OnCheck = Callable[[Check], None]
+
+
+def able_backends(device: torch.device) -> list[str]:
+    """The backends that can serve a whole model on ``device``: Triton's interpreter can't in any useful time."""
+    triton = device.type == "cuda" and dispatch.has_triton()
+    return ["triton", "torch", "reference"] if triton else ["torch", "reference"]
+
+
+def verify(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    dtypes: Sequence[str] = ("fp32",),
+    backends: Sequence[str] | None = None,
+    compiled: bool = True,
+    ops: bool = True,
+    on_check: OnCheck | None = None,
+) -> VerifyReport:
+    """Compare an accelerated copy of a Hugging Face model with the model itself; ``model`` is left as it is.
+
+    Checked are, for each dtype and backend: every op on inputs that break careless code; the packed layout; every part
+    of every layer, in the order in which they run; every output, the loss and every parameter's gradient, packed,
+    padded and compiled; the mean of every part of every layer under dropout; and that two runs give the same bits.
+
+    Args:
+        model: a stock model that :func:`pyaccel.accelerate` takes, on any device.
+        batch: what it is called with, on its device: padded ``[batch, seq]`` tensors. With ``labels`` there is a loss,
+            whose gradients are compared; without, those of a weighted sum of the outputs.
+        dtypes: of ``"fp32"``, ``"bf16"`` and ``"fp16"``: the weights are cast to each in turn.
+        backends: of ``"triton"``, ``"torch"`` and ``"reference"``; by default all that can serve the model here.
+        compiled: also under ``torch.compile(fullgraph=True)``, which takes a minute or so for each dtype on a CPU.
+        ops: also every op by itself, on small inputs.
+        on_check: called with each check as it is done.
+
+    Raises:
+        ValueError: unknown dtypes or backends, a batch without tokens, or a model that is accelerated or can't be.
+        ImportError: transformers isn't installed.
+        pyaccel.dispatch.NotSupportedError: a backend that was asked for can't serve the model here.
+    """
+    unknown = [name for name in dtypes if name not in DTYPES]
+    if unknown or not dtypes:
+        raise ValueError(f"unknown dtypes {unknown}: give some of {', '.join(DTYPES)}")
+    mask = _real_tokens(batch)
+    device = mask.device
+    if any("_pyaccel" in module.__dict__ for module in model.modules()):
+        raise ValueError("the model is accelerated: give the stock one (pyaccel.restore), verify makes its own copy")
+    backends = able_backends(device) if backends is None else backends
+    wrong = [name for name in backends if name not in dispatch.BACKENDS]
+    if wrong or not backends:
+        raise ValueError(f"unknown backends {wrong}: give some of {', '.join(dispatch.BACKENDS)}")
+
+    report = VerifyReport(f"{type(model).__name__}, batch {list(mask.shape)}", machine(device))
+    report.notes += _backend_notes(backends, device)
+
+    def add(checks: Iterable[Check]) -> None:
+        for check in checks:
+            report.checks.append(check)
+            if on_check is not None:
+                on_check(check)
+
+    for dtype in dtypes:
+        if ops:
+            for backend in dict.fromkeys([*backends, *_interpreted(backends, device)]):
+                add(check_ops(DTYPES[dtype], backend, device, dtype))
+        truth = _Truth(model, dict(batch), mask, dtype)
+        for backend in backends:
+            add(_Verification(truth, backend, report.notes).checks(compiled=compiled))
+    return report
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Where and with what it was computed."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {"device": f"{device.type} ({name})", **versions}
+
+
+def _interpreted(backends: Sequence[str], device: torch.device) -> list[str]:
+    """Triton, for the ops alone, where its interpreter is on."""
+    return ["triton"] if device.type == "cpu" and dispatch.interpreting() and dispatch.has_triton() else []
+
+
+def _backend_notes(backends: Sequence[str], device: torch.device) -> list[str]:
+    if "triton" in backends or _interpreted(backends, device):
+        return []
+    why = "triton isn't installed" if not dispatch.has_triton() else f"the model is on {device.type}, not on a GPU"
+    return [f"the Triton kernels were not run: {why}"]
+
+
+def _real_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """bool ``[batch, seq]``: where the attention mask is nonzero."""
+    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(inputs, Tensor) or "cu_seq_lens_q" in batch:
+        raise ValueError("the batch must have input_ids (or inputs_embeds) as padded [batch, seq] tensors")
+    shape = inputs.shape[:-1] if "input_ids" not in batch else inputs.shape
+    mask = batch.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask must be {tuple(shape)}, as the input is, got {tuple(mask.shape)}")
+    mask = mask.reshape(-1, shape[-1]).bool()  # multiple choice has [batch, choices, seq]
+    if not mask.any():
+        raise ValueError("the batch has no token: every entry of attention_mask is 0")
+    return mask
+
+
+class _Truth:
+    """The stock model in one dtype, and what it gives in that dtype and in fp64."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Any], mask: Tensor, dtype: str) -> None:
+        self.dtype, self.batch, self.mask = dtype, batch, mask
+        self.stock = copy.deepcopy(model).to(DTYPES[dtype]).requires_grad_(True)
+        exact = copy.deepcopy(self.stock).double()
+        self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.outputs, self.trace = self._evaluate(exact)
+        self.naive_outputs, self.naive_trace = self._evaluate(self.stock)
+        self.gradients, self.naive_gradients = self.train(exact), self.train(self.stock)
+        self.together = _judged_together(self.stock)
+
+    def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], Trace]:
+        with trace_stock(_views(model), self.mask) as trace:
+            return self.evaluate(model), trace
+
+    def inputs(self, model: nn.Module, rows: int | None = None) -> dict[str, Any]:
+        """The batch in the dtype of ``model``, or its first rows."""
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        count = next(value for value in self.batch.values() if isinstance(value, Tensor)).shape[0]
+        given = {}
+        for name, value in self.batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "labels":
+                value = value.to(dtype)
+            if rows is not None and isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
+                value = value[:rows]
+            given[name] = value
+        return given
+
+    def evaluate(self, model: nn.Module, call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+        """Name -> values of real tokens, of each floating output in evaluation."""
+        model.eval()
+        with torch.no_grad():
+            return self._named((call or model)(**self.inputs(model)))
+
+    def train(self, model: nn.Module, call: Callable[..., Any] | None = None) -> dict[str, Tensor | None]:
+        """Parameter -> its gradient in training, with no dropout."""
+        with _without_dropout(model):
+            out = (call or model)(**self.inputs(model))
+            loss = out.get("loss")
+            if loss is None:
+                loss = sum((_weights_like(x) * x).sum() for x in self._named(out).values())
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if n in self.trainable}
+        model.zero_grad(set_to_none=True)
+        return gradients
+
+    def _named(self, out: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, value in out.items():
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            for i, x in enumerate(values):
+                if not isinstance(x, Tensor) or not x.is_floating_point():
+                    continue
+                real = x[self.mask] if x.shape[:2] == self.mask.shape else x
+                found[name if len(values) == 1 else f"{name}[{i}]"] = real
+        # The error of a single number is luck: it is judged beside the values that it is made of.
+        others = [name for name in found if name != "loss"]
+        if "loss" in found and others:
+            beside = found[others[0]].flatten()
+            found["loss"] = torch.cat([found["loss"].reshape(1).to(beside.dtype), beside])
+        return found
+
+
+class _Verification:
+    """All checks of one dtype and backend."""
+
+    def __init__(self, truth: _Truth, backend: str, notes: list[str]) -> None:
+        self.truth, self.backend, self.notes = truth, backend, notes
+
+    def checks(self, *, compiled: bool) -> Iterable[Check]:
+        packed = self._accelerated()
+        yield from self._inside(packed)
+        yield from self._outside(packed, "packed")
+        yield from self._dropout(packed)
+        yield from self._outside(self._accelerated(packing=False), "padded")
+        if compiled and self.backend != "reference":
+            yield from self._compiled()
+
+    def _accelerated(self, *, packing: bool = True) -> Any:
+        from pyaccel.hf import accelerate
+
+        model = copy.deepcopy(self.truth.stock)
+        accelerate(model, packing=packing, backend=self.backend)
+        self.truth.evaluate(model)  # weights of q, k and v find their places at the first call
+        return model
+
+    def _check(self, kind: str, where: str, mode: str, status: str, detail: str = "", op: str = "") -> Check:
+        return Check(kind, where, op, self.truth.dtype, self.backend, mode, status, detail=detail)
+
+    def _inside(self, model: Any) -> Iterable[Check]:
+        """Layer by layer and part by part, in the order in which they run."""
+        truth = self.truth
+        with trace_accelerated(truth.mask) as trace:
+            truth.evaluate(model)
+        for tokens in trace.layouts[:1]:
+            reason = layout_reason(tokens, truth.mask)
+            status = RIGHT if reason is None else WRONG
+            yield self._check("packing", "the packed layout", "packed", status, reason or "", "packing")
+        if [list(layer) for layer in trace.layers] != [list(layer) for layer in truth.trace.layers]:
+            self.notes.append(
+                f"{truth.dtype}, {self.backend}: layers could not be compared part by part, because they run other "
+                "ops than BERT's five parts; outputs and gradients were"
+            )
+            return
+        for i, layer in enumerate(trace.layers):
+            for site in SITES:
+                yield checked(
+                    judge(layer[site], truth.trace.layers[i][site], truth.naive_trace.layers[i][site]),
+                    kind="layer",
+                    where=f"{i}: {site}",
+                    op=trace.ops[i][site],
+                    dtype=truth.dtype,
+                    backend=self.backend,
+                    mode="packed",
+                )
+
+    def _outside(
+        self, model: Any, mode: str, call: Callable[..., Any] | None = None, *, twice: bool = True
+    ) -> Iterable[Check]:
+        """Outputs, loss and gradients, and that they come out the same twice."""
+        truth = self.truth
+        names = {"op": "", "dtype": truth.dtype, "backend": self.backend, "mode": mode}
+        outputs, gradients = truth.evaluate(model, call), truth.train(model, call)
+        if outputs.keys() != truth.outputs.keys():
+            detail = f"{sorted(outputs)}, not {sorted(truth.outputs)}"
+            yield self._check("output", "names of outputs", mode, WRONG, detail)
+            return
+        for name, value in outputs.items():
+            verdict = judge(value.to(truth.naive_outputs[name].dtype), truth.outputs[name].double(), truth.naive_outputs[name])
+            yield checked(verdict, kind="output", where=name, **names)
+        for group, members in truth.together.items():
+            members = [name for name in members if name in gradients]
+            given = [[g[name] for name in members] for g in (gradients, truth.gradients, truth.naive_gradients)]
+            lacking = [tuple(x is None for x in each) for each in given]
+            if lacking[0] != lacking[1]:
+                yield self._check("gradient", group, mode, WRONG, "there is none where the stock model has one, or one where it has none")
+            elif members and not any(lacking[0]):
+                flat = [torch.cat([x.flatten() for x in each if x is not None]) for each in given]
+                yield checked(judge(*flat), kind="gradient", where=group, **names)
+        if twice:
+            again, gradients_again = truth.evaluate(model, call), truth.train(model, call)
+            same = _same_bits(outputs, again) and _same_bits(gradients, gradients_again)
+            detail = "" if same else "two runs differ in their bits"
+            yield self._check("bits", "two runs", mode, RIGHT if same else WRONG, detail)
+
+    def _compiled(self) -> Iterable[Check]:
+        model = self._accelerated()
+        torch.compiler.reset()
+        try:
+            call = torch.compile(model, fullgraph=True, dynamic=False)
+            yield from self._outside(model, "compiled", call, twice=False)
+        except Exception as error:  # inductor's own errors have no common class; what it says is the finding
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            detail = f"torch.compile failed: {type(error).__name__}: {first}; leave it out with compiled=False"
+            yield self._check("output", "torch.compile", "compiled", ERROR, detail)
+        finally:
+            torch.compiler.reset()
+
+    def _dropout(self, model: Any) -> Iterable[Check]:
+        """Under dropout, means over many runs: a mask that isn't rescaled, or drops too much, moves them."""
+        truth = self.truth
+        if not any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout)):
+            self.notes.append("dropout was not checked: the model has none")
+            return
+        rows = max(1, DROPOUT_SLOTS // truth.mask.shape[1] // _choices(truth))
+        mask = truth.mask[: rows * _choices(truth)]
+        if not mask.any():
+            mask, rows = truth.mask, None
+        ours, theirs = _Moments(), _Moments()
+        stock = copy.deepcopy(truth.stock)
+        inputs = truth.inputs(stock, rows)
+        views = _views(stock)
+        with torch.random.fork_rng(devices=[mask.device] if mask.is_cuda else []), torch.no_grad():
+            torch.manual_seed(0)
+            for each in (stock, model):
+                each.train()
+            for _ in range(DROPOUT_RUNS):
+                with trace_stock(views, mask) as trace:
+                    stock(**inputs)
+                theirs.add(trace)
+                with trace_accelerated(mask) as trace:
+                    model(**inputs)
+                ours.add(trace)
+            for each in (stock, model):
+                each.eval()
+        for key, moments in ours.of.items():
+            if key not in theirs.of:
+                continue
+            ratio, allowed = judge_means(moments, theirs.of[key])
+            layer, site = key
+            right = ratio <= allowed
+            detail = "" if right else f"means differ by {math.sqrt(ratio):.2f} standard errors, root mean square"
+            status = RIGHT if right else WRONG
+            yield Check("dropout", f"{layer}: {site}", ours.ops[key], truth.dtype, self.backend, "packed", status, ratio, allowed, detail)  # fmt: skip
+
+
+def _choices(truth: _Truth) -> int:
+    shape = next(v for n, v in truth.batch.items() if n in ("input_ids", "inputs_embeds")).shape
+    return max(1, truth.mask.shape[0] // shape[0])
+
+
+class _Moments:
+    """Mean and variance of each part of each layer over runs."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[int, str], RunningMoments] = {}
+        self.ops: dict[tuple[int, str], str] = {}
+
+    def add(self, trace: Trace) -> None:
+        for i, layer in enumerate(trace.layers):
+            for site, value in layer.items():
+                step = max(1, value.shape[0] // DROPOUT_TOKENS)
+                self.of.setdefault((i, site), RunningMoments()).add(value[::step])
+                self.ops[i, site] = trace.ops[i][site] if trace.ops else ""
+
+
+# --- of models ------------------------------------------------------------------------------------------------------
+
+
+def _views(model: nn.Module) -> list[Any]:
+    """The layers of the families that pyaccel knows, under BERT's names."""
+    from pyaccel.hf.fast_path import family_of, is_encoder
+
+    return [
+        family.view(layer)
+        for module in model.modules()
+        if (family := family_of(module)) is not None and is_encoder(module)
+        for layer in family.layers(module)
+    ]
+
+
+def _judged_together(model: nn.Module) -> dict[str, list[str]]:
+    """Parameters whose gradients are judged as one: the biases of q, k and v, since that of keys is rounding alone.
+
+    (Softmax doesn't change where the same is added to all scores of a row: the truth of that gradient is 0.)
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {name: [name] for name in names.values()}
+    for view in _views(model):
+        heads = view.attention.self
+        biases = [names[id(x.bias)] for x in (heads.query, heads.key, heads.value) if x.bias is not None]
+        if len(biases) == 3 and biases[1] in groups:
+            groups[f"{biases[0]}, key and value"] = biases
+            for name in biases:
+                groups.pop(name, None)
+    return groups
+
+
+class _without_dropout:
+    """Training mode, in which nothing is dropped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        self.before = [module.p for module in self.dropouts]
+
+    def __enter__(self) -> None:
+        self.model.train()
+        for module in self.dropouts:
+            module.p = 0.0
+
+    def __exit__(self, *exc_info: object) -> None:
+        for module, p in zip(self.dropouts, self.before, strict=True):
+            module.p = p
+        self.model.eval()
+
+
+def _weights_like(x: Tensor) -> Tensor:
+    """Fixed weights from -1 to 1 that favour nothing, the same in every dtype up to its rounding."""
+    n = torch.arange(x.numel(), dtype=torch.float64, device=x.device)
+    return torch.sin(n * 12.9898).view(x.shape).to(torch.bfloat16).to(x.dtype)
+
+
+def _same_bits(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> bool:
+    def bits(x: Tensor) -> Tensor:
+        return x.contiguous().view(torch.uint8)
+
+    return all(
+        x is y if x is None or (y := b[name]) is None else torch.equal(bits(x.reshape(-1)), bits(y.reshape(-1)))
+        for name, x in a.items()
+        for y in (b[name],)
+    )
