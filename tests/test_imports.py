@@ -55,7 +55,8 @@ RULES = {
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),
     "verify": Rule(
-        ("kernels", "reference", "dispatch", "packing", "ops", "nn", "models"),
+        ("kernels", "reference", "dispatch", "packing", "ops", "nn", "models", "hf"),
+        packages=("torch", "pytest"),  # pytest: of its plugin
         lazily=("triton", "transformers"),
     ),
     "cli": Rule(  # the top: all of pyaccel, by its public face too

@@ -12,6 +12,7 @@ from pyaccel.cli.encode import encode
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inspect import inspect
 from pyaccel.cli.quantize import quantize
+from pyaccel.cli.verify import verify
 
 app = typer.Typer(
     help="Fused, verified Transformer kernels for BERT-family models.",
@@ -24,6 +25,7 @@ app.command()(inspect)
 app.command()(cost)
 app.command()(quantize)
 app.command()(encode)
+app.command()(verify)
 
 
 def main() -> None:

@@ -74,7 +74,9 @@ def verify(
     mask = _real_tokens(batch)
     device = mask.device
     if any("_pyaccel" in module.__dict__ for module in model.modules()):
-        raise ValueError("the model is accelerated: give the stock one (pyaccel.restore), verify makes its own copy")
+        raise ValueError(
+            "the model is accelerated: give the stock one (pyaccel.restore), verify makes its own copy"
+        )
     backends = able_backends(device) if backends is None else backends
     wrong = [name for name in backends if name not in dispatch.BACKENDS]
     if wrong or not backends:
@@ -119,7 +121,11 @@ def _interpreted(backends: Sequence[str], device: torch.device) -> list[str]:
 def _backend_notes(backends: Sequence[str], device: torch.device) -> list[str]:
     if "triton" in backends or _interpreted(backends, device):
         return []
-    why = "triton isn't installed" if not dispatch.has_triton() else f"the model is on {device.type}, not on a GPU"
+    why = (
+        "triton isn't installed"
+        if not dispatch.has_triton()
+        else f"the model is on {device.type}, not on a GPU"
+    )
     return [f"the Triton kernels were not run: {why}"]
 
 
@@ -271,14 +277,26 @@ class _Verification:
             yield self._check("output", "names of outputs", mode, WRONG, detail)
             return
         for name, value in outputs.items():
-            verdict = judge(value.to(truth.naive_outputs[name].dtype), truth.outputs[name].double(), truth.naive_outputs[name])
+            verdict = judge(
+                value.to(truth.naive_outputs[name].dtype),
+                truth.outputs[name].double(),
+                truth.naive_outputs[name],
+            )
             yield checked(verdict, kind="output", where=name, **names)
         for group, members in truth.together.items():
             members = [name for name in members if name in gradients]
-            given = [[g[name] for name in members] for g in (gradients, truth.gradients, truth.naive_gradients)]
+            given = [
+                [g[name] for name in members] for g in (gradients, truth.gradients, truth.naive_gradients)
+            ]
             lacking = [tuple(x is None for x in each) for each in given]
             if lacking[0] != lacking[1]:
-                yield self._check("gradient", group, mode, WRONG, "there is none where the stock model has one, or one where it has none")
+                yield self._check(
+                    "gradient",
+                    group,
+                    mode,
+                    WRONG,
+                    "there is none where the stock model has one, or one where it has none",
+                )
             elif members and not any(lacking[0]):
                 flat = [torch.cat([x.flatten() for x in each if x is not None]) for each in given]
                 yield checked(judge(*flat), kind="gradient", where=group, **names)
@@ -296,7 +314,9 @@ class _Verification:
             yield from self._outside(model, "compiled", call, twice=False)
         except Exception as error:  # inductor's own errors have no common class; what it says is the finding
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            detail = f"torch.compile failed: {type(error).__name__}: {first}; leave it out with compiled=False"
+            detail = (
+                f"torch.compile failed: {type(error).__name__}: {first}; leave it out with compiled=False"
+            )
             yield self._check("output", "torch.compile", "compiled", ERROR, detail)
         finally:
             torch.compiler.reset()
@@ -334,7 +354,9 @@ class _Verification:
             ratio, allowed = judge_means(moments, theirs.of[key])
             layer, site = key
             right = ratio <= allowed
-            detail = "" if right else f"means differ by {math.sqrt(ratio):.2f} standard errors, root mean square"
+            detail = (
+                "" if right else f"means differ by {math.sqrt(ratio):.2f} standard errors, root mean square"
+            )
             status = RIGHT if right else WRONG
             yield Check("dropout", f"{layer}: {site}", ours.ops[key], truth.dtype, self.backend, "packed", status, ratio, allowed, detail)  # fmt: skip
 
@@ -421,7 +443,9 @@ def _same_bits(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -
         return x.contiguous().view(torch.uint8)
 
     return all(
-        x is y if x is None or (y := b[name]) is None else torch.equal(bits(x.reshape(-1)), bits(y.reshape(-1)))
+        x is y
+        if x is None or (y := b[name]) is None
+        else torch.equal(bits(x.reshape(-1)), bits(y.reshape(-1)))
         for name, x in a.items()
         for y in (b[name],)
     )

@@ -153,7 +153,9 @@ class VerifyReport:
         return list(found.items())
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.checks)} checks, {len(self.wrong)} wrong, {len(self.errors)} not run"]
+        lines = [
+            f"{self.model}: {len(self.checks)} checks, {len(self.wrong)} wrong, {len(self.errors)} not run"
+        ]
         for names, checks in self.groups():
             worst = max(checks, key=lambda check: check.share)
             how = " ".join(name for name in names if name)

@@ -191,7 +191,9 @@ def layout_reason(tokens: PackedLayout, mask: Tensor) -> str | None:
     keys = indices if tokens.key_indices is None else indices[tokens.key_indices.cpu()]
     bounds, key_bounds = tokens.cu_seqlens.tolist(), tokens.cu_seqlens_k.tolist()
     if len(bounds) != batch + 1 or bounds[-1] != len(indices) or key_bounds[-1] != len(keys):
-        return f"its offsets end at {bounds[-1]} of {len(indices)} tokens, for {len(bounds) - 1} of {batch} rows"
+        return (
+            f"its offsets end at {bounds[-1]} of {len(indices)} tokens, for {len(bounds) - 1} of {batch} rows"
+        )
     rows = set()
     for i in range(batch):
         own, seen = indices[bounds[i] : bounds[i + 1]], keys[key_bounds[i] : key_bounds[i + 1]]

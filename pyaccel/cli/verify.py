@@ -1,0 +1,234 @@
+"""``pyaccel verify``: on this model and this machine, is the fast path right, and where first is it not?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from pyaccel.cli.errors import BadInputError
+from pyaccel.cli.inputs import (
+    demo_checkpoint,
+    loading,
+    quiet_transformers,
+    read_passages,
+    real_passages,
+    resolve_device,
+)
+from pyaccel.verify.report import Check, VerifyReport, read_budget
+
+
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face folder, or hub id. Default: the demo's checkpoint.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeatable. Default: fp32 and bf16.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="triton, torch or reference; repeatable. Default: all that can serve the model here."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Passages to run, one a line. Default: Python's language reference.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Passages in the batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=3, help="Cut passages off at so many tokens.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Also under torch.compile(fullgraph=True).")
+    ] = True,
+    ops: Annotated[bool, typer.Option("--ops/--no-ops", help="Also every op by itself.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every check to this file.")] = None,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML to this file.")] = None,
+    budget: Annotated[
+        Path | None, typer.Option(help="A file that --json wrote: also fail on any error above those in it.")
+    ] = None,
+) -> None:
+    """Compare an accelerated copy of a model with the stock one, op by op and layer by layer, forward and backward.
+
+    Errors are judged against an fp64 truth by what plain PyTorch errs in the same dtype. Needs no GPU and no triton.
+    Exits with 0 where all is right, 1 where something is wrong, 2 where something could not be run.
+    """
+    from pyaccel.dispatch import NotSupportedError
+    from pyaccel.verify import model as lane
+
+    recorded = None
+    try:
+        recorded = None if budget is None else read_budget(budget)
+    except ValueError as error:
+        raise BadInputError(f"--budget: {error}") from None
+    for option, file in (("--json", json_file), ("--junit", junit_file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise BadInputError(f"{option} {file}: there is no folder {file.absolute().parent}")
+    stock, batch = load(model, text, batch_size, max_length, resolve_device(device))
+    console, progress_console = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 160  # a pipe has no width to fit
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=progress_console, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def on_check(check: Check) -> None:
+            how = " ".join(part for part in (check.dtype, check.backend, check.mode, check.kind) if part)
+            progress.update(task, description=escape(f"{how}: {check.where}"[:70]), advance=1)
+
+        try:
+            report = lane.verify(
+                stock,
+                batch,
+                dtypes=dtype or ["fp32", "bf16"],
+                backends=backend,
+                compiled=compiled,
+                ops=ops,
+                on_check=on_check,
+            )
+        except (ValueError, NotSupportedError) as error:
+            raise BadInputError(str(error)) from error
+    console.print(_table(report))
+    over = [] if recorded is None else report.over_budget(recorded)
+    for line in _lines(report, over, recorded):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        report.write_json(json_file)
+    if junit_file is not None:
+        report.write_junit(junit_file)
+    raise typer.Exit(report.exit_code or int(bool(over)))
+
+
+def load(
+    source: str | None, text: Path | None, batch_size: int, max_length: int, device: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The stock model with the head its folder names, and a batch of real text with labels where the head has some."""
+    transformers = quiet_transformers()
+    import torch
+
+    name = str(demo_checkpoint()) if source is None else str(Path(source).expanduser())
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise BadInputError(f"{name} has no config.json: give the folder of a Hugging Face model")
+    with loading(name, " (a hub id needs a network)"):
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        model = kind.from_pretrained(name, dtype=torch.float32).eval().to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+
+    def count_tokens(passages: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(passages, verbose=False)["input_ids"]]
+
+    passages = real_passages(count_tokens, batch_size) if text is None else read_passages(text)[:batch_size]
+    batch = dict(
+        tokenizer(passages, padding=True, truncation=True, max_length=max_length, return_tensors="pt").to(
+            device
+        )
+    )
+    return model, {**batch, **example_labels(model, batch)}
+
+
+def example_labels(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Labels of the kind that a model's head takes; their values are made up."""
+    import torch
+
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    place = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    row = torch.arange(len(ids), device=ids.device)
+    head = type(model).__name__.rpartition("For")[2]
+    count = model.config.num_labels
+    if head in ("MaskedLM", "CausalLM"):
+        return {"labels": ids.masked_fill((place % 7 != 3) | ~mask, -100)}
+    if head == "PreTraining" and model.config.model_type == "bert":
+        return {"labels": ids.masked_fill((place % 7 != 3) | ~mask, -100), "next_sentence_label": row % 2}
+    if head == "SequenceClassification":
+        return {"labels": row % count if count > 1 else row * 0.5}
+    if head == "TokenClassification":
+        return {"labels": (place % count).masked_fill(~mask, -100)}
+    if head == "QuestionAnswering":
+        last = mask.sum(1) - 1
+        return {"start_positions": last // 3, "end_positions": last // 2}
+    if head == "NextSentencePrediction":
+        return {"labels": row % 2}
+    return {}
+
+
+def _table(report: VerifyReport) -> Table:
+    table = Table(
+        title=f"{report.model}, on {', '.join(f'{k} {v}' for k, v in report.machine.items())}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("dtype", "backend", "mode", "what"):
+        table.add_column(heading)
+    for heading in ("checks", "wrong", "not run", "worst, of allowed"):
+        table.add_column(heading, justify="right")
+    table.add_column("where it is worst", overflow="fold")
+    before = None
+    for (dtype, backend, mode, kind), checks in report.groups():
+        if before not in (None, (dtype, backend)):
+            table.add_section()
+        before = (dtype, backend)
+        wrong = sum(check.status == "wrong" for check in checks)
+        lost = sum(check.status == "error" for check in checks)
+        worst = max(checks, key=lambda check: check.share)
+        style = "red" if wrong or lost else None
+        table.add_row(
+            dtype,
+            backend,
+            mode,
+            kind,
+            str(len(checks)),
+            str(wrong),
+            str(lost),
+            f"{worst.share:.0%}" if worst.allowed else "",
+            escape(worst.where) if worst.allowed else "",
+            style=style,
+        )
+    table.caption = (
+        "layer: every part of every layer; gradient: every parameter; dropout: means over 64 runs; bits: two runs. "
+        "Allowed: 3 times the error of plain PyTorch from the fp64 truth, and a few units in the last place."
+    )
+    return table
+
+
+def _lines(report: VerifyReport, over: list[Check], budget: dict[str, float] | None) -> list[str]:
+    lines = [f"note: {note}" for note in report.notes]
+    shown = 10
+    for title, checks in (("wrong", report.wrong), ("not run", report.errors)):
+        lines += [f"{title}: {check}" for check in checks[:shown]]
+        if len(checks) > shown:
+            lines.append(f"{title}: and {len(checks) - shown} more: --json FILE has them all")
+    if budget is not None:
+        lines += [
+            f"above budget: {check}: {check.error:.3g}, recorded {budget[check.key]:.3g}" for check in over
+        ]
+    first = report.first_wrong
+    if first is not None:
+        by = f", computed by {first.op}" if first.op else ""
+        lines.append(f"WRONG, first at {first.kind} {first.where}{by}")
+    elif report.errors:
+        lines.append("COULD NOT RUN everything: what did run is right")
+    elif over:
+        lines.append(f"right, but {len(over)} errors are above the budget")
+    else:
+        lines.append(f"right: {len(report.checks)} checks")
+    return lines
