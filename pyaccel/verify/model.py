@@ -327,8 +327,8 @@ class _Verification:
         if not any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout)):
             self.notes.append("dropout was not checked: the model has none")
             return
-        rows = max(1, DROPOUT_SLOTS // truth.mask.shape[1] // _choices(truth))
-        mask = truth.mask[: rows * _choices(truth)]
+        rows: int | None = max(1, DROPOUT_SLOTS // truth.mask.shape[1] // _choices(truth))
+        mask = truth.mask[: (rows or 1) * _choices(truth)]
         if not mask.any():
             mask, rows = truth.mask, None
         ours, theirs = _Moments(), _Moments()
@@ -357,8 +357,18 @@ class _Verification:
             detail = (
                 "" if right else f"means differ by {math.sqrt(ratio):.2f} standard errors, root mean square"
             )
-            status = RIGHT if right else WRONG
-            yield Check("dropout", f"{layer}: {site}", ours.ops[key], truth.dtype, self.backend, "packed", status, ratio, allowed, detail)  # fmt: skip
+            yield Check(
+                kind="dropout",
+                where=f"{layer}: {site}",
+                op=ours.ops[key],
+                dtype=truth.dtype,
+                backend=self.backend,
+                mode="packed",
+                status=RIGHT if right else WRONG,
+                error=ratio,
+                allowed=allowed,
+                detail=detail,
+            )
 
 
 def _choices(truth: _Truth) -> int:
@@ -439,13 +449,9 @@ def _weights_like(x: Tensor) -> Tensor:
 
 
 def _same_bits(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> bool:
-    def bits(x: Tensor) -> Tensor:
-        return x.contiguous().view(torch.uint8)
+    def bits(x: Tensor | None) -> Tensor:
+        return (
+            torch.empty(0, dtype=torch.uint8) if x is None else x.reshape(-1).contiguous().view(torch.uint8)
+        )
 
-    return all(
-        x is y
-        if x is None or (y := b[name]) is None
-        else torch.equal(bits(x.reshape(-1)), bits(y.reshape(-1)))
-        for name, x in a.items()
-        for y in (b[name],)
-    )
+    return all(torch.equal(bits(x), bits(b[name])) for name, x in a.items())

@@ -6,7 +6,7 @@ An :class:`OpCase` is one op with one kind of input; :data:`CASES` is the one pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from pyaccel import dispatch, ops, reference
 from pyaccel.verify.policy import judge
 from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, checked
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Any]  # of tensors, to be spread over arguments of any type
 
 
 @dataclass(frozen=True)
@@ -283,10 +283,20 @@ def _sdpa_expected(t: Tensors, upcast: bool, kind: str) -> Tensor:
 _LENGTHS = {"plain": (5, 21, 1, 9), "zero lengths": (0, 5, 0, 0, 21, 10, 0)}
 
 
+def _packed_inputs(tokens: int) -> Tensors:
+    return {name: torch.randn(tokens, _HEADS, _DIM) for name in ("query", "key", "value")}
+
+
 def _varlen(module: Any, kind: str, t: Tensors, **options: Any) -> Tensor:
     offsets = F.pad(torch.tensor(_LENGTHS[kind], device=t["query"].device).cumsum(0), (1, 0)).int()
     longest = max(_LENGTHS[kind])
-    out: Tensor = module.varlen_attention(**t, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest, **options)  # fmt: skip
+    lengths = {
+        "cu_seqlens_q": offsets,
+        "cu_seqlens_k": offsets,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+    }
+    out: Tensor = module.varlen_attention(**t, **lengths, **options)
     return out
 
 
@@ -318,17 +328,20 @@ def _attention_cases() -> Iterator[OpCase]:
             gradient,
         )
     for kind, lengths in _LENGTHS.items():
-        shape = (sum(lengths), _HEADS, _DIM)
         yield OpCase(
             "varlen_attention",
             kind,
-            lambda shape=shape: {name: torch.randn(shape) for name in ("query", "key", "value")},
+            partial(_packed_inputs, sum(lengths)),
             partial(_varlen, ops, kind),
             lambda t, upcast, kind=kind: _varlen(reference, kind, t, upcast=upcast),
         )
 
 
 # --- embeddings and loss --------------------------------------------------------------------------------------------
+
+
+def _embeddings(module: Any, t: Tensors, **options: Any) -> Any:
+    return module.bert_embeddings(**t, **_ids(t["bias"].device), **options)
 
 
 def _embedding_inputs() -> Tensors:
@@ -365,8 +378,8 @@ def _token_cases() -> Iterator[OpCase]:
         "bert_embeddings",
         "repeated ids",
         _embedding_inputs,
-        lambda t: ops.bert_embeddings(**t, **_ids(t["bias"].device)),
-        lambda t, upcast: reference.bert_embeddings(**t, **_ids(t["bias"].device), upcast=upcast).output,
+        partial(_embeddings, ops),
+        lambda t, upcast: _embeddings(reference, t, upcast=upcast).output,
     )
     for kind in ("plain", "large logits", "no labels"):
         # A loss is one number, whose error is luck: the sum of losses is judged beside many of its kind, gradients.
@@ -477,7 +490,7 @@ def check_op(case: OpCase, dtype: torch.dtype, backend: str, device: torch.devic
             return Check(**names, status=WRONG, detail=f"{name}: two runs differ in their bits")
         check = checked(judge(out, exact, plain.to(out.dtype)), **names)
         if check.status == WRONG:
-            return Check(**names, status=WRONG, error=check.error, allowed=check.allowed, detail=f"{name}: {check.detail}")  # fmt: skip
+            return replace(check, detail=f"{name}: {check.detail}")
         worst = check if worst is None or check.share > worst.share else worst
     assert worst is not None
     return worst
