@@ -221,10 +221,11 @@ def _lines(report: VerifyReport, over: list[Check], budget: dict[str, float] | N
         lines += [
             f"above budget: {check}: {check.error:.3g}, recorded {budget[check.key]:.3g}" for check in over
         ]
-    first = report.first_wrong
-    if first is not None:
-        by = f", computed by {first.op}" if first.op else ""
-        lines.append(f"WRONG, first at {first.kind} {first.where}{by}")
+    if report.wrong:
+        lines += [
+            f"WRONG, first {check.kind}: {check.where}" + (f", computed by {check.op}" if check.op else "")
+            for check in report.firsts
+        ]
     elif report.errors:
         lines.append("COULD NOT RUN everything: what did run is right")
     elif over:

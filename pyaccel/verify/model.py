@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from pyaccel import dispatch
 from pyaccel.verify.op_checks import check_ops
-from pyaccel.verify.policy import RunningMoments, judge, judge_means
+from pyaccel.verify.policy import RunningMoments, judge, judge_by_several, judge_means
 from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, VerifyReport, checked
 from pyaccel.verify.trace import SITES, Trace, layout_reason, trace_accelerated, trace_stock
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Gradients are linear in the loss: each factor gives the plain gradients with other roundings.
+LOSS_FACTORS = (1.0, 1.3, 0.7)
 DROPOUT_RUNS = 64
 DROPOUT_SLOTS = 1024  # of batch and sequence, in each of these runs
 DROPOUT_TOKENS = 128  # whose values are kept
@@ -156,7 +158,8 @@ class _Truth:
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.outputs, self.trace = self._evaluate(exact)
         self.naive_outputs, self.naive_trace = self._evaluate(self.stock)
-        self.gradients, self.naive_gradients = self.train(exact), self.train(self.stock)
+        self.gradients = self.train(exact)
+        self.naive_gradients = [self.train(self.stock, factor=factor) for factor in LOSS_FACTORS]
         self.together = _judged_together(self.stock)
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], Trace]:
@@ -182,16 +185,22 @@ class _Truth:
         with torch.no_grad():
             return self._named((call or model)(**self.inputs(model)))
 
-    def train(self, model: nn.Module, call: Callable[..., Any] | None = None) -> dict[str, Tensor | None]:
-        """Parameter -> its gradient in training, with no dropout."""
+    def train(
+        self, model: nn.Module, call: Callable[..., Any] | None = None, *, factor: float = 1.0
+    ) -> dict[str, Tensor | None]:
+        """Parameter -> its gradient in training, with no dropout: of ``factor`` times the loss, divided by it again."""
         with _without_dropout(model):
             out = (call or model)(**self.inputs(model))
             loss = out.get("loss")
             if loss is None:
                 loss = sum((_weights_like(x) * x).sum() for x in self._named(out).values())
             model.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss if factor == 1.0 else factor * loss).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if n in self.trainable}
+        if factor != 1.0:
+            gradients = {
+                n: None if g is None else (g.double() / factor).to(g.dtype) for n, g in gradients.items()
+            }
         model.zero_grad(set_to_none=True)
         return gradients
 
@@ -219,11 +228,11 @@ class _Verification:
         self.truth, self.backend, self.notes = truth, backend, notes
 
     def checks(self, *, compiled: bool) -> Iterable[Check]:
-        packed = self._accelerated()
-        yield from self._inside(packed)
-        yield from self._outside(packed, "packed")
-        yield from self._dropout(packed)
-        yield from self._outside(self._accelerated(packing=False), "padded")
+        packed, padded = self._accelerated(), self._accelerated(packing=False)
+        for model, mode in ((packed, "packed"), (padded, "padded")):
+            yield from self._inside(model, mode)
+            yield from self._outside(model, mode)
+            yield from self._dropout(model, mode)
         if compiled and self.backend != "reference":
             yield from self._compiled()
 
@@ -238,7 +247,7 @@ class _Verification:
     def _check(self, kind: str, where: str, mode: str, status: str, detail: str = "", op: str = "") -> Check:
         return Check(kind, where, op, self.truth.dtype, self.backend, mode, status, detail=detail)
 
-    def _inside(self, model: Any) -> Iterable[Check]:
+    def _inside(self, model: Any, mode: str) -> Iterable[Check]:
         """Layer by layer and part by part, in the order in which they run."""
         truth = self.truth
         with trace_accelerated(truth.mask) as trace:
@@ -246,10 +255,10 @@ class _Verification:
         for tokens in trace.layouts[:1]:
             reason = layout_reason(tokens, truth.mask)
             status = RIGHT if reason is None else WRONG
-            yield self._check("packing", "the packed layout", "packed", status, reason or "", "packing")
+            yield self._check("packing", "the packed layout", mode, status, reason or "", "packing")
         if [list(layer) for layer in trace.layers] != [list(layer) for layer in truth.trace.layers]:
             self.notes.append(
-                f"{truth.dtype}, {self.backend}: layers could not be compared part by part, because they run other "
+                f"{truth.dtype}, {self.backend}, {mode}: layers could not be compared part by part, because they run other "
                 "ops than BERT's five parts; outputs and gradients were"
             )
             return
@@ -262,7 +271,7 @@ class _Verification:
                     op=trace.ops[i][site],
                     dtype=truth.dtype,
                     backend=self.backend,
-                    mode="packed",
+                    mode=mode,
                 )
 
     def _outside(
@@ -285,21 +294,15 @@ class _Verification:
             yield checked(verdict, kind="output", where=name, **names)
         for group, members in truth.together.items():
             members = [name for name in members if name in gradients]
-            given = [
-                [g[name] for name in members] for g in (gradients, truth.gradients, truth.naive_gradients)
-            ]
-            lacking = [tuple(x is None for x in each) for each in given]
-            if lacking[0] != lacking[1]:
-                yield self._check(
-                    "gradient",
-                    group,
-                    mode,
-                    WRONG,
-                    "there is none where the stock model has one, or one where it has none",
-                )
-            elif members and not any(lacking[0]):
-                flat = [torch.cat([x.flatten() for x in each if x is not None]) for each in given]
-                yield checked(judge(*flat), kind="gradient", where=group, **names)
+            given, exact, *naives = (
+                [g[name] for name in members] for g in (gradients, truth.gradients, *truth.naive_gradients)
+            )
+            if [x is None for x in given] != [x is None for x in exact]:
+                detail = "it is there where the stock model has none, or the other way round"
+                yield self._check("gradient", group, mode, WRONG, detail)
+            elif any(x is not None for x in given):
+                verdict = judge_by_several(_flat(given), _flat(exact), [_flat(naive) for naive in naives])
+                yield checked(verdict, kind="gradient", where=group, **names)
         if twice:
             again, gradients_again = truth.evaluate(model, call), truth.train(model, call)
             same = _same_bits(outputs, again) and _same_bits(gradients, gradients_again)
@@ -321,11 +324,13 @@ class _Verification:
         finally:
             torch.compiler.reset()
 
-    def _dropout(self, model: Any) -> Iterable[Check]:
+    def _dropout(self, model: Any, mode: str) -> Iterable[Check]:
         """Under dropout, means over many runs: a mask that isn't rescaled, or drops too much, moves them."""
         truth = self.truth
         if not any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout)):
-            self.notes.append("dropout was not checked: the model has none")
+            note = "dropout was not checked: the model has none"
+            if note not in self.notes:
+                self.notes.append(note)
             return
         rows: int | None = max(1, DROPOUT_SLOTS // truth.mask.shape[1] // _choices(truth))
         mask = truth.mask[: (rows or 1) * _choices(truth)]
@@ -363,7 +368,7 @@ class _Verification:
                 op=ours.ops[key],
                 dtype=truth.dtype,
                 backend=self.backend,
-                mode="packed",
+                mode=mode,
                 status=RIGHT if right else WRONG,
                 error=ratio,
                 allowed=allowed,
@@ -446,6 +451,10 @@ def _weights_like(x: Tensor) -> Tensor:
     """Fixed weights from -1 to 1 that favour nothing, the same in every dtype up to its rounding."""
     n = torch.arange(x.numel(), dtype=torch.float64, device=x.device)
     return torch.sin(n * 12.9898).view(x.shape).to(torch.bfloat16).to(x.dtype)
+
+
+def _flat(gradients: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat([x.flatten() for x in gradients if x is not None])
 
 
 def _same_bits(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> bool:

@@ -157,14 +157,14 @@ def _product_cases() -> Iterator[OpCase]:
             lambda t, upcast: reference.bias_gelu(t["x"], t["bias"], upcast=upcast),
             gradient,
         )
-    for activation in (None, *_ACTIVATIONS):
+    for fused in (None, *_ACTIVATIONS):
         yield OpCase(
             "linear_activation",
-            activation or "no activation",
+            fused or "no activation",
             _linear_inputs,
-            lambda t, a=activation: ops.linear_activation(t["x"], t["weight"], t["bias"], a),
-            partial(_linear_expected, activation=activation),
-            _sliced if activation else _stride_0,
+            lambda t, a=fused: ops.linear_activation(t["x"], t["weight"], t["bias"], a),
+            partial(_linear_expected, activation=fused),
+            _sliced if fused else _stride_0,
         )
 
 

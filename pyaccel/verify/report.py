@@ -103,6 +103,11 @@ class VerifyReport:
         return next((check for check in self.checks if check.status == WRONG), None)
 
     @property
+    def firsts(self) -> list[Check]:
+        """The first wrong check of each kind: op and layer where there is a bug, and what it does to the outputs."""
+        return list({check.kind: check for check in reversed(self.wrong)}.values())[::-1]
+
+    @property
     def exit_code(self) -> int:
         """0: right. 1: something is wrong. 2: nothing is, but something could not be run."""
         return 1 if self.wrong else 0 if self.right else 2
@@ -119,6 +124,7 @@ class VerifyReport:
             "machine": self.machine,
             "right": self.right,
             "first_wrong": None if first is None else asdict(first),
+            "first_wrong_of_each_kind": [asdict(check) for check in self.firsts],
             "notes": self.notes,
             "checks": [{**asdict(check), "key": check.key, "share": check.share} for check in self.checks],
         }

@@ -172,11 +172,11 @@ def dropout_without_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
 def hidden_dropout_without_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ops.linear_residual_layernorm
 
-    def planted(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *rest: Any, dropout_p: float, training: bool, **options: Any) -> Tensor:  # fmt: skip
-        if training and dropout_p > 0:
-            kept = 1.0 - dropout_p
-            weight, bias = weight * kept, bias * kept
-        return whole(x, weight, bias, residual, *rest, dropout_p=dropout_p, training=training, **options)
+    def planted(
+        x: Tensor, weight: Tensor, bias: Tensor, *rest: Any, dropout_p: float, **options: Any
+    ) -> Tensor:
+        kept = 1.0 - dropout_p if options["training"] else 1.0
+        return whole(x, weight * kept, bias * kept, *rest, dropout_p=dropout_p, **options)
 
     monkeypatch.setattr(ops, "linear_residual_layernorm", planted)
 
