@@ -191,8 +191,18 @@ def gelu_tanh_for_erf(monkeypatch: pytest.MonkeyPatch) -> None:
         (swapped_gamma_and_beta, "layer", "1: attention.output", "residual_layernorm"),
         (mask_shifted_in_the_layout, "packing", "the packed layout", "packing"),
         (mask_shifted_in_attention, "layer", "0: attention", "scaled_dot_product_attention"),
-        (dropout_without_rescaling, "dropout", "0: attention", "varlen_attention"),
-        (hidden_dropout_without_rescaling, "dropout", "0: attention.output", "residual_layernorm"),
+        (
+            dropout_without_rescaling,
+            "dropout",
+            "0: attention, under dropout of attention",
+            "varlen_attention",
+        ),
+        (
+            hidden_dropout_without_rescaling,
+            "dropout",
+            "0: attention.output, under dropout of attention.output",
+            "residual_layernorm",
+        ),
         (gelu_tanh_for_erf, "layer", "0: intermediate", "linear_activation"),
     ],
 )
