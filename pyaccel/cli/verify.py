@@ -204,8 +204,9 @@ def _table(report: VerifyReport) -> Table:
             style=style,
         )
     table.caption = (
-        "layer: every part of every layer; gradient: every parameter; dropout: means over 32 runs, of one dropout at a time; bits: two runs. "
-        "Allowed: 3 times the error of plain PyTorch from the fp64 truth, and a few units in the last place."
+        "layer: every part of every layer; gradient: every parameter; dropout: means over 32 runs, of one dropout at "
+        "a time; bits: two runs. Allowed: 3 times the error of plain PyTorch from the fp64 truth, and a few units in "
+        "the last place."
     )
     return table
 
