@@ -110,7 +110,10 @@ def test_metadata(wheel: Path):
     # Neither is needed by the base: they come with the extras.
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in base if line.startswith(("triton", "transformers"))]
-    assert entry_points.split() == ["[console_scripts]", "pyaccel", "=", "pyaccel.cli:main"]
+    assert entry_points.split() == [
+        *("[console_scripts]", "pyaccel", "=", "pyaccel.cli:main"),
+        *("[pytest11]", "pyaccel", "=", "pyaccel.verify.pytest_plugin"),
+    ]
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from pyaccel.cli.bench import bench
 from pyaccel.cli.cost import cost
 from pyaccel.cli.demo import demo
 from pyaccel.cli.encode import encode
@@ -26,6 +27,7 @@ app.command()(cost)
 app.command()(quantize)
 app.command()(encode)
 app.command()(verify)
+app.command()(bench)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ the greater of bytes over bandwidth and FLOPs over the rate of its matrix units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ CARDS = {
     "A100": Card(2.039e12, 312e12),
     "H100": Card(3.35e12, 989e12),
     "H200": Card(4.8e12, 989e12),
+    "L4": Card(0.3e12, 121e12),
+    "MI300X": Card(5.3e12, 1307e12),
 }
 
 
@@ -85,6 +87,11 @@ class Cost:
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
     saved_bytes: int
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Of forward and backward."""
+        return (*self.forward, *self.backward)
 
     @property
     def forward_launches(self) -> int:
@@ -172,7 +179,15 @@ def _launches(name: str, arguments: dict[str, Any]) -> int:
     }.get(name, 1)
 
 
-def _flops(name: str, packet: Any, args: Any, kwargs: Any, arguments: dict[str, Any], out: Any) -> int:
+def _flops(
+    name: str,
+    packet: Any,
+    args: Any,
+    kwargs: Any,
+    arguments: dict[str, Any],
+    out: Any,
+    lengths: Sequence[int] | None,
+) -> int:
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if name == "pyaccel::linear_activation_forward":
@@ -183,6 +198,8 @@ def _flops(name: str, packet: Any, args: Any, kwargs: Any, arguments: dict[str, 
     if name.startswith("pyaccel::attention_"):
         query, value = arguments["query"], arguments["value"]
         scores = query.shape[:3].numel() * arguments["seq_k"]
+        if arguments.get("cu_seqlens_q") is not None and lengths is not None:
+            scores = query.shape[1] * sum(length**2 for length in lengths)
         # Backward: scores and dprobs again, dquery, dkey, dvalue.
         products = (1, 1) if name.endswith("forward") else (3, 2)
         return 2 * scores * (products[0] * query.shape[3] + products[1] * value.shape[3])
@@ -198,10 +215,12 @@ class Recorder(TorchDispatchMode):
 
     Args:
         parameters: their bytes, and those of what is made of them alone, are counted apart.
+        lengths: of the sequences of packed input, whose offsets have no values here.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lengths: Sequence[int] | None = None) -> None:
         super().__init__()
+        self.lengths = lengths
         self.steps: list[Step] = []
         self._parameters = {_storage(p) for p in parameters}
         self._alive: list[Tensor] = []  # a storage that is freed could give its place to another one
@@ -231,14 +250,14 @@ class Recorder(TorchDispatchMode):
                 _launches(name, arguments),
                 activations,
                 sum(t.nbytes for t in tensors) - activations,
-                _flops(name, func.overloadpacket, args, kwargs, arguments, out),
+                _flops(name, func.overloadpacket, args, kwargs, arguments, out, self.lengths),
             )
         )
         return out
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """F.dropout and SDPA (without a mask) call the operators that they call for CUDA tensors."""
+class AsOnCuda(TorchFunctionMode):
+    """F.dropout and SDPA call the operators that they call for CUDA tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -263,8 +282,15 @@ def _cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if attn_mask is not None or enable_gqa:
-        raise NotImplementedError("the cost of SDPA is known here without a mask and grouped heads only")
+    if enable_gqa:
+        raise NotImplementedError("the cost of SDPA is known here without grouped heads only")
+    if attn_mask is not None:  # flash attention takes none: the memory-efficient one does, as a bias
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+        bias = attn_mask.expand(*query.shape[:3], key.shape[2])
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        needs_lse = torch.is_grad_enabled() and query.requires_grad
+        return efficient(query, key, value, bias, needs_lse, dropout_p, is_causal, scale=scale)[0]
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
 
@@ -316,7 +342,7 @@ def _stock_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], T
     layer = modeling_bert.BertLayer(config)
 
     def run(hidden: Tensor) -> Tensor:
-        with _AsOnCuda():
+        with AsOnCuda():
             out = layer(hidden)
         return out[0] if isinstance(out, tuple) else out
 
@@ -324,13 +350,18 @@ def _stock_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], T
 
 
 def measure(
-    layer: torch.nn.Module, run: Callable[[Tensor], Tensor], hidden: Tensor, *, training: bool
+    layer: torch.nn.Module,
+    run: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    *,
+    training: bool,
+    lengths: Sequence[int] | None = None,
 ) -> Cost:
     """The cost of ``run(hidden)``, which calls ``layer``, and in training of its backward."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
     layer.train(training)
     saved: dict[int, int] = {}
-    recorder = Recorder([*layer.parameters(), *layer.buffers()])
+    recorder = Recorder([*layer.parameters(), *layer.buffers()], lengths)
 
     def save(t: Tensor) -> Tensor:
         if not recorder.is_parameter(t):
@@ -345,7 +376,7 @@ def measure(
     if training:
         grad = torch.empty_like(out)
         with recorder:
-            torch.autograd.grad(out, (hidden, *parameters), grad)
+            torch.autograd.grad(out, (hidden, *parameters), grad, allow_unused=True)
     return Cost(forward, tuple(recorder.steps), sum(saved.values()))
 
 

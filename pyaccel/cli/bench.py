@@ -1,0 +1,206 @@
+"""``pyaccel bench --cost``: what a whole BERT launches, multiplies, moves and saves, stock beside accelerated."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pyaccel.cli.errors import BadInputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyaccel.verify.cost import Card
+    from pyaccel.verify.model_cost import Part
+
+CPU = "this CPU"
+BAR = 40  # characters
+
+
+def bench(
+    cost: Annotated[bool, typer.Option("--cost", help="Count instead of timing: needs no GPU.")] = False,
+    model: Annotated[
+        str, typer.Option(help="minilm, bert-base, bert-large, or a folder with a BERT's config.json.")
+    ] = "bert-base",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the longest sequence.")] = 512,
+    lengths: Annotated[
+        str, typer.Option(help="full; squad (46 % full on average); or sentences (20 %).")
+    ] = "full",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    training: Annotated[bool, typer.Option("--training", help="Forward with dropout, and backward.")] = False,
+    backend: Annotated[
+        str, typer.Option(help="Of the accelerated model: auto, triton, torch (no kernels) or reference.")
+    ] = "auto",
+    by_op: Annotated[bool, typer.Option("--by-op", help="Also a table of operators.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Launches, FLOPs, bytes moved and bytes saved for backward of a BERT, and the least time they take on a card.
+
+    Both models run on tensors without data, and what they call is written down. Needs transformers and, for the
+    kernels' side, triton; no GPU. Times are measured by `python -m benchmarks` in a checkout. Exits with 2 for bad
+    options.
+    """
+    from pyaccel.verify import cost as lane
+    from pyaccel.verify import model_cost
+
+    if not cost:
+        raise BadInputError("give --cost: times are measured by `python -m benchmarks` in a checkout")
+    if dtype not in lane.DTYPES:
+        raise BadInputError(f"--dtype {dtype}: expected one of {', '.join(lane.DTYPES)}")
+    try:
+        config = model_cost.bert_config(model)
+        mix = model_cost.length_mix(lengths, batch, seq_len)
+        if seq_len > config.max_position_embeddings:
+            raise ValueError(f"--seq-len {seq_len}: the model has {config.max_position_embeddings} positions")
+        costs = model_cost.model_costs(config, mix, lane.DTYPES[dtype], training=training, backend=backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise BadInputError(str(error)) from error
+    cards = {**lane.CARDS, CPU: measured_card(lane.DTYPES[dtype])}
+    if as_json:
+        typer.echo(json.dumps({side: _as_dict(parts, cards) for side, parts in costs.items()}, indent=1))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a pipe has no width to fit
+    mode = "training" if training else "evaluation"
+    title = f"{model}, {batch} x {seq_len} ({lengths}: {sum(mix)} tokens), {dtype}, {mode}"
+    console.print(_parts_table(title, costs, backend))
+    if by_op:
+        console.print(_ops_table(costs))
+    console.print(_cards_table(costs, cards))
+
+
+def measured_card(dtype: torch.dtype) -> Card:
+    """This CPU's rates: the best of a few copies and of a few large matrix products in ``dtype``."""
+    import torch
+
+    from pyaccel.verify.cost import Card
+
+    source = torch.ones(32 * 2**20)
+    target = torch.empty_like(source)
+    a = torch.ones(1024, 1024, dtype=dtype)
+
+    def best(call: Any) -> float:
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    return Card(
+        bandwidth=2 * source.nbytes / best(lambda: target.copy_(source)),
+        flops=2 * 1024**3 / best(lambda: a @ a),
+    )
+
+
+def _as_dict(parts: list[Part], cards: dict[str, Card]) -> dict[str, Any]:
+    from pyaccel.verify import model_cost
+
+    return {
+        **model_cost.figures(parts),
+        "layers": [part.as_dict() for part in parts],
+        "ops": model_cost.by_op(parts),
+        "least_seconds": {name: model_cost.least_seconds(parts, card) for name, card in cards.items()},
+    }
+
+
+def _parts_table(title: str, costs: dict[str, list[Part]], backend: str) -> Table:
+    from pyaccel.verify.model_cost import figures
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("part")
+    columns = (
+        ("launches", 1, "d"),
+        ("flops", 1e9, ",.1f"),
+        ("bytes_moved", 1e6, ",.1f"),
+        ("bytes_saved", 1e6, ",.1f"),
+    )
+    for heading in ("launches", "GFLOP", "MB moved", "MB saved"):
+        table.add_column(f"{heading}\nstock", justify="right")
+        table.add_column("\naccelerated", justify="right")
+    rows: dict[str, list[dict[str, int] | None]] = {}
+    for side, parts in enumerate(costs.values()):
+        for name, part in _grouped(parts).items():
+            rows.setdefault(name, [None, None])[side] = figures([part])
+    total: list[dict[str, int] | None] = [figures(parts) for parts in costs.values()]
+    # Packing and unpacking are on one side only: in the order of the side that has them.
+    order = [name for name in _grouped(costs["accelerated"])]
+    for name in [*order, *(name for name in rows if name not in order)]:
+        table.add_row(name, *_cells(rows[name], columns))
+    table.add_section()
+    table.add_row("all", *_cells(total, columns))
+    table.caption = (
+        "moved: read and written by every operator, weights among it; saved: for backward. "
+        f"Stock: transformers in eager mode with SDPA; accelerated: backend {backend}."
+    )
+    return table
+
+
+def _cells(sides: list[dict[str, int] | None], columns: tuple[tuple[str, float, str], ...]) -> list[str]:
+    return [
+        "" if side is None else format(side[key] if form == "d" else side[key] / unit, form)
+        for key, unit, form in columns
+        for side in sides
+    ]
+
+
+def _grouped(parts: list[Part]) -> dict[str, Part]:
+    """Name -> part, where layers that cost the same are one row."""
+    from pyaccel.verify.model_cost import figures
+
+    layers = [part for part in parts if part.name.startswith("layer ")]
+    if len({tuple(figures([part]).values()) for part in layers}) > 1:
+        return {part.name: part for part in parts}
+    found = {part.name: part for part in parts if part not in layers[1:]}
+    return {
+        (f"each of {len(layers)} layers" if part is layers[0] else name): part for name, part in found.items()
+    }
+
+
+def _ops_table(costs: dict[str, list[Part]]) -> Table:
+    from pyaccel.verify.model_cost import by_op
+
+    table = Table(title="by operator", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("", "operator"):
+        table.add_column(heading)
+    for heading in ("launches", "GFLOP", "MB moved"):
+        table.add_column(heading, justify="right")
+    for side, parts in costs.items():
+        for i, (op, one) in enumerate(by_op(parts).items()):
+            figures = (str(one["launches"]), f"{one['flops'] / 1e9:,.1f}", f"{one['bytes_moved'] / 1e6:,.1f}")
+            table.add_row("" if i else side, op, *figures)
+        table.add_section()
+    return table
+
+
+def _cards_table(costs: dict[str, list[Part]], cards: dict[str, Card]) -> Table:
+    from pyaccel.verify.model_cost import least_seconds
+
+    table = Table(title="least time", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("card")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    table.add_column("of stock", justify="right")
+    table.add_column("")
+    for name, card in cards.items():
+        seconds = {side: least_seconds(parts, card) for side, parts in costs.items()}
+        longest = max(seconds.values())
+        for i, (side, taken) in enumerate(seconds.items()):
+            bar = "█" * max(1, round(BAR * taken / longest))
+            share = f"{taken / seconds['stock']:.0%}" if i else ""
+            table.add_row(
+                "" if i else name, side, f"{taken * 1e3:,.3g}", share, bar, style="green" if i else None
+            )
+    table.caption = (
+        "each operator's bytes or FLOPs, whichever takes longer, at datasheet rates (this CPU: measured now), without "
+        "launches and the gaps between them: no card reaches it"
+    )
+    return table
