@@ -200,7 +200,8 @@ def _cards_table(costs: dict[str, list[Part]], cards: dict[str, Card]) -> Table:
                 "" if i else name, side, f"{taken * 1e3:,.3g}", share, bar, style="green" if i else None
             )
     table.caption = (
-        "each operator's bytes or FLOPs, whichever takes longer, at datasheet rates (this CPU: measured now), without "
+        "each operator's bytes or FLOPs, whichever takes longer, at datasheet rates of 16-bit matrix units (this CPU: "
+        "measured now), without "
         "launches and the gaps between them: no card reaches it"
     )
     return table

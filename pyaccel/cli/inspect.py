@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
 from collections.abc import Iterator
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -13,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pyaccel.cli.errors import BadInputError
 from pyaccel.verify.kernel_specs import KernelSpec, specs
-from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_tasks, tasks
+from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_tasks, listings, tasks
 
 JSON_FIELDS = (
     "op",
@@ -32,7 +40,11 @@ JSON_FIELDS = (
     "load_bits",
     "store_bits",
     "instructions",
+    "loop_instructions",
 )
+# What tells a kernel's code from another's, and what --diff compares.
+KEY_FIELDS = ("op", "name", "config", "dtype", "arch")
+DIFF_FIELDS = tuple(name for name in JSON_FIELDS if name not in KEY_FIELDS)
 
 
 def inspect(
@@ -48,7 +60,15 @@ def inspect(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Compiler processes. Default: one a core.")
     ] = None,
+    name: Annotated[
+        str, typer.Option(metavar="REGEX", help="Only kernels whose name and configuration have a match.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    sass: Annotated[bool, typer.Option("--sass", help="Print the machine code (AMD: its assembly).")] = False,
+    ptx: Annotated[bool, typer.Option("--ptx", help="Print NVIDIA's PTX.")] = False,
+    diff: Annotated[
+        str | None, typer.Option(metavar="REV", help="Compare with a git revision of this checkout.")
+    ] = None,
 ) -> None:
     """Compile the shipped kernels for GPUs, here or not, and show registers, spills, occupancy and more.
 
@@ -60,9 +80,17 @@ def inspect(
         wanted = specs() if op is None else [spec for name in op for spec in specs(name)]
         if dtype is not None:
             wanted = _select_dtypes(wanted, dtype)
+        if sum((as_json and diff is None, sass, ptx, diff is not None)) > 1:
+            raise ValueError("give one of --json, --sass, --ptx and --diff")
+        wanted = [spec for spec in wanted if re.search(name, f"{spec.name} [{spec.config}]")]
+        if not wanted:
+            raise ValueError(f"no kernel is left by --name {name}")
         todo = tasks(wanted, arch or ["sm_90"])
+        if sass or ptx:
+            _print_listings(todo, "sass" if sass else "ptx", workers)
+            return
         results = compile_tasks(todo, workers)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         typer.echo(f"pyaccel inspect: {error}", err=True)
         raise typer.Exit(2) from None
     try:
@@ -70,10 +98,11 @@ def inspect(
     except CompilationError as error:
         typer.echo(f"pyaccel inspect: {error}", err=True)
         raise typer.Exit(1) from None
-    if as_json:
-        typer.echo(
-            json.dumps([{name: getattr(code, name) for name in JSON_FIELDS} for code in codes], indent=1)
-        )
+    rows = [{field: getattr(code, field) for field in JSON_FIELDS} for code in codes]
+    if diff is not None:
+        _show_difference(_rows_of_revision(diff, op, arch, dtype, name, workers), rows, diff, as_json)
+    elif as_json:
+        typer.echo(json.dumps(rows, indent=1))
     else:
         console = Console()
         if not console.is_terminal:
@@ -108,7 +137,7 @@ def _table(op: str, codes: list[MachineCode]) -> Table:
         table.add_column(heading, overflow="fold")
     for heading in ("dtype", "arch"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("regs", "spill", "shared", "occupancy", "wgmma", "mma", "load/store"):
+    for heading in ("regs", "spill", "shared", "occupancy", "wgmma", "mma", "loop", "load/store"):
         table.add_column(heading, justify="right", no_wrap=True)
     for code in codes:
         table.add_row(
@@ -122,10 +151,100 @@ def _table(op: str, codes: list[MachineCode]) -> Table:
             f"{code.occupancy:.0%}",
             str(code.wgmma),
             str(code.mma),
+            str(code.loop_instructions),
             f"{code.load_bits}/{code.store_bits}",
         )
     table.caption = (
         "regs: 32-bit registers a thread; spill, shared: bytes; occupancy: resident warps; "
-        "wgmma, mma: matrix instructions; load/store: widest access to global memory, bits"
+        "wgmma, mma: matrix instructions; loop: instructions of the inner loop; "
+        "load/store: widest access to global memory, bits"
     )
     return table
+
+
+def _print_listings(todo: list[tuple[KernelSpec, str]], kind: str, workers: int | None) -> None:
+    for (spec, arch), text in zip(todo, listings(todo, kind, workers), strict=True):
+        typer.echo(f"// {spec} on {arch}\n{text.rstrip()}\n")
+
+
+def _rows_of_revision(
+    revision: str,
+    op: list[str] | None,
+    arch: list[str] | None,
+    dtype: list[str] | None,
+    name: str,
+    workers: int | None,
+) -> list[dict[str, Any]]:
+    """What `inspect --json` gives in a copy of that revision, compiled by this environment."""
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder, "tree.tar")
+        command = [
+            "git",
+            "-C",
+            str(root),
+            "archive",
+            "--output",
+            str(archive),
+            revision,
+            "kernels",
+            "pyaccel",
+        ]
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except FileNotFoundError:
+            raise BadInputError("--diff needs git") from None
+        except subprocess.CalledProcessError as error:
+            raise BadInputError(
+                f"--diff {revision}: {error.stderr.strip()}: give a revision of the checkout that pyaccel is "
+                f"imported from, {root}"
+            ) from None
+        with tarfile.open(archive) as tree:
+            tree.extractall(folder, filter="data")
+        options = [
+            f"--{key}={value}"
+            for key, values in (("op", op), ("arch", arch), ("dtype", dtype))
+            for value in values or ()
+        ]
+        options += [] if workers is None else [f"--workers={workers}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pyaccel", "inspect", "--json", *options],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise BadInputError(
+            f"--diff {revision}: pyaccel inspect of that revision failed, with exit code {done.returncode}"
+        )
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return [row for row in rows if re.search(name, f"{row['name']} [{row['config']}]")]
+
+
+def _show_difference(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], revision: str, as_json: bool
+) -> None:
+    old, new = ({tuple(row[key] for key in KEY_FIELDS): row for row in rows} for rows in (before, after))
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        # A revision may not know a field yet.
+        changed = {
+            field: [None if a is None else a.get(field), None if b is None else b[field]]
+            for field in DIFF_FIELDS
+            if a is None or b is None or (field in a and a[field] != b[field])
+        }
+        if changed:
+            what = "new" if a is None else "gone" if b is None else "changed"
+            found.append({**dict(zip(KEY_FIELDS, key, strict=True)), "what": what, "fields": changed})
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for one in found:
+        where = f"{one['op']} {one['name']} [{one['config']}] {one['dtype']} on {one['arch']}"
+        fields = ", ".join(f"{field} {a} -> {b}" for field, (a, b) in one["fields"].items())
+        typer.echo(f"{one['what']}: {where}" + (f": {fields}" if one["what"] == "changed" else ""))
+    same = sum(key in old and key in new for key in new) - sum(one["what"] == "changed" for one in found)
+    typer.echo(f"{len(found)} differ from {revision}, {same} are the same")

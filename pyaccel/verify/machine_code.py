@@ -10,20 +10,22 @@ wide memory accesses, can be checked where there is no GPU. How fast it runs can
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import os
-import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pyaccel.verify.assembly import parse_amdgcn, parse_sass
 from pyaccel.verify.kernel_specs import KernelSpec, Name, specs
+
+_Result = TypeVar("_Result")
 
 __all__ = [
     "PARTS",
@@ -138,6 +140,8 @@ class MachineCode:
         tma: instructions of Hopper's copy engine (UTMALDG, UTMASTG).
         load_bits, store_bits: the widest access to global memory by one thread; 0 if there is none.
         instructions: length of the code in instructions.
+        loop_instructions: of the inner loop: of those with none inside, the one with the most matrix instructions, or
+            the longest; 0 where there is none.
         loads, stores: how many instructions access global memory, by their width in bits.
     """
 
@@ -156,6 +160,7 @@ class MachineCode:
     mma: int
     tma: int
     instructions: int
+    loop_instructions: int = 0
     loads: Mapping[int, int] = field(default_factory=dict)
     stores: Mapping[int, int] = field(default_factory=dict)
 
@@ -169,109 +174,6 @@ class MachineCode:
 
     def __str__(self) -> str:
         return f"{self.op} {self.name} [{self.config}] {self.dtype} on {self.arch}"
-
-
-@dataclass(frozen=True)
-class _Assembly:
-    """What the text of an assembly shows; the fields are :class:`MachineCode`'s."""
-
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    static_shared_bytes: int
-    wgmma: int
-    mma: int
-    tma: int
-    instructions: int
-    loads: Counter[int]
-    stores: Counter[int]
-
-
-# "        /*0070*/              @!P0 LDG.E.128 R4, desc[UR14][R4.64] ;      /* 0x... */"
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_SASS_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
-_SASS_WGMMA = re.compile(r"[HIQB]GMMA")
-_SASS_MMA = re.compile(r"[HIQBDF]MMA|OMMA|UTC\w*MMA")
-
-
-def _sass_bits(opcode: str) -> int:
-    """Bits that one thread moves with a memory instruction, from its modifiers."""
-    for modifier in opcode.split(".")[1:]:
-        if modifier in ("64", "128", "256"):
-            return int(modifier)
-        if modifier in ("U8", "S8"):
-            return 8
-        if modifier in ("U16", "S16"):
-            return 16
-    return 32
-
-
-def parse_sass(text: str) -> _Assembly:
-    """Read the output of ``cuobjdump -sass -res-usage`` for a cubin of one kernel."""
-    usage = _SASS_USAGE.search(text)
-    if usage is None:
-        raise ValueError(f"cuobjdump printed no resource usage: {text[:200]!r}")
-    registers, stack, shared = map(int, usage.groups())
-    opcodes = _SASS.findall(text)
-    loads: Counter[int] = Counter()
-    stores: Counter[int] = Counter()
-    spill_bytes = wgmma = mma = tma = 0
-    for opcode in opcodes:
-        mnemonic = opcode.split(".")[0]
-        if mnemonic in ("LDG", "LD", "LDGSTS"):
-            loads[_sass_bits(opcode)] += 1
-        elif mnemonic in ("STG", "ST"):
-            stores[_sass_bits(opcode)] += 1
-        elif mnemonic in ("UTMALDG", "UBLKCP"):
-            loads[128] += 1  # the copy engine moves whole lines; no thread does
-            tma += 1
-        elif mnemonic == "UTMASTG":
-            stores[128] += 1
-            tma += 1
-        elif mnemonic == "STL":
-            spill_bytes += _sass_bits(opcode) // 8
-        elif _SASS_WGMMA.fullmatch(mnemonic):
-            wgmma += 1
-        elif _SASS_MMA.fullmatch(mnemonic):
-            mma += 1
-    return _Assembly(registers, spill_bytes, stack, shared, wgmma, mma, tma, len(opcodes), loads, stores)
-
-
-# "        global_load_dwordx4 v[2:5], v0, s[2:3]"
-_GCN = re.compile(r"^\s+([a-z]\w+)(?=\s)", re.MULTILINE)
-_GCN_MEMORY = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?[us]?(dwordx[234]|dword|short|byte)")
-_GCN_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
-
-
-def parse_amdgcn(text: str) -> _Assembly:
-    """Read AMD assembly with its metadata, as Triton keeps it beside the binary, for one kernel."""
-
-    def metadata(key: str) -> int:
-        found = re.search(rf"^\s*\.{key}:\s*(\d+)", text, re.MULTILINE)
-        if found is None:
-            raise ValueError(f"the AMD assembly has no .{key}")
-        return int(found.group(1))
-
-    code = text.split(".section\t.rodata")[0]
-    opcodes = _GCN.findall(code)
-    accesses: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
-    for opcode in opcodes:
-        access = _GCN_MEMORY.match(opcode)
-        if access is not None:
-            direction, width = access.groups()
-            accesses[direction][_GCN_BITS[width]] += 1
-    return _Assembly(
-        registers=metadata("vgpr_count"),
-        spill_bytes=4 * metadata("vgpr_spill_count"),
-        stack_bytes=metadata("private_segment_fixed_size"),
-        static_shared_bytes=metadata("group_segment_fixed_size"),
-        wgmma=0,
-        mma=sum(opcode.startswith("v_mfma") for opcode in opcodes),
-        tma=0,
-        instructions=len(opcodes),
-        loads=accesses["load"],
-        stores=accesses["store"],
-    )
 
 
 def _check_arch(arch: str) -> Part:
@@ -291,6 +193,56 @@ def compile_spec(spec: KernelSpec, arch: str) -> MachineCode:
         CompilationError: the kernel can't be compiled.
         ImportError: triton isn't installed.
     """
+    part = _check_arch(arch)
+    compiled = _compile(spec, arch)
+    if part.backend == "cuda":
+        assembly = parse_sass(_disassemble(compiled.asm["cubin"]))
+        # The static part is the system's own, counted by Part.shared_reserved.
+        shared_bytes = compiled.metadata.shared
+    else:
+        assembly = parse_amdgcn(compiled.asm["amdgcn"])
+        shared_bytes = max(compiled.metadata.shared, assembly.static_shared_bytes)
+    num_warps = compiled.metadata.num_warps
+    return MachineCode(
+        op=spec.op,
+        name=spec.name,
+        config=spec.config,
+        dtype=spec.dtype,
+        arch=arch,
+        num_warps=num_warps,
+        registers=assembly.registers,
+        spill_bytes=assembly.spill_bytes,
+        stack_bytes=assembly.stack_bytes,
+        shared_bytes=shared_bytes,
+        occupancy=part.occupancy(assembly.registers, shared_bytes, num_warps),
+        wgmma=assembly.wgmma,
+        mma=assembly.mma,
+        tma=assembly.tma,
+        instructions=assembly.instructions,
+        loop_instructions=assembly.loop_instructions,
+        loads=dict(assembly.loads),
+        stores=dict(assembly.stores),
+    )
+
+
+LISTINGS = ("sass", "ptx")
+
+
+def listing(spec: KernelSpec, arch: str, kind: str) -> str:
+    """The text of one compiled kernel: ``"sass"`` (on AMD its assembly), or NVIDIA's ``"ptx"``.
+
+    Raises as :func:`compile_spec` does, and ValueError for PTX of an AMD part.
+    """
+    if kind == "ptx" and _check_arch(arch).backend != "cuda":
+        raise ValueError(f"{arch} has no PTX: ask for its assembly (sass)")
+    compiled = _compile(spec, arch)
+    if kind == "ptx":
+        return str(compiled.asm["ptx"])
+    cubin = compiled.asm.get("cubin")
+    return str(compiled.asm["amdgcn"]) if cubin is None else _disassemble(cubin)
+
+
+def _compile(spec: KernelSpec, arch: str) -> Any:
     part = _check_arch(arch)
     import triton
     from triton.backends.compiler import GPUTarget
@@ -322,33 +274,7 @@ def compile_spec(spec: KernelSpec, arch: str) -> MachineCode:
         raise CompilationError(
             f"{spec} doesn't compile for {arch}: {type(error).__name__}: {error}"
         ) from error
-    if part.backend == "cuda":
-        assembly = parse_sass(_disassemble(compiled.asm["cubin"]))
-        # The static part is the system's own, counted by Part.shared_reserved.
-        shared_bytes = compiled.metadata.shared
-    else:
-        assembly = parse_amdgcn(compiled.asm["amdgcn"])
-        shared_bytes = max(compiled.metadata.shared, assembly.static_shared_bytes)
-    num_warps = compiled.metadata.num_warps
-    return MachineCode(
-        op=spec.op,
-        name=spec.name,
-        config=spec.config,
-        dtype=spec.dtype,
-        arch=arch,
-        num_warps=num_warps,
-        registers=assembly.registers,
-        spill_bytes=assembly.spill_bytes,
-        stack_bytes=assembly.stack_bytes,
-        shared_bytes=shared_bytes,
-        occupancy=part.occupancy(assembly.registers, shared_bytes, num_warps),
-        wgmma=assembly.wgmma,
-        mma=assembly.mma,
-        tma=assembly.tma,
-        instructions=assembly.instructions,
-        loads=dict(assembly.loads),
-        stores=dict(assembly.stores),
-    )
+    return compiled
 
 
 def _signature(spec: KernelSpec, arg_names: list[str]) -> dict[str, str | tuple[str, ...]]:
@@ -393,6 +319,10 @@ def _compile_task(task: tuple[KernelSpec, str]) -> MachineCode:
     return compile_spec(*task)
 
 
+def _listing_task(task: tuple[KernelSpec, str], kind: str) -> str:
+    return listing(*task, kind)
+
+
 def compile_all(
     specs: Iterable[KernelSpec], archs: Iterable[str], workers: int | None = None
 ) -> Iterator[MachineCode]:
@@ -425,18 +355,37 @@ def compile_tasks(
     tasks: Sequence[tuple[KernelSpec, str]], workers: int | None = None
 ) -> Iterator[MachineCode]:
     """:func:`compile_all` for a list of (spec, arch) of one's own."""
+    return _results(_compile_task, tasks, workers)
+
+
+def listings(tasks: Sequence[tuple[KernelSpec, str]], kind: str, workers: int | None = None) -> Iterator[str]:
+    """:func:`listing` of each task, in processes of their own."""
+    if kind not in LISTINGS:
+        raise ValueError(f"unknown listing {kind!r}: expected one of {', '.join(LISTINGS)}")
+    return _results(functools.partial(_listing_task, kind=kind), tasks, workers)
+
+
+def _results(
+    function: Callable[[tuple[KernelSpec, str]], _Result],
+    tasks: Sequence[tuple[KernelSpec, str]],
+    workers: int | None,
+) -> Iterator[_Result]:
     for _, arch in tasks:
         _check_arch(arch)
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return _results(tasks, max(1, min(workers, len(tasks))))
+    return _in_processes(function, tasks, max(1, min(workers, len(tasks))))
 
 
-def _results(tasks: Sequence[tuple[KernelSpec, str]], workers: int) -> Iterator[MachineCode]:
+def _in_processes(
+    function: Callable[[tuple[KernelSpec, str]], _Result],
+    tasks: Sequence[tuple[KernelSpec, str]],
+    workers: int,
+) -> Iterator[_Result]:
     # Spawned, not forked: a fork would inherit modules, and with them kernels, that are already imported.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        yield from pool.map(_compile_task, tasks)
+        yield from pool.map(function, tasks)
     finally:
         pool.shutdown(cancel_futures=True)

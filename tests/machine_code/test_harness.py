@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import triton.language as tl
@@ -15,6 +21,8 @@ from pyaccel.cli.inspect import JSON_FIELDS, inspect
 from pyaccel.verify import machine_code
 from pyaccel.verify.kernel_specs import BUILDERS, KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_all, compile_spec
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def toy(name: str, arguments, constexprs, num_warps: int = 4, **kwargs) -> KernelSpec:
@@ -265,3 +273,53 @@ def test_inspect_reports_what_does_not_compile(run, monkeypatch: pytest.MonkeyPa
     result = run("--op", "toy")
     assert result.exit_code == 1
     assert "this kernel never compiles" in result.stderr
+
+
+def test_the_inner_loop_is_found(codes) -> None:
+    assert codes["copy", "sm_90"].loop_instructions == 0
+    looping = next(s for s in specs("attention") if s.dtype == "bf16" and "up to" not in s.name)
+    for code in compile_all([looping], ["sm_90", "gfx942"]):
+        assert 20 < code.loop_instructions < code.instructions
+
+
+@pytest.mark.parametrize(("kind", "word"), [("--sass", "EXIT"), ("--ptx", ".visible .entry")])
+def test_listings(run, kind: str, word: str) -> None:
+    options = ["--op", "bias_gelu", "--dtype", "bf16", "--name", "^forward", kind]
+    done = run(*options)
+    assert done.exit_code == 0, done.output
+    assert word in done.stdout
+    assert done.stdout.count("// bias_gelu forward") >= 1
+    done = run(*options, "--arch", "gfx942")
+    assert done.exit_code == (2 if kind == "--ptx" else 0)
+    assert ("has no PTX" in done.output) == (kind == "--ptx")
+
+
+def test_two_revisions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A checkout of its own, whose last revision has another number of warps in one kernel's configuration.
+    tree = tmp_path / "tree"
+    for name in ("kernels", "pyaccel"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(tree), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "before"]):
+        subprocess.run([*git, *command], check=True)
+    heuristics = tree / "kernels" / "config.py"
+    text = heuristics.read_text()
+    changed = re.sub(
+        r"(def column_sum.*?num_warps=)(\d+)", lambda m: m[1] + str(2 * int(m[2])), text, flags=re.DOTALL
+    )
+    assert changed != text
+    heuristics.write_text(changed)
+    options = ["--op", "residual_layernorm", "--dtype", "bf16", "--name", "column sum"]
+    env = {**os.environ, "PYTHONPATH": str(tree)}
+
+    def run(revision: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pyaccel", "inspect", *options, "--diff", revision]
+        return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+
+    done = run("HEAD")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^gone: .*column sum.* on sm_90$", done.stdout, re.MULTILINE)
+    assert re.search(r"^new: .*column sum.* on sm_90$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith("2 differ from HEAD, 0 are the same\n")
+    done = run("no-such-revision")
+    assert (done.returncode, "no-such-revision" in done.stderr) == (2, True)
