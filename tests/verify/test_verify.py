@@ -72,6 +72,15 @@ def test_an_unharmed_model_is_right(dtype: str, kind: str) -> None:
     assert not any("part by part" in note for note in report.notes)
 
 
+def test_without_triton(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyaccel.dispatch, "_HAS_TRITON", False)
+    torch.manual_seed(0)
+    report = verify(tiny(num_hidden_layers=1), batch, compiled=False)
+    assert report.right, str(report)
+    assert {check.backend for check in report.checks} == {"torch", "reference"}
+    assert "the Triton kernels were not run: triton isn't installed" in report.notes
+
+
 def test_the_model_is_left_as_it_is(batch: dict[str, Tensor]) -> None:
     model = tiny()
     before = {name: x.clone() for name, x in model.state_dict().items()}

@@ -1,0 +1,28 @@
+"""Bugs of `pyaccel verify` that would make it say "right"."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+MODEL = "pyaccel/verify/model.py"
+POLICY = "pyaccel/verify/policy.py"
+TRACE = "pyaccel/verify/trace.py"
+REPORT = "pyaccel/verify/report.py"
+OP_CHECKS = "pyaccel/verify/op_checks.py"
+TESTS = [
+    "tests/test_assertions.py",
+    "tests/verify/test_verify.py",
+]
+
+MUTANTS = [
+    Mutant("verify: what is wrong is right", REPORT, "status=RIGHT if verdict.right else WRONG,", "status=RIGHT,"),
+    Mutant("verify: nothing checked is right", REPORT, "return bool(self.checks) and not self.wrong and not self.errors", "return not self.wrong and not self.errors"),
+    Mutant("verify: what could not run is right", REPORT, "return bool(self.checks) and not self.wrong and not self.errors", "return bool(self.checks) and not self.wrong"),
+    Mutant("verify: means are never apart", POLICY, "MEANS_RATIO = 1.5", "MEANS_RATIO = 1e9"),
+    Mutant("verify: a variance over all runs, not all but one", POLICY, "return self._squares / (self.runs - 1)", "return self._squares / self.runs ** 2"),
+    Mutant("verify: the packed layout is always right", TRACE, "        if not torch.equal(seen, expected):", "        if False:"),
+    Mutant("verify: the accelerated model isn't", MODEL, "        accelerate(model, packing=packing, backend=self.backend)\n", ""),
+    Mutant("verify: dropout is off while it is checked", MODEL, "if isinstance(m, nn.Dropout) and id(m) not in kept]", "if isinstance(m, nn.Dropout)]"),
+    Mutant("verify: an op is compared with itself", OP_CHECKS, "naive = _run(lambda t: case.expected(t, upcast=False)", "naive = _run(lambda t: 3 * case.call(t)"),
+    Mutant("verify: two runs are one", OP_CHECKS, "if not torch.equal(_bits(out), _bits(results[1][name])):", "if not torch.equal(_bits(out), _bits(results[0][name])):"),
+]  # fmt: skip
