@@ -4,6 +4,7 @@
 
     report = pyaccel.accelerate(model)      # a Hugging Face model, in place; needs the extra `hf`
     print(pyaccel.explain(model))           # which backend serves which op, and why
+    print(pyaccel.verify.verify(stock, batch))  # is it right, on this model and machine
     pyaccel.restore(model)                  # the very same modules as before
 
 Everything is loaded on first use (PEP 562): `import pyaccel` imports none of torch, triton and transformers
@@ -16,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyaccel import dispatch, hf, models, nn, ops, packing, quantization, reference
+    from pyaccel import dispatch, hf, models, nn, ops, packing, quantization, reference, verify
     from pyaccel.dispatch import use_backend
     from pyaccel.hf import accelerate, explain, restore
 
@@ -38,9 +39,10 @@ __all__ = [
     "reference",
     "restore",
     "use_backend",
+    "verify",
 ]
 
-_SUBMODULES = ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference")
+_SUBMODULES = ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify")
 _HOMES = {
     "accelerate": "pyaccel.hf",
     "explain": "pyaccel.hf",

@@ -64,7 +64,9 @@ RULES = {
         lazily=("triton", "transformers", "huggingface_hub", "tokenizers"),
     ),
     "__main__": Rule(("cli",), ()),
-    "__init__": Rule(("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference"), ()),
+    "__init__": Rule(
+        ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify"), ()
+    ),
 }
 
 
