@@ -7,6 +7,7 @@ dim]`` with offsets. Arguments are checked by :mod:`pyaccel.ops.attention`, whic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,28 @@ def slow_reason(query: Tensor, value: Tensor) -> str | None:
             f"registers (above {MAX_FP32_HEAD_DIM})"
         )
     return None
+
+
+def forward_flops(query: Tensor, value: Tensor, seq_k: int, lengths: Sequence[int] | None = None) -> int:
+    """Of scores and of their product with the values, masked ones too; tensors as the op below takes them.
+
+    ``lengths``: of the sequences of a packed batch that attends to itself, whose offsets say it where they have values.
+    """
+    return 2 * _scores(query, seq_k, lengths) * (query.shape[3] + value.shape[3])
+
+
+def backward_flops(query: Tensor, value: Tensor, seq_k: int, lengths: Sequence[int] | None = None) -> int:
+    """Of the scores again, dquery and dkey; and of dprobs and dvalue.
+
+    That the kernels make scores and dprobs twice, to do without atomics, isn't counted.
+    """
+    return 2 * _scores(query, seq_k, lengths) * (3 * query.shape[3] + 2 * value.shape[3])
+
+
+def _scores(query: Tensor, seq_k: int, lengths: Sequence[int] | None) -> int:
+    if lengths is None:
+        return query.shape[:3].numel() * seq_k
+    return query.shape[1] * sum(length**2 for length in lengths)
 
 
 # --- registered ops -------------------------------------------------------------------------------------------

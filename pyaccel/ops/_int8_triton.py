@@ -107,6 +107,11 @@ def _(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
+def matmul_flops(a: Tensor, b: Tensor) -> int:
+    """Of the product of codes ``[M, K]`` and ``[N, K]``, half of 16-bit ones: matrix units do twice as many in int8."""
+    return a.numel() * b.shape[0]
+
+
 @torch.library.custom_op("pyaccel::int8_matmul", mutates_args=())
 def matmul_op(
     a: Tensor,

@@ -19,6 +19,11 @@ from pyaccel.ops._autocast import autocast_dtype
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
 
 
+def forward_flops(x: Tensor, weight: Tensor) -> int:
+    """Of the product of ``[..., in_features]`` and ``[out_features, in_features]``."""
+    return 2 * x.numel() * weight.shape[0]
+
+
 @torch.library.custom_op("pyaccel::linear_activation_forward", mutates_args=())
 def forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, want_pre: bool

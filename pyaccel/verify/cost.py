@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -190,20 +191,27 @@ def _flops(
 ) -> int:
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
-    if name == "pyaccel::linear_activation_forward":
-        return 2 * arguments["x"].numel() * arguments["weight"].shape[0]
-    if name == "pyaccel::int8_matmul":
-        # Matrix units do twice as many in int8 as in 16 bits: half of them in terms of those.
-        return arguments["a"].numel() * arguments["b"].shape[0]
-    if name.startswith("pyaccel::attention_"):
-        query, value = arguments["query"], arguments["value"]
-        scores = query.shape[:3].numel() * arguments["seq_k"]
-        if arguments.get("cu_seqlens_q") is not None and lengths is not None:
-            scores = query.shape[1] * sum(length**2 for length in lengths)
-        # Backward: scores and dprobs again, dquery, dkey, dvalue.
-        products = (1, 1) if name.endswith("forward") else (3, 2)
-        return 2 * scores * (products[0] * query.shape[3] + products[1] * value.shape[3])
-    return 0
+    formula = _our_flops().get(name)
+    if formula is None:
+        return 0
+    function, given = formula
+    flops = partial(function, *(arguments[each] for each in given))
+    packed = arguments.get("cu_seqlens_q") is not None
+    return flops(lengths=lengths) if packed else flops()
+
+
+@cache
+def _our_flops() -> dict[str, tuple[Callable[..., int], tuple[str, ...]]]:
+    """Operator -> its formula, which stands beside it, and the names of the arguments that it takes."""
+    from pyaccel.ops import _attention_triton, _int8_triton, _linear_activation_triton
+
+    attention = ("query", "value", "seq_k")
+    return {
+        "pyaccel::attention_forward": (_attention_triton.forward_flops, attention),
+        "pyaccel::attention_backward": (_attention_triton.backward_flops, attention),
+        "pyaccel::linear_activation_forward": (_linear_activation_triton.forward_flops, ("x", "weight")),
+        "pyaccel::int8_matmul": (_int8_triton.matmul_flops, ("a", "b")),
+    }
 
 
 def _storage(t: Tensor) -> int:

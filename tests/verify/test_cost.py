@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from typer.testing import CliRunner
 
-from pyaccel import dispatch
+from pyaccel import dispatch, ops
 from pyaccel.cli import app
 from pyaccel.models.bert import BertConfig, BertLayer
+from pyaccel.ops import _attention_triton, _int8_triton, _linear_activation_triton
 from pyaccel.packing import layout
 from pyaccel.quantization import freeze, prepare_qat
 from pyaccel.verify import cost
@@ -164,3 +165,29 @@ def test_least_time_is_the_greater_of_bytes_and_flops() -> None:
     card = cost.Card(bandwidth=10.0, flops=100.0)
     steps = (cost.Step("a", 1, 15, 5, 100), cost.Step("b", 1, 10, 0, 500))
     assert Cost(steps, (), 0).seconds(card) == 2.0 + 5.0
+
+
+def test_formulas_by_hand() -> None:
+    query, value = torch.empty(2, 3, 5, 4, device="meta"), torch.empty(2, 3, 7, 6, device="meta")
+    # Scores of 5 x 7: 4 products each; then 6 values from 7 products; a multiplication and an addition each.
+    assert _attention_triton.forward_flops(query, value, 7) == 2 * 3 * (5 * 7 * 4 + 5 * 6 * 7) * 2
+    # Scores again, dquery and dkey over 4; dprobs and dvalue over 6.
+    assert _attention_triton.backward_flops(query, value, 7) == 2 * 3 * (3 * 5 * 7 * 4 + 2 * 5 * 7 * 6) * 2
+    packed = torch.empty(1, 3, 9, 4, device="meta")
+    assert (
+        _attention_triton.forward_flops(packed, packed, 5, lengths=[5, 1, 3])
+        == 3 * (25 + 1 + 9) * (4 + 4) * 2
+    )
+    x, weight = torch.empty(2, 5, 4, device="meta"), torch.empty(7, 4, device="meta")
+    assert _linear_activation_triton.forward_flops(x, weight) == 10 * 7 * 4 * 2
+    assert _int8_triton.matmul_flops(x.flatten(0, 1), weight) == 10 * 7 * 4 * 2 / 2
+
+
+def test_the_counter_takes_them() -> None:
+    q = torch.empty(1, 2, 8, 16, device="meta", dtype=torch.bfloat16)
+    for lengths, scores in (([8], 64), ([3, 5], 34)):
+        recorder = Recorder([], lengths)
+        offsets = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+        with recorder:
+            ops.varlen_attention(*[q[0].transpose(0, 1)] * 3, offsets, offsets, max(lengths), max(lengths))
+        assert sum(step.flops for step in recorder.steps) == 2 * 2 * scores * (16 + 16)
