@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import dispatch
+from pyaccel.hf.report import Report
 from pyaccel.verify.op_checks import check_ops
 from pyaccel.verify.policy import RunningMoments, judge, judge_by_several, judge_means
 from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, VerifyReport, checked
@@ -228,21 +229,28 @@ class _Verification:
         self.truth, self.backend, self.notes = truth, backend, notes
 
     def checks(self, *, compiled: bool) -> Iterable[Check]:
-        packed, padded = self._accelerated(), self._accelerated(packing=False)
-        for model, mode in ((packed, "packed"), (padded, "padded")):
+        for mode in ("packed", "padded"):
+            model, calls = self._accelerated(packing=mode == "packed")
             yield from self._inside(model, mode)
             yield from self._outside(model, mode)
             yield from self._dropout(model, mode)
+            for reason, count in calls.fallbacks.items():  # right, and yet not what was to be verified
+                self.notes.append(
+                    f"{self.truth.dtype}, {self.backend}, {mode}: {count} layer calls ran the stock layer: {reason}"
+                )
+            for reason in calls.not_packed if mode == "packed" else ():
+                self.notes.append(f"{self.truth.dtype}, {self.backend}: padding was kept: {reason}")
         if compiled and self.backend != "reference":
             yield from self._compiled()
 
-    def _accelerated(self, *, packing: bool = True) -> Any:
+    def _accelerated(self, *, packing: bool = True) -> tuple[Any, Report]:
+        """An accelerated copy of the model, and what counts its calls."""
         from pyaccel.hf import accelerate
 
         model = copy.deepcopy(self.truth.stock)
-        accelerate(model, packing=packing, backend=self.backend)
+        calls = accelerate(model, packing=packing, backend=self.backend)
         self.truth.evaluate(model)  # weights of q, k and v find their places at the first call
-        return model
+        return model, calls
 
     def _check(self, kind: str, where: str, mode: str, status: str, detail: str = "", op: str = "") -> Check:
         return Check(kind, where, op, self.truth.dtype, self.backend, mode, status, detail=detail)
@@ -310,7 +318,7 @@ class _Verification:
             yield self._check("bits", "two runs", mode, RIGHT if same else WRONG, detail)
 
     def _compiled(self) -> Iterable[Check]:
-        model = self._accelerated()
+        model, _ = self._accelerated()
         torch.compiler.reset()
         try:
             call = torch.compile(model, fullgraph=True, dynamic=False)

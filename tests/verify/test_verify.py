@@ -91,6 +91,23 @@ def test_the_model_is_left_as_it_is(batch: dict[str, Tensor]) -> None:
     assert not model.training
 
 
+def test_what_the_fast_path_does_not_serve_is_said(
+    batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = verify(tiny(num_hidden_layers=1), {**batch, "output_hidden_states": True}, **QUICK)
+    assert report.right, str(report)
+    assert any("padding was kept: hidden states or attentions are captured" in note for note in report.notes)
+    assert any(check.where == "hidden_states[1]" for check in report.checks)
+    monkeypatch.setattr(fast_path, "_call_reason", lambda *args, **options: "it is Friday")
+    report = verify(tiny(num_hidden_layers=1), batch, **QUICK)
+    assert report.right, str(report)
+    assert not any(check.kind == "layer" for check in report.checks)
+    for mode in ("packed", "padded"):
+        assert any(
+            f"{mode}: " in note and "ran the stock layer: it is Friday" in note for note in report.notes
+        )
+
+
 @pytest.mark.parametrize("family", ["RoBERTa", "ELECTRA", "DistilBERT", "ALBERT"])
 def test_other_families_are_compared_part_by_part(family: str, batch: dict[str, Tensor]) -> None:
     prefix, sizes = TINY[family]
