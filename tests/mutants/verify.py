@@ -21,7 +21,7 @@ MUTANTS = [
     Mutant("verify: means are never apart", POLICY, "MEANS_RATIO = 1.5", "MEANS_RATIO = 1e9"),
     Mutant("verify: a variance over all runs, not all but one", POLICY, "return self._squares / (self.runs - 1)", "return self._squares / self.runs ** 2"),
     Mutant("verify: the packed layout is always right", TRACE, "        if not torch.equal(seen, expected):", "        if False:"),
-    Mutant("verify: the accelerated model isn't", MODEL, "        accelerate(model, packing=packing, backend=self.backend)\n", ""),
+    Mutant("verify: the accelerated model isn't", MODEL, "calls = accelerate(model, packing", "calls = accelerate(copy.deepcopy(model), packing"),
     Mutant("verify: dropout is off while it is checked", MODEL, "if isinstance(m, nn.Dropout) and id(m) not in kept]", "if isinstance(m, nn.Dropout)]"),
     Mutant("verify: an op is compared with itself", OP_CHECKS, "naive = _run(lambda t: case.expected(t, upcast=False)", "naive = _run(lambda t: 3 * case.call(t)"),
     Mutant("verify: two runs are one", OP_CHECKS, "if not torch.equal(_bits(out), _bits(results[1][name])):", "if not torch.equal(_bits(out), _bits(results[0][name])):"),
