@@ -55,7 +55,7 @@ RULES = {
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),
     "verify": Rule(
-        ("kernels", "reference", "dispatch", "packing", "ops", "nn", "models", "hf"),
+        ("kernels", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
         packages=("torch", "pytest"),  # pytest: of its plugin
         lazily=("triton", "transformers"),
     ),

@@ -47,6 +47,7 @@ def bench(
     kernels' side, triton; no GPU. Times are measured by `python -m benchmarks` in a checkout. Exits with 2 for bad
     options.
     """
+    from pyaccel.dispatch import NotSupportedError
     from pyaccel.verify import cost as lane
     from pyaccel.verify import model_cost
 
@@ -60,7 +61,7 @@ def bench(
         if seq_len > config.max_position_embeddings:
             raise ValueError(f"--seq-len {seq_len}: the model has {config.max_position_embeddings} positions")
         costs = model_cost.model_costs(config, mix, lane.DTYPES[dtype], training=training, backend=backend)
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, NotSupportedError, ImportError) as error:
         raise BadInputError(str(error)) from error
     cards = {**lane.CARDS, CPU: measured_card(lane.DTYPES[dtype])}
     if as_json:
@@ -132,7 +133,7 @@ def _parts_table(title: str, costs: dict[str, list[Part]], backend: str) -> Tabl
             rows.setdefault(name, [None, None])[side] = figures([part])
     total: list[dict[str, int] | None] = [figures(parts) for parts in costs.values()]
     # Packing and unpacking are on one side only: in the order of the side that has them.
-    order = [name for name in _grouped(costs["accelerated"])]
+    order = list(_grouped(costs["accelerated"]))
     for name in [*order, *(name for name in rows if name not in order)]:
         table.add_row(name, *_cells(rows[name], columns))
     table.add_section()

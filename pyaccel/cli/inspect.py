@@ -89,12 +89,10 @@ def inspect(
         if sass or ptx:
             _print_listings(todo, "sass" if sass else "ptx", workers)
             return
-        results = compile_tasks(todo, workers)
+        codes = _with_progress(compile_tasks(todo, workers), len(todo))
     except (ValueError, re.error) as error:
         typer.echo(f"pyaccel inspect: {error}", err=True)
         raise typer.Exit(2) from None
-    try:
-        codes = _with_progress(results, len(todo))
     except CompilationError as error:
         typer.echo(f"pyaccel inspect: {error}", err=True)
         raise typer.Exit(1) from None
@@ -206,6 +204,7 @@ def _rows_of_revision(
             for key, values in (("op", op), ("arch", arch), ("dtype", dtype))
             for value in values or ()
         ]
+        # Not --name, which an older revision may not know.
         options += [] if workers is None else [f"--workers={workers}"]
         done = subprocess.run(
             [sys.executable, "-m", "pyaccel", "inspect", "--json", *options],

@@ -68,7 +68,6 @@ def verify(
     from pyaccel.dispatch import NotSupportedError
     from pyaccel.verify import model as lane
 
-    recorded = None
     try:
         recorded = None if budget is None else read_budget(budget)
     except ValueError as error:
@@ -204,9 +203,9 @@ def _table(report: VerifyReport) -> Table:
             style=style,
         )
     table.caption = (
-        "layer: every part of every layer; gradient: every parameter; dropout: means over 32 runs, of one dropout at "
-        "a time; bits: two runs. Allowed: 3 times the error of plain PyTorch from the fp64 truth, and a few units in "
-        "the last place."
+        "layer: every part of every layer; gradient: every parameter; dropout: means and spread over 32 runs, of one "
+        "dropout at a time; bits: two runs. Allowed: 3 times the error of plain PyTorch from the fp64 truth, and a few "
+        "units in the last place."
     )
     return table
 

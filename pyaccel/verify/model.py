@@ -8,23 +8,22 @@ policy is :mod:`pyaccel.verify.policy`.
 from __future__ import annotations
 
 import copy
-import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyaccel import dispatch
+from pyaccel import dispatch, tuned
 from pyaccel.hf.report import Report
+from pyaccel.verify.cost import DTYPES
 from pyaccel.verify.op_checks import check_ops
-from pyaccel.verify.policy import RunningMoments, judge, judge_by_several, judge_means
-from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, VerifyReport, checked
+from pyaccel.verify.policy import RunningMoments, judge_random, same_bits
+from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, VerifyReport, compare
 from pyaccel.verify.trace import SITES, Trace, layout_reason, trace_accelerated, trace_stock
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Gradients are linear in the loss: each factor gives the plain gradients with other roundings.
 LOSS_FACTORS = (1.0, 1.3, 0.7)
 DROPOUT_RUNS = 32
@@ -97,7 +96,7 @@ def verify(
     for dtype in dtypes:
         if ops:
             for backend in dict.fromkeys([*backends, *_interpreted(backends, device)]):
-                add(check_ops(DTYPES[dtype], backend, device, dtype))
+                add(check_ops(DTYPES[dtype], backend, device, dtype, report.notes))
         truth = _Truth(model, dict(batch), mask, dtype)
         for backend in backends:
             add(_Verification(truth, backend, report.notes).checks(compiled=compiled))
@@ -112,8 +111,7 @@ def machine(device: torch.device) -> dict[str, str]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    return {"device": f"{device.type} ({name})", **versions}
+    return {"device": tuned.machine(device), **versions}
 
 
 def _interpreted(backends: Sequence[str], device: torch.device) -> list[str]:
@@ -149,6 +147,13 @@ def _real_tokens(batch: Mapping[str, Any]) -> Tensor:
     return mask
 
 
+class Trained(NamedTuple):
+    """The loss of a training step, None without labels, and parameter -> its gradient."""
+
+    loss: Tensor | None
+    gradients: dict[str, Tensor | None]
+
+
 class _Truth:
     """The stock model in one dtype, and what it gives in that dtype and in fp64."""
 
@@ -159,8 +164,8 @@ class _Truth:
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.outputs, self.trace = self._evaluate(exact)
         self.naive_outputs, self.naive_trace = self._evaluate(self.stock)
-        self.gradients = self.train(exact)
-        self.naive_gradients = [self.train(self.stock, factor=factor) for factor in LOSS_FACTORS]
+        self.trained = self.train(exact)
+        self.naive_trained = [self.train(self.stock, factor=factor) for factor in LOSS_FACTORS]
         self.together = _judged_together(self.stock)
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, Tensor], Trace]:
@@ -188,22 +193,23 @@ class _Truth:
 
     def train(
         self, model: nn.Module, call: Callable[..., Any] | None = None, *, factor: float = 1.0
-    ) -> dict[str, Tensor | None]:
-        """Parameter -> its gradient in training, with no dropout: of ``factor`` times the loss, divided by it again."""
+    ) -> Trained:
+        """Training with no dropout; gradients are of ``factor`` times the loss, and divided by it again."""
         with _without_dropout(model):
             out = (model if call is None else call)(**self.inputs(model))
             loss = out.get("loss")
-            if loss is None:
-                loss = sum((_weights_like(x) * x).sum() for x in self._named(out).values())
+            objective = loss
+            if objective is None:
+                objective = sum((_weights_like(x) * x).sum() for x in self._named(out).values())
             model.zero_grad(set_to_none=True)
-            (loss if factor == 1.0 else factor * loss).backward()
+            (objective if factor == 1.0 else factor * objective).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if n in self.trainable}
         if factor != 1.0:
             gradients = {
                 n: None if g is None else (g.double() / factor).to(g.dtype) for n, g in gradients.items()
             }
         model.zero_grad(set_to_none=True)
-        return gradients
+        return Trained(None if loss is None else loss.detach(), gradients)
 
     def _named(self, out: Any) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -218,7 +224,7 @@ class _Truth:
         others = [name for name in found if name != "loss"]
         if "loss" in found and others:
             beside = found[others[0]].flatten()
-            found["loss"] = torch.cat([found["loss"].reshape(1).to(beside.dtype), beside])
+            found["loss"] = _joined(found["loss"], beside)
         return found
 
 
@@ -248,12 +254,18 @@ class _Verification:
         from pyaccel.hf import accelerate
 
         model = copy.deepcopy(self.truth.stock)
-        calls = accelerate(model, packing=packing, backend=self.backend)
-        self.truth.evaluate(model)  # weights of q, k and v find their places at the first call
-        return model, calls
+        return model, accelerate(model, packing=packing, backend=self.backend)
 
-    def _check(self, kind: str, where: str, mode: str, status: str, detail: str = "", op: str = "") -> Check:
-        return Check(kind, where, op, self.truth.dtype, self.backend, mode, status, detail=detail)
+    def _names(self, kind: str, where: str, mode: str, op: str = "") -> dict[str, Any]:
+        truth = self.truth
+        return {
+            "kind": kind,
+            "where": where,
+            "op": op,
+            "dtype": truth.dtype,
+            "backend": self.backend,
+            "mode": mode,
+        }
 
     def _inside(self, model: Any, mode: str) -> Iterable[Check]:
         """Layer by layer and part by part, in the order in which they run."""
@@ -262,8 +274,11 @@ class _Verification:
             truth.evaluate(model)
         for tokens in trace.layouts[:1]:
             reason = layout_reason(tokens, truth.mask)
-            status = RIGHT if reason is None else WRONG
-            yield self._check("packing", "the packed layout", mode, status, reason or "", "packing")
+            yield Check(
+                **self._names("packing", "the packed layout", mode, "packing"),
+                status=RIGHT if reason is None else WRONG,
+                detail=reason or "",
+            )
         if [list(layer) for layer in trace.layers] != [list(layer) for layer in truth.trace.layers]:
             self.notes.append(
                 f"{truth.dtype}, {self.backend}, {mode}: layers could not be compared part by part, because they run "
@@ -272,14 +287,11 @@ class _Verification:
             return
         for i, layer in enumerate(trace.layers):
             for site in SITES:
-                yield checked(
-                    judge(layer[site], truth.trace.layers[i][site], truth.naive_trace.layers[i][site]),
-                    kind="layer",
-                    where=f"{i}: {site}",
-                    op=trace.ops[i][site],
-                    dtype=truth.dtype,
-                    backend=self.backend,
-                    mode=mode,
+                yield compare(
+                    layer[site],
+                    truth.trace.layers[i][site],
+                    truth.naive_trace.layers[i][site],
+                    **self._names("layer", f"{i}: {site}", mode, trace.ops[i][site]),
                 )
 
     def _outside(
@@ -287,35 +299,58 @@ class _Verification:
     ) -> Iterable[Check]:
         """Outputs, loss and gradients, and that they come out the same twice."""
         truth = self.truth
-        names = {"op": "", "dtype": truth.dtype, "backend": self.backend, "mode": mode}
-        outputs, gradients = truth.evaluate(model, call), truth.train(model, call)
+        outputs, trained = truth.evaluate(model, call), truth.train(model, call)
         if outputs.keys() != truth.outputs.keys():
             detail = f"{sorted(outputs)}, not {sorted(truth.outputs)}"
-            yield self._check("output", "names of outputs", mode, WRONG, detail)
+            yield Check(**self._names("output", "names of outputs", mode), status=WRONG, detail=detail)
             return
         for name, value in outputs.items():
-            verdict = judge(
-                value.to(truth.naive_outputs[name].dtype),
-                truth.outputs[name].double(),
-                truth.naive_outputs[name],
+            naive = truth.naive_outputs[name]
+            yield compare(
+                value.to(naive.dtype), truth.outputs[name], naive, **self._names("output", name, mode)
             )
-            yield checked(verdict, kind="output", where=name, **names)
+        yield from self._loss(trained, mode)
         for group, members in truth.together.items():
-            members = [name for name in members if name in gradients]
-            given, exact, *naives = (
-                [g[name] for name in members] for g in (gradients, truth.gradients, *truth.naive_gradients)
+            yield from self._gradient(
+                group, [name for name in members if name in truth.trainable], trained, mode
             )
-            if [x is None for x in given] != [x is None for x in exact]:
-                detail = "it is there where the stock model has none, or the other way round"
-                yield self._check("gradient", group, mode, WRONG, detail)
-            elif any(x is not None for x in given):
-                verdict = judge_by_several(_flat(given), _flat(exact), [_flat(naive) for naive in naives])
-                yield checked(verdict, kind="gradient", where=group, **names)
         if twice:
-            again, gradients_again = truth.evaluate(model, call), truth.train(model, call)
-            same = _same_bits(outputs, again) and _same_bits(gradients, gradients_again)
-            detail = "" if same else "two runs differ in their bits"
-            yield self._check("bits", "two runs", mode, RIGHT if same else WRONG, detail)
+            again, trained_again = truth.evaluate(model, call), truth.train(model, call)
+            same = _same(outputs, again) and _same(trained.gradients, trained_again.gradients)
+            yield Check(
+                **self._names("bits", "two runs", mode),
+                status=RIGHT if same else WRONG,
+                detail="" if same else "two runs differ in their bits",
+            )
+
+    def _loss(self, trained: Trained, mode: str) -> Iterable[Check]:
+        """The loss in training, which may go another way than in evaluation; beside the first output, as there."""
+        truth = self.truth
+        naive = truth.naive_trained[0].loss
+        if trained.loss is None or truth.trained.loss is None or naive is None:
+            return
+        name = next(iter(name for name in truth.outputs if name != "loss"), None)
+        if name is None:
+            return
+        plain, exact = truth.naive_outputs[name].flatten(), truth.outputs[name].flatten()
+        yield compare(
+            _joined(trained.loss, plain),
+            _joined(truth.trained.loss, exact),
+            _joined(naive, plain),
+            **self._names("output", "loss in training", mode),
+        )
+
+    def _gradient(self, group: str, members: list[str], trained: Trained, mode: str) -> Iterable[Check]:
+        given, exact, *naives = (
+            [one.gradients[name] for name in members]
+            for one in (trained, self.truth.trained, *self.truth.naive_trained)
+        )
+        names = self._names("gradient", group, mode)
+        if [x is None for x in given] != [x is None for x in exact]:
+            detail = "it is there where the stock model has none, or the other way round"
+            yield Check(**names, status=WRONG, detail=detail)
+        elif any(x is not None for x in given):
+            yield compare(_flat(given), _flat(exact), *map(_flat, naives), **names)
 
     def _compiled(self) -> Iterable[Check]:
         model, _ = self._accelerated()
@@ -328,12 +363,12 @@ class _Verification:
             detail = (
                 f"torch.compile failed: {type(error).__name__}: {first}; leave it out with compiled=False"
             )
-            yield self._check("output", "torch.compile", "compiled", ERROR, detail)
+            yield Check(**self._names("output", "torch.compile", "compiled"), status=ERROR, detail=detail)
         finally:
             torch.compiler.reset()
 
     def _dropout(self, model: Any, mode: str) -> Iterable[Check]:
-        """Under dropout, means over many runs: a mask that isn't rescaled, or drops too much, moves them."""
+        """Means and spread of many runs under dropout: they show a mask that isn't rescaled or drops too often."""
         truth = self.truth
         if not any(module.p > 0 for module in model.modules() if isinstance(module, nn.Dropout)):
             note = "dropout was not checked: the model has none"
@@ -348,6 +383,8 @@ class _Verification:
         inputs = truth.inputs(stock, rows)
         views = _views(stock), _views(model)
         for name, dropout_of in _DROPOUTS.items():
+            if not any(dropout_of(view).p > 0 for view in views[0]):
+                continue
             ours, theirs = _Moments(), _Moments()
             with (
                 torch.random.fork_rng(devices=[mask.device] if mask.is_cuda else []),
@@ -366,29 +403,23 @@ class _Verification:
             for key, moments in ours.of.items():
                 if key not in theirs.of:
                     continue
-                ratio, allowed = judge_means(moments, theirs.of[key])
+                ratio, allowed = judge_random(moments, theirs.of[key])
                 right = ratio <= allowed
-                detail = (
-                    ""
-                    if right
-                    else f"means differ by {math.sqrt(ratio):.2f} standard errors, root mean square"
-                )
                 yield Check(
-                    kind="dropout",
-                    where=f"{key[0]}: {key[1]}, under dropout of {name}",
-                    op=ours.ops[key],
-                    dtype=truth.dtype,
-                    backend=self.backend,
-                    mode=mode,
+                    **self._names(
+                        "dropout", f"{key[0]}: {key[1]}, under dropout of {name}", mode, ours.ops[key]
+                    ),
                     status=RIGHT if right else WRONG,
                     error=ratio,
                     allowed=allowed,
-                    detail=detail,
+                    detail=""
+                    if right
+                    else f"means or spread are {ratio:.3g} times as far apart as by chance",
                 )
 
 
 # One at a time: what another one adds to the spread would hide a small difference.
-_DROPOUTS: dict[str, Callable[[Any], nn.Module]] = {
+_DROPOUTS: dict[str, Callable[[Any], nn.Dropout]] = {
     "attention": lambda view: view.attention.self.dropout,
     "attention.output": lambda view: view.attention.output.dropout,
     "output": lambda view: view.output.dropout,
@@ -477,10 +508,10 @@ def _flat(gradients: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([x.flatten() for x in gradients if x is not None])
 
 
-def _same_bits(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> bool:
-    def bits(x: Tensor | None) -> Tensor:
-        return (
-            torch.empty(0, dtype=torch.uint8) if x is None else x.reshape(-1).contiguous().view(torch.uint8)
-        )
+def _joined(loss: Tensor, beside: Tensor) -> Tensor:
+    return torch.cat([loss.reshape(1).to(beside.dtype), beside])
 
-    return all(torch.equal(bits(x), bits(b[name])) for name, x in a.items())
+
+def _same(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> bool:
+    pairs = [(x, b[name]) for name, x in a.items()]
+    return all(x is y if x is None or y is None else same_bits(x, y) for x, y in pairs)

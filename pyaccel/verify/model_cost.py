@@ -6,7 +6,6 @@ they call is written down (:mod:`pyaccel.verify.cost`). The stock model computes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -46,26 +45,24 @@ def bert_config(model: str) -> Any:
 
     Raises ValueError for anything else.
     """
-    from transformers import BertConfig
+    from transformers import AutoConfig, BertConfig
 
     if model in NAMED:
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         sizes: dict[str, Any] = dict(zip(names, NAMED[model], strict=True))
         return BertConfig(**sizes)
-    file = Path(model).expanduser()
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
         raise ValueError(
-            f"there is no {file}: give one of {', '.join(NAMED)}, or a folder with a config.json"
+            f"there is no folder {folder}: give one of {', '.join(NAMED)}, or a folder with a config.json"
         )
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        kind = values["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is not a transformers config: it has no model_type") from None
-    if kind != "bert":
-        raise ValueError(f"{file} is the config of a {kind!r} model: give a 'bert'")
-    return BertConfig(**values)
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} could not be read: {str(error).strip().splitlines()[0]}") from None
+    if config.model_type != "bert":
+        raise ValueError(f"{folder} is of a {config.model_type!r} model: give a 'bert'")
+    return config
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def model_costs(
         backend: of the accelerated model's ops. "torch" switches the kernels off.
 
     Raises:
-        RuntimeError: triton is not installed, and the kernels can't be counted.
+        pyaccel.dispatch.NotSupportedError: triton is not installed, and the kernels can't be counted.
         ValueError: no row, or a backend that can't be counted for these lengths.
     """
     from transformers import BertModel
@@ -139,7 +136,9 @@ def model_costs(
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths must be one or more positive numbers, got {list(lengths)}")
     if backend in ("auto", "triton") and not dispatch.has_triton():
-        raise RuntimeError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
+        raise dispatch.NotSupportedError(
+            "triton isn't installed: pip install triton (Linux only; no GPU is needed)"
+        )
     if backend != "auto" and backend not in dispatch.BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}: expected auto or one of {', '.join(dispatch.BACKENDS)}"
@@ -176,11 +175,9 @@ def _stock(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
 
 
 def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
-    from pyaccel.hf.fast_path import FAMILIES, subclasses
     from pyaccel.models.bert import share_qkv_storage
 
     batch, seq, total = len(lengths), max(lengths), sum(lengths)
-    assert isinstance(model.encoder.layer[0], subclasses(FAMILIES[0])[1])
     run = _Run(training, lengths)
     hidden = run.embeddings(model, batch, seq)
     tokens = None
@@ -201,10 +198,12 @@ def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[
 
 
 def _layer(layer: Any, tokens: PackedLayout | None) -> Callable[[Tensor], Tensor]:
-    from pyaccel.hf.fast_path import FAMILIES, run_layer
+    from pyaccel.hf.fast_path import family_of, run_layer
 
+    family = family_of(layer)
+    assert family is not None
     # What the layer's own forward calls when its guard lets a call through; the guard refuses meta parameters.
-    return lambda hidden: run_layer(FAMILIES[0], layer, hidden, tokens)
+    return lambda hidden: run_layer(family, layer, hidden, tokens)
 
 
 class _Run:

@@ -1,6 +1,6 @@
 """Every op by itself, on inputs that break careless code: values, gradients and bits, beside its reference.
 
-An :class:`OpCase` is one op with one kind of input; :data:`CASES` is the one place to add to.
+An :class:`OpCase` is one op with one kind of input; :func:`cases` has them all.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.verify.policy import judge
-from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, checked
+from pyaccel.verify.policy import same_bits
+from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, compare
 
 Tensors = dict[str, Any]  # of tensors, to be spread over arguments of any type
 
@@ -31,7 +31,7 @@ class OpCase:
         inputs: makes the floating inputs, which get gradients, in fp32.
         call: the op on these inputs.
         expected: its definition on them; ``upcast`` as for the references.
-        gradient: makes the gradient of the output.
+        gradient: makes the gradient of an output like the one given.
         bits: whether every backend must give the bits of the reference, and there are no gradients.
     """
 
@@ -249,26 +249,15 @@ def _attention_inputs(kind: str) -> Tensors:
         query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
     elif kind == "large scores":
         query, key = 6.0 * query, 6.0 * key + 3.0
+    elif kind == "NaN in masked slots":
+        masked = ~_padding(kind, key.device)[:, None, :, None]
+        key, value = (x.masked_fill(masked, torch.nan) for x in (key, value))
     return {"query": query, "key": key, "value": value}
-
-
-def _masked(t: Tensors, kind: str) -> Tensors:
-    """The same with NaN in key and value where nothing may look."""
-    if kind != "NaN in masked slots":
-        return t
-    masked = ~_padding("", t["key"].device)[:, None, :, None]
-    return {
-        **t,
-        "key": t["key"].masked_fill(masked, torch.nan),
-        "value": t["value"].masked_fill(masked, torch.nan),
-    }
 
 
 def _sdpa(t: Tensors, kind: str) -> Tensor:
     mask = _padding(kind, t["key"].device)
-    return ops.scaled_dot_product_attention(
-        **_masked(t, kind), key_padding_mask=mask, is_causal=kind == "causal"
-    )
+    return ops.scaled_dot_product_attention(**t, key_padding_mask=mask, is_causal=kind == "causal")
 
 
 def _sdpa_expected(t: Tensors, upcast: bool, kind: str) -> Tensor:
@@ -361,9 +350,8 @@ def _ids(device: torch.device) -> dict[str, Tensor]:
 
 
 def _loss_inputs(kind: str) -> Tensors:
-    factor = (
-        8.0 if kind == "large logits" else 1.0
-    )  # not one-hot yet, where a few ties are all there is to err
+    # Logits that are large, but not one-hot yet, where a few near ties are all there is to err.
+    factor = 8.0 if kind == "large logits" else 1.0
     return {"hidden": factor * torch.randn(60, 24), "weight": torch.randn(53, 24), "bias": torch.randn(53)}
 
 
@@ -382,7 +370,7 @@ def _token_cases() -> Iterator[OpCase]:
         lambda t, upcast: _embeddings(reference, t, upcast=upcast).output,
     )
     for kind in ("plain", "large logits", "no labels"):
-        # A loss is one number, whose error is luck: the sum of losses is judged beside many of its kind, gradients.
+        # A loss for each token: the error of a single number would be luck.
         yield OpCase(
             "masked_lm_cross_entropy",
             kind,
@@ -441,21 +429,25 @@ def cases() -> list[OpCase]:
     return [case for maker in makers for case in maker()]
 
 
-def check_ops(dtype: torch.dtype, backend: str, device: torch.device, dtype_name: str) -> Iterator[Check]:
+def check_ops(
+    dtype: torch.dtype, backend: str, device: torch.device, dtype_name: str, notes: list[str]
+) -> Iterator[Check]:
     """Every op by ``backend``: output and gradients by the policy (int8: bits), and the same bits twice.
 
-    An op without an implementation by that backend is left out.
+    What that backend can't serve is left out, and said in ``notes``.
     """
     for case in cases():
         try:
-            check = check_op(case, dtype, backend, device, dtype_name)
-        except dispatch.NotSupportedError:
-            continue
-        yield check
+            yield check_op(case, dtype, backend, device, dtype_name)
+        except dispatch.NotSupportedError as error:
+            notes.append(f"{dtype_name}, {backend}: not checked: {case.op}: {case.kind}: {error}")
 
 
 def check_op(case: OpCase, dtype: torch.dtype, backend: str, device: torch.device, dtype_name: str) -> Check:
-    """One case: its output or the gradient that is worst, by the policy."""
+    """One case: its output or the gradient that is worst, by the policy.
+
+    Raises :class:`pyaccel.dispatch.NotSupportedError` where the backend can't serve it.
+    """
     names: dict[str, Any] = {
         "kind": "op",
         "where": f"{case.op}: {case.kind}",
@@ -466,72 +458,57 @@ def check_op(case: OpCase, dtype: torch.dtype, backend: str, device: torch.devic
     }
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        inputs = {name: x.to(dtype).to(device) for name, x in case.inputs().items()}
-        inputs = {name: _like(x, case.inputs()[name]) for name, x in inputs.items()}
-        try:
-            with dispatch.use_backend(backend):
-                if case.bits:
-                    return _check_bits(case, inputs, names)
-                results = [_run(lambda t: case.call(t), inputs, case.gradient) for _ in range(2)]
-        except dispatch.NotSupportedError:
-            raise
-        except Exception as error:  # whatever an op raises on valid input is the finding
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return Check(**names, status=ERROR, detail=f"{type(error).__name__}: {first}")
+        inputs = {name: _cast(x, dtype, device) for name, x in case.inputs().items()}
+        gradient = None
+        if not case.bits:
+            gradient = case.gradient(case.expected(inputs, upcast=False))
+    try:
+        with dispatch.use_backend(backend):
+            if gradient is None:
+                return _check_bits(case, inputs, names)
+            result, again = (_run(case.call, inputs, gradient) for _ in range(2))
+    except dispatch.NotSupportedError:
+        raise
+    except Exception as error:  # whatever an op raises on valid input is the finding
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Check(**names, status=ERROR, detail=f"{type(error).__name__}: {first}")
     doubles = {name: x.double() for name, x in inputs.items()}
-    truth = _run(lambda t: case.expected(t, upcast=True), doubles, case.gradient, results[0]["gradient"])
-    naive = _run(lambda t: case.expected(t, upcast=False), inputs, case.gradient, results[0]["gradient"])
-    worst: Check | None = None
-    for name in truth:
-        if name == "gradient":
-            continue
-        out, exact, plain = results[0][name], truth[name], naive[name]
-        if not torch.equal(_bits(out), _bits(results[1][name])):
+    truth = _run(partial(case.expected, upcast=True), doubles, gradient)
+    naive = _run(partial(case.expected, upcast=False), inputs, gradient)
+    checks = []
+    for name, out in result.items():
+        if not same_bits(out, again[name]):
             return Check(**names, status=WRONG, detail=f"{name}: two runs differ in their bits")
-        check = checked(judge(out, exact, plain.to(out.dtype)), **names)
+        check = compare(out, truth[name], naive[name], **names)
         if check.status == WRONG:
             return replace(check, detail=f"{name}: {check.detail}")
-        worst = check if worst is None or check.share > worst.share else worst
-    assert worst is not None
-    return worst
+        checks.append(check)
+    return max(checks, key=lambda check: check.share)
 
 
-def _like(x: Tensor, pattern: Tensor) -> Tensor:
-    """``x`` with the strides of ``pattern``: casting may have made it contiguous."""
-    if x.stride() == pattern.stride():
-        return x
-    given = torch.empty_strided(pattern.shape, pattern.stride(), dtype=x.dtype, device=x.device)
+def _cast(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``x`` in another dtype and with the same strides, gaps and all."""
+    given = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
     return given.copy_(x)
 
 
-def _run(
-    call: Callable[[Tensors], Tensor],
-    inputs: Tensors,
-    make_gradient: Callable[[Tensor], Tensor],
-    gradient: Tensor | None = None,
-) -> Tensors:
-    """Output and gradients of all inputs; ``gradient`` is of the output, and made where none is given."""
+def _run(call: Callable[[Tensors], Tensor], inputs: Tensors, gradient: Tensor) -> Tensors:
+    """Output and gradients of all inputs; ``gradient`` is of the output."""
     leaves = {name: x.detach().requires_grad_(True) for name, x in inputs.items()}
     out = call(leaves)
-    if gradient is None:
-        torch.manual_seed(1)
-        gradient = make_gradient(out)
     found = torch.autograd.grad(out, list(leaves.values()), gradient.to(out.dtype), allow_unused=True)
-    result = {"output": out.detach(), "gradient": gradient}
-    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
-        result[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
-    return result
+    gradients = {
+        f"gradient of {name}": torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+    }
+    return {"output": out.detach(), **gradients}
 
 
 def _check_bits(case: OpCase, inputs: Tensors, names: dict[str, Any]) -> Check:
     given, again, expected = case.call(inputs), case.call(inputs), case.expected(inputs)
     for i, (out, twice, right) in enumerate(zip(given, again, expected, strict=True)):
-        if not torch.equal(_bits(out), _bits(right)):
+        if not same_bits(out, right):
             return Check(**names, status=WRONG, detail=f"output {i}: its bits are not the reference's")
-        if not torch.equal(_bits(out), _bits(twice)):
+        if not same_bits(out, twice):
             return Check(**names, status=WRONG, detail=f"output {i}: two runs differ in their bits")
     return Check(**names, status=RIGHT)
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().reshape(-1).view(torch.uint8)

@@ -20,8 +20,9 @@ MAX_EPS = 4.0
 RMS_RATIO = 3.0
 RMS_RATIO_FP32 = 6.0
 RMS_EPS = 0.5
-# Of means over runs with dropout: the mean square of their differences in standard errors, which is 1 by chance.
-MEANS_RATIO = 1.5
+# Of random results over runs, two figures that are 1 by chance: the mean square of the differences of their means in
+# standard errors, and the ratio of their variances, the larger over the smaller.
+RANDOM_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,26 @@ class RunningMoments:
         return self._squares / (self.runs - 1)
 
 
-def judge_means(a: RunningMoments, b: RunningMoments) -> tuple[float, float]:
-    """How far means of two random results are apart, over all elements, and how far they may be.
+def judge_random(a: RunningMoments, b: RunningMoments) -> tuple[float, float]:
+    """How far two random results are apart in means or spread, and how far they may be.
 
-    In units of what chance alone gives: the mean square of differences over their standard errors. Elements that
-    never change must be equal up to the rounding that their spread leaves out, and are not counted.
+    The larger of two figures that are 1 by chance: the mean square, over all elements, of the differences of their
+    means in standard errors; and the ratio of their mean variances. Both are needed: without dropout
+    the means are right.
+
+    Elements that don't change from run to run have no standard error and aren't counted; 0 where none does.
     """
     error = (a.variance / a.runs + b.variance / b.runs).sqrt()
     moves = error > 1e-4 * a.mean.abs().mean()
     if not moves.any():
-        return 0.0, MEANS_RATIO
-    return ((a.mean - b.mean)[moves] / error[moves]).square().mean().item(), MEANS_RATIO
+        return 0.0, RANDOM_RATIO
+    means = ((a.mean - b.mean)[moves] / error[moves]).square().mean().item()
+    less, more = sorted((a.variance[moves].mean().item(), b.variance[moves].mean().item()))
+    return max(means, more / less if less else math.inf), RANDOM_RATIO
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bits; NaNs with equal bits are equal."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(x.detach().reshape(-1).contiguous().view(torch.uint8) for x in (a, b)))

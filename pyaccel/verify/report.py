@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from pyaccel.verify.policy import Verdict
+from torch import Tensor
+
+from pyaccel.verify.policy import judge_by_several
 
 RIGHT, WRONG, ERROR = "right", "wrong", "error"
 
@@ -55,8 +57,12 @@ class Check:
         return f"{self.kind} {self.where}{by} [{how}]: {self.detail or self.status}"
 
 
-def checked(verdict: Verdict, **names: str) -> Check:
-    """The check of a verdict of the policy."""
+def compare(out: Tensor, truth: Tensor, *naives: Tensor, **names: Any) -> Check:
+    """The check of a result by the policy (:func:`pyaccel.verify.policy.judge_by_several`); another shape is wrong."""
+    if out.shape != truth.shape:
+        detail = f"its shape is {tuple(out.shape)}, not {tuple(truth.shape)}"
+        return Check(**names, status=WRONG, detail=detail)
+    verdict = judge_by_several(out, truth.double(), [naive.to(out.dtype) for naive in naives])
     pairs = [(verdict.max_error, verdict.max_allowed), (verdict.rms_error, verdict.rms_allowed)]
     error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1] if pair[1] else pair[0])
     return Check(
@@ -98,14 +104,17 @@ class VerifyReport:
         return bool(self.checks) and not self.wrong and not self.errors
 
     @property
-    def first_wrong(self) -> Check | None:
-        """The first layer and op, or the first output, that leaves the policy; None where nothing does."""
-        return next((check for check in self.checks if check.status == WRONG), None)
-
-    @property
     def firsts(self) -> list[Check]:
         """The first wrong check of each kind: op and layer where there is a bug, and what it does to the outputs."""
-        return list({check.kind: check for check in reversed(self.wrong)}.values())[::-1]
+        found: dict[str, Check] = {}
+        for check in self.wrong:
+            found.setdefault(check.kind, check)
+        return list(found.values())
+
+    @property
+    def first_wrong(self) -> Check | None:
+        """The first layer and op, or the first output, that leaves the policy; None where nothing does."""
+        return next(iter(self.firsts), None)
 
     @property
     def exit_code(self) -> int:

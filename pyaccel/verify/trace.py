@@ -127,7 +127,7 @@ def trace_accelerated(mask: Tensor) -> Iterator[Trace]:
     def listening(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             out = before[name](*args, **kwargs)
-            recorder.heard(name, out, kwargs)
+            recorder.heard(name, out)
             return out
 
         return call
@@ -150,7 +150,7 @@ class _Recorder:
         self.trace, self.mask = trace, mask
         self.parts: list[Tensor] = []
 
-    def heard(self, name: str, out: Any, kwargs: dict[str, Any]) -> None:
+    def heard(self, name: str, out: Any) -> None:
         layers = self.trace.layers
         if name == "linear_activation" and (not layers or OUTPUT in layers[-1]):
             layers.append({})

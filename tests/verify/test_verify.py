@@ -24,8 +24,8 @@ from pyaccel.hf import fast_path
 from pyaccel.models import bert
 from pyaccel.packing import layout
 from pyaccel.verify import VerifyReport, verify
-from pyaccel.verify.op_checks import cases, check_op
-from pyaccel.verify.policy import RunningMoments, judge_means
+from pyaccel.verify.op_checks import cases, check_op, check_ops
+from pyaccel.verify.policy import RunningMoments, judge_random
 from pyaccel.verify.report import Check, read_budget
 from pyaccel.verify.trace import layout_reason
 from tests.hf.models import MASKS, batch_of, mask_of, randomise, tiny
@@ -33,6 +33,17 @@ from tests.hf.test_families import TINY
 
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {"compiled": False, "ops": False, "backends": ["torch"]}
+QUICK_COMMAND = [
+    "verify",
+    "--no-compile",
+    "--no-ops",
+    "--backend",
+    "torch",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "16",
+]
 MARK = 2e-12  # the eps of the layer in which a bug is planted
 
 
@@ -60,9 +71,7 @@ def test_an_unharmed_model_is_right(dtype: str, kind: str) -> None:
     report = verify(tiny(), batch_of(kind), dtypes=[dtype], compiled=False, ops=False)
     assert report.right, str(report)
     kinds = {check.kind for check in report.checks}
-    assert kinds == {"packing", "layer", "output", "gradient", "dropout", "bits"} - (
-        {"packing"} if kind == "none" and not any(c.kind == "packing" for c in report.checks) else set()
-    )
+    assert kinds == {"packing", "layer", "output", "gradient", "dropout", "bits"}
     layers = [
         check
         for check in report.checks
@@ -126,10 +135,15 @@ def test_other_families_are_compared_part_by_part(family: str, batch: dict[str, 
 )
 def test_heads_have_a_loss(head: str, batch: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
-    model = tiny(getattr(transformers, f"BertFor{head}"), num_labels=2)
+    model = tiny(
+        getattr(transformers, f"BertFor{head}"),
+        num_labels=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     report = verify(model, {**batch, **example_labels(model, batch)}, **QUICK)
     assert report.right, str(report)
-    assert any(check.where == "loss" for check in report.checks)
+    assert {check.where for check in report.checks if "loss" in check.where} == {"loss", "loss in training"}
 
 
 def test_compiled(batch: dict[str, Tensor]) -> None:
@@ -142,15 +156,25 @@ def test_compiled(batch: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_op_on_every_backend(backend: str, dtype: torch.dtype) -> None:
+    refused = set()
     for case in cases():
         if backend == "triton" and dtype != torch.float32 and "gradient" in case.kind:
             continue  # minutes of the interpreter; the ops' own tests do these
         try:
             check = check_op(case, dtype, backend, CPU, str(dtype))
         except pyaccel.dispatch.NotSupportedError:
-            assert backend == "triton"
+            refused.add(case.op)
             continue
         assert check.status == "right", str(check)
+    assert not refused
+
+
+def test_what_a_backend_cannot_serve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyaccel.dispatch, "_HAS_TRITON", False)
+    notes: list[str] = []
+    assert list(check_ops(torch.float32, "triton", CPU, "fp32", notes)) == []
+    assert len(notes) == len(cases())
+    assert all("triton is not installed" in note for note in notes)
 
 
 # --- wrong where it is wrong ----------------------------------------------------------------------------------------
@@ -207,6 +231,13 @@ def hidden_dropout_without_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "linear_residual_layernorm", planted)
 
 
+def attention_never_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ops.varlen_attention
+    monkeypatch.setattr(
+        ops, "varlen_attention", lambda *args, **options: whole(*args, **{**options, "dropout_p": 0.0})
+    )
+
+
 def gelu_tanh_for_erf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bert, "activation_name", lambda function: "gelu_tanh")
 
@@ -217,6 +248,7 @@ def gelu_tanh_for_erf(monkeypatch: pytest.MonkeyPatch) -> None:
         (swapped_gamma_and_beta, "layer", "1: attention.output", "residual_layernorm"),
         (mask_shifted_in_the_layout, "packing", "the packed layout", "packing"),
         (mask_shifted_in_attention, "layer", "0: attention", "scaled_dot_product_attention"),
+        (attention_never_drops, "dropout", "0: attention, under dropout of attention", "varlen_attention"),
         (
             dropout_without_rescaling,
             "dropout",
@@ -289,18 +321,26 @@ def test_layouts_are_right(kind: str) -> None:
             assert layout_reason(layout(mask.roll(1, 1), **options), mask) is not None
 
 
-def test_means_of_the_same_distribution_are_alike_and_others_are_not() -> None:
+def test_results_of_the_same_distribution_are_alike_and_others_are_not() -> None:
+    def moments(p: float, factor: float = 1.0) -> RunningMoments:
+        found = RunningMoments()
+        for _ in range(64):
+            found.add(factor * torch.nn.functional.dropout(torch.ones(50, 40), p))
+        return found
+
     torch.manual_seed(0)
-    ours, same, other = RunningMoments(), RunningMoments(), RunningMoments()
-    for _ in range(64):
-        x, y, z = (torch.nn.functional.dropout(torch.ones(50, 40), 0.1) for _ in range(3))
-        ours.add(x)
-        same.add(y)
-        other.add(0.9 * z)
+    ours = moments(0.1)
     assert ours.variance.mean().item() == pytest.approx(0.1 / 0.9, rel=0.1)
-    ratio, allowed = judge_means(ours, same)
+    ratio, allowed = judge_random(ours, moments(0.1))
     assert ratio == pytest.approx(1.0, abs=0.2)
-    assert ratio < allowed < judge_means(ours, other)[0]
+    assert ratio < allowed
+    for other in (
+        moments(0.1, 0.9),
+        moments(0.2),
+        moments(0.0),
+    ):  # not rescaled, too often, never: right means
+        assert judge_random(ours, other)[0] > allowed
+        assert judge_random(other, ours)[0] > allowed
 
 
 @pytest.mark.parametrize(
@@ -377,23 +417,12 @@ def test_json_budget_and_junit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_minilm_is_right_and_a_budget_holds_errors_down(tmp_path: Path, dtype: str) -> None:
-    options = [
-        "verify",
-        "--no-compile",
-        "--no-ops",
-        "--backend",
-        "torch",
-        "--batch-size",
-        "2",
-        "--max-length",
-        "16",
-    ]
     files = ["--json", str(tmp_path / "r.json"), "--junit", str(tmp_path / "r.xml")]
     key = f"{dtype} | torch | packed | output | last_hidden_state"
     recorded = 1.0 if dtype == "fp32" else 0.0  # no error at all is not to be had
     (tmp_path / "budget.json").write_text(json.dumps({"checks": [{"key": key, "error": recorded}]}))
     budget = ["--budget", str(tmp_path / "budget.json")]
-    done = CliRunner().invoke(app, [*options, "--dtype", dtype, *files, *budget])
+    done = CliRunner().invoke(app, [*QUICK_COMMAND, "--dtype", dtype, *files, *budget])
     saved = json.loads((tmp_path / "r.json").read_text())
     assert saved["right"], done.output
     assert ElementTree.parse(tmp_path / "r.xml").getroot().get("failures") == "0"
@@ -408,18 +437,7 @@ def test_minilm_is_right_and_a_budget_holds_errors_down(tmp_path: Path, dtype: s
 
 def test_the_command_names_layer_and_op(monkeypatch: pytest.MonkeyPatch) -> None:
     gelu_tanh_for_erf(monkeypatch)
-    options = [
-        "verify",
-        "--no-compile",
-        "--no-ops",
-        "--backend",
-        "torch",
-        "--dtype",
-        "fp32",
-        "--batch-size",
-        "2",
-    ]
-    done = CliRunner().invoke(app, [*options, "--max-length", "16"])
+    done = CliRunner().invoke(app, [*QUICK_COMMAND, "--dtype", "fp32"])
     assert done.exit_code == 1
     assert "WRONG, first layer: 0: intermediate, computed by linear_activation" in done.stdout
 
