@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.attention_shapes import (
+from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.attention_shapes import (
     CPU_HEADS,
     HEADS,
     TOKENS,
@@ -34,8 +35,7 @@ from benchmarks.attention_shapes import (
     sentences,
     squad,
 )
-from benchmarks.registry import Case, Variant, no_triton
-from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 Outputs = tuple[Tensor, ...]
 PART = 2**28  # scores held at once by truth and naive: 2 GiB in fp64, one head of 16384 tokens
@@ -229,13 +229,15 @@ def published() -> dict[str, Shape]:
 
 CASE = Case(
     name="attention",
+    group="ops",
     sizes=sizes(HEADS, TOKENS, (32, 128, 256, 512, 4096, 16384)) | published(),
     cpu_sizes=sizes(CPU_HEADS, 2048, (32, 128, 512)),
-    quick={
+    smoke={
         "3x16 2x9 forward": Shape(3, 16, 9, (9, 9), backward=False),
         "3x16 2x17 masked forward": Shape(3, 16, 17, (17, 5), backward=False),
         "3x16 2x17 masked forward+backward": Shape(3, 16, 17, (17, 5), backward=True),
     },
+    quick="^12x32 (16x128|5x384 squad) forward$",
     problem=problem,
     truth=lambda p: by_reference(p, upcast=True),
     naive=lambda p: by_reference(p, upcast=False),
@@ -258,3 +260,4 @@ CASE = Case(
         Variant("FlexAttention", prepare_flex, no_flex),
     ),
 )
+CASES = (CASE,)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyaccel.verify.model_cost import length_mix
 
 TOKENS = (
     16384  # of a batch, real ones where it is packed and slots where it is padded: those of published figures
@@ -60,21 +59,12 @@ def both_ways(heads: int, head_dim: int, batch: str, seq: int, lengths: tuple[in
 
 def squad(count: int) -> tuple[int, ...]:
     """Lengths of questions with their paragraph: mean 177, the longest 384."""
-    return _lengths(count, mean=177, longest=384, spread=0.4)
+    return (*length_mix("squad", count - 1, 384), 384)
 
 
 def sentences(count: int) -> tuple[int, ...]:
     """Lengths of sentences: mean 25, the longest 128."""
-    return _lengths(count, mean=25, longest=128, spread=0.6)
-
-
-def _lengths(count: int, *, mean: int, longest: int, spread: float) -> tuple[int, ...]:
-    """Quantiles of a lognormal distribution, in an order of no meaning, always the same."""
-    quantiles = (NormalDist().inv_cdf((i + 0.5) / count) for i in range(count - 1))
-    lengths = [min(longest, max(1, round(mean * math.exp(spread * q - spread**2 / 2)))) for q in quantiles]
-    lengths.append(longest)
-    random.Random(0).shuffle(lengths)
-    return tuple(lengths)
+    return (*length_mix("sentences", count - 1, 128), 128)
 
 
 def results(

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Variant, no_triton
 from pyaccel import dispatch, ops
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 VOCABULARY, POSITIONS, TYPES = 30522, 512, 2
 EPS = 1e-12
@@ -95,6 +95,7 @@ def prepare_compiled(p: Problem) -> Callable[[], Outputs]:
 
 CASE = Case(
     name="bert_embeddings",
+    group="ops",
     sizes={
         f"{batch}x{seq}x{hidden} {'forward+backward' if training else 'forward'}": (
             batch, seq, hidden, VOCABULARY, training,
@@ -103,7 +104,8 @@ CASE = Case(
         for hidden in (384, 768, 1024)
         for batch, seq in ((1, 128), (16, 128), (32, 512))
     },
-    quick={"3x7x64 forward+backward": (3, 7, 64, 100, True), "3x7x64 forward": (3, 7, 64, 100, False)},
+    smoke={"3x7x64 forward+backward": (3, 7, 64, 100, True), "3x7x64 forward": (3, 7, 64, 100, False)},
+    quick="^16x128x384 ",
     problem=problem,
     truth=truth,
     naive=lambda p: by(plain, p),
@@ -115,3 +117,4 @@ CASE = Case(
         Variant("torch.compile", prepare_compiled),
     ),
 )  # fmt: skip
+CASES = (CASE,)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Variant, no_triton
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 from pyaccel.reference.quantize import dequantize
 
 MODES = ("forward", "forward+backward", "int8")
@@ -92,13 +92,15 @@ def prepare_compiled(p: Problem) -> Callable[[], Outputs]:
 
 CASE = Case(
     name="bias_gelu",
+    group="ops",
     sizes={
         f"{rows}x{cols} {mode}": (rows, cols, mode)
         for mode in MODES
         for cols in (1536, 3072, 4096)
         for rows in (128, 2048, 16384)
     },
-    quick={f"9x64 {mode}": (9, 64, mode) for mode in ("forward+backward", "int8")},
+    smoke={f"9x64 {mode}": (9, 64, mode) for mode in ("forward+backward", "int8")},
+    quick="^2048x1536 ",
     problem=problem,
     truth=truth,
     naive=lambda p: values(p, by(stock(p), p)),
@@ -110,3 +112,4 @@ CASE = Case(
         Variant("torch.compile", prepare_compiled, outputs=values),
     ),
 )
+CASES = (CASE,)

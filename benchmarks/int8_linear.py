@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.registry import Case, Variant, no_triton
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 from pyaccel.ops.int8_weight_only_matmul import MANY_ROWS
 
 LAYERS = ((384, 1536), (768, 3072), (1024, 4096))
@@ -127,9 +127,11 @@ def sizes(layers: tuple[tuple[int, int], ...], rows: tuple[int, ...]) -> dict[st
 
 CASE = Case(
     name="int8_linear",
+    group="ops",
     sizes=sizes(LAYERS, (1, 16, 128, 2048, 16384)),
     cpu_sizes=sizes(LAYERS[:2], (1, 16, 128, 2048)),
-    quick=sizes(((24, 40),), (19,)),
+    smoke=sizes(((24, 40),), (19,)),
+    quick="^(128|2048)x384 ",
     problem=problem,
     truth=truth,
     naive=naive,
@@ -150,3 +152,4 @@ CASE = Case(
         Variant("torchao, torch.compile", prepare_torchao, no_torchao),
     ),
 )
+CASES = (CASE,)

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.__main__ import bad
-from benchmarks.int8_linear import CASE
-from benchmarks.method import Row, measure
+from pyaccel.benchmarks.__main__ import bad
+from pyaccel.benchmarks.int8_linear import CASE
+from pyaccel.benchmarks.method import Row, measure
 from pyaccel.tuned import FOLDER, machine, read_int8_tables
 
 INT8 = {"pyaccel triton": "triton", "pyaccel torch": "torch"}

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Variant, no_triton
 from pyaccel import dispatch, ops
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 MODES = ("forward", "forward+backward")
 LAYERS = ((384, 1536), (768, 3072), (1024, 4096))
@@ -93,9 +93,11 @@ def sizes(layers: tuple[tuple[int, int], ...], rows: tuple[int, ...]) -> dict[st
 
 CASE = Case(
     name="linear_activation",
+    group="ops",
     sizes=sizes(LAYERS, (128, 2048, 16384)),
     cpu_sizes=sizes(LAYERS[:1], (128, 2048)),
-    quick=sizes(((24, 40),), (9,)),
+    smoke=sizes(((24, 40),), (9,)),
+    quick="^2048x384 ",
     problem=problem,
     truth=truth,
     naive=lambda p: by(plain, p),
@@ -109,3 +111,4 @@ CASE = Case(
         Variant("torch.compile", prepare_compiled),
     ),
 )
+CASES = (CASE,)

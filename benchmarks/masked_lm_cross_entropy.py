@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Variant, no_triton
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 MODES = ("forward", "forward+backward")
 VOCAB = 30522
@@ -109,9 +109,11 @@ def sizes(
 
 CASE = Case(
     name="masked_lm_cross_entropy",
+    group="ops",
     sizes=sizes((2048, 16384), (384, 768, 1024), VOCAB),
     cpu_sizes=sizes((512,), (384,), VOCAB),
-    quick=sizes((200,), (16,), 90),
+    smoke=sizes((200,), (16,), 90),
+    quick="^512x384 ",
     problem=problem,
     truth=truth,
     naive=lambda p: by(plain, p),
@@ -125,3 +127,4 @@ CASE = Case(
         Variant("torch.compile", prepare_compiled),
     ),
 )
+CASES = (CASE,)

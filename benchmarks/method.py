@@ -6,7 +6,9 @@ by a large matrix product in the same dtype, both measured in the very rounds th
 
 from __future__ import annotations
 
+import math
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -20,11 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Variant
+from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.verify.policy import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY, MATMUL = "copy", "matmul"  # contenders beside a case's variants
+LEAST_ROUNDS = 5
+LONG = 0.2  # seconds of a call
 MESSAGE_CHARACTERS = 200  # of an error, in a row
 # Of a GPU's memory. A variant that takes more makes the allocator give memory back and fetch it anew in each round,
 # in the time of whoever comes next.
@@ -35,17 +39,20 @@ LARGEST_SHARE = 0.6
 class Row:
     """One measurement, a line of the tall CSV.
 
-    ``microseconds`` is a median over rounds, and ``low`` and ``high`` its quartiles; ``host_microseconds`` is how long
+    ``microseconds`` is a median over rounds, and ``low`` and ``high`` are the ends of its 95 % confidence interval;
+    ``host_microseconds`` is how long
     the call kept the host, where the device works on its own. ``of_floor`` is ``floor_microseconds`` over
     ``microseconds``, and ``floor_of`` says which of bytes and FLOPs bounds the case. ``peak_megabytes`` is the memory
     of a GPU that the call held at most, its outputs among it and its inputs not.
     """
 
+    group: str
     case: str
     size: str
     dtype: str
     variant: str
     note: str
+    rounds: int
     microseconds: float | None
     low: float | None
     high: float | None
@@ -79,14 +86,30 @@ class Taken(NamedTuple):
 
 
 def measure(
-    case: Case, dtype: torch.dtype, device: torch.device, *, quick: bool, rounds: int
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rounds: int,
+    seconds: float = math.inf,
+    smoke: bool = False,
+    sizes: dict[str, Any] | None = None,
 ) -> Iterator[Row]:
-    """Measure each variant of ``case`` at each size; a wrong answer or an error is a row without a time."""
+    """Measure each variant of ``case`` at each size; a wrong answer or an error is a row without a time.
+
+    Args:
+        rounds: in which the contenders take turns, of each size.
+        seconds: after which a size has no further round, once it has had :data:`LEAST_ROUNDS`.
+        smoke: do so with little work: the case's smallest sizes.
+        sizes: label -> sizes, instead of the case's full sweep.
+    """
     where = provenance(device)
-    for label, sizes in case.sweep(device, quick=quick).items():
+    if sizes is None:
+        sizes = case.sweep(device, "smoke" if smoke else "full")
+    for label, size in sizes.items():
         # What torch.compile made of another size would make it give up: each size is compiled for itself.
         torch.compiler.reset()
-        yield from _measure_size(case, label, sizes, dtype, device, where, quick=quick, rounds=rounds)
+        yield from _measure_size(case, label, size, dtype, device, where, rounds, seconds, smoke=smoke)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -98,15 +121,16 @@ def _measure_size(
     dtype: torch.dtype,
     device: torch.device,
     where: dict[str, str],
-    *,
-    quick: bool,
     rounds: int,
+    seconds: float,
+    *,
+    smoke: bool,
 ) -> Iterator[Row]:
     problem = case.problem(sizes, dtype, device)
     truth, naive = case.truth(problem), case.naive(problem)
     moved, flops = case.bytes_moved(problem), case.flops(problem) if case.flops is not None else None
     contenders: dict[str, Callable[[], object]] = {COPY: _copy(moved, device)}
-    n = _matmul_size(dtype, device, quick=quick)
+    n = _matmul_size(dtype, device, smoke=smoke)
     if flops is not None:
         contenders[MATMUL] = _matmul(n, dtype, device)
     notes: dict[str, str] = {}
@@ -136,7 +160,7 @@ def _measure_size(
             )
         else:
             contenders[variant.name] = call
-    taken, failed = time_in_turn(contenders, rounds, device)
+    taken, failed = time_in_turn(contenders, rounds, device, seconds)
     for name in (COPY, MATMUL):
         if name in failed:  # without them there is no floor, and nothing can be said
             raise failed[name]
@@ -154,16 +178,17 @@ def _measure_size(
         median = low = high = host = None
         if timed:
             median = _median(timed)
-            if len(timed) > 1:
-                low, _, high = statistics.quantiles([t.seconds for t in timed], n=4)
+            low, high = interval([t.seconds for t in timed])
             hosts = [t.host for t in timed if t.host is not None]
             host = statistics.median(hosts) if hosts else None
         yield Row(
+            group=case.group,
             case=case.name,
             size=label,
             dtype=str(dtype).removeprefix("torch."),
             variant=name,
             note=notes.get(name, ""),
+            rounds=len(timed or ()),
             microseconds=_scaled(median, 1e6),
             low=_scaled(low, 1e6),
             high=_scaled(high, 1e6),
@@ -215,29 +240,56 @@ def _median(taken: list[Taken]) -> float:
     return statistics.median(t.seconds for t in taken)
 
 
+def interval(times: list[float]) -> tuple[float, float]:
+    """A 95 % confidence interval of the median, by order statistics: no distribution is assumed.
+
+    With fewer than 6 values it is their range, which holds the median with a probability of 1 - 2^(1 - n).
+    """
+    n = len(times)
+    below, outside = 0, 0.5**n  # how many are cut at either end, and how likely the median lies beyond
+    while outside + math.comb(n, below + 1) * 0.5**n <= 0.025:
+        below += 1
+        outside += math.comb(n, below) * 0.5**n
+    ordered = sorted(times)
+    return ordered[below], ordered[n - 1 - below]
+
+
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
 def time_in_turn(
-    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    seconds: float = math.inf,
 ) -> tuple[dict[str, list[Taken]], dict[str, Exception]]:
     """Times of each contender in each round; they take turns, so that a slow moment of the machine hits all.
 
-    One that raises is out, and its error comes second.
+    A turn is two calls of which the second is timed, unless they are so long that the first can't matter: by then the
+    threads of the one before, which wait awake for a while, have gone to sleep, and the caches hold what a contender
+    called again and again finds there. One that raises is out, and its error comes second. After ``seconds`` no further round begins, but for the first
+    :data:`LEAST_ROUNDS`.
     """
     taken: dict[str, list[Taken]] = {name: [] for name in contenders}
     failed: dict[str, Exception] = {}
+    order, last, start = random.Random(0), dict[str, float](), time.perf_counter()
     for i in range(-1, rounds):  # the first one, which isn't counted, warms up
-        for name, call in contenders.items():
+        if i >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        # Who comes after whom changes, so that nobody is always the one who finds another's traces.
+        for name in order.sample(sorted(contenders), len(contenders)):
             if name in failed:
                 continue
             try:
-                time_of_call = _time(call, device)
+                if last.get(name, 0.0) < LONG:
+                    contenders[name]()
+                time_of_call = _time(contenders[name], device)
             except Exception as error:
                 failed[name] = error.with_traceback(None)  # whose frames hold on to tensors
                 del taken[name]
                 continue
+            last[name] = time_of_call.seconds
             if i >= 0:
                 taken[name].append(time_of_call)
     return taken, failed
@@ -265,9 +317,9 @@ def _copy(moved: int, device: torch.device) -> Callable[[], Tensor]:
     return lambda: target.copy_(source)
 
 
-def _matmul_size(dtype: torch.dtype, device: torch.device, *, quick: bool) -> int:
+def _matmul_size(dtype: torch.dtype, device: torch.device, *, smoke: bool) -> int:
     """Of a square product that reaches the machine's best speed within a few milliseconds (a CPU: some tens)."""
-    if quick:
+    if smoke:
         return 128
     if device.type == "cpu":
         return 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pyaccel import dispatch
 
-CASES = (
+MODULES = (
     "residual_layernorm",
     "attention",
     "varlen_attention",
@@ -21,8 +22,11 @@ CASES = (
     "bert_embeddings",
     "masked_lm_cross_entropy",
     "int8_linear",
-    "encoder",
-)  # modules of this package, each with a CASE
+    "bert",
+)  # of this package, each with CASES: a new case needs no other line
+GROUPS = ("ops", "layers", "models", "train")
+SWEEPS = ("full", "quick", "smoke")
+OURS = "pyaccel"  # what the names of our variants begin with
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,10 @@ class Case:
 
     Attributes:
         name: of the case.
-        sizes: label -> sizes of the sweep; `quick` are those of a smoke test.
+        group: of "ops", "layers", "models", "train".
+        sizes: label -> sizes of the sweep.
+        smoke: label -> sizes so small that they show only that it runs and is right.
+        quick: a regular expression for the labels that a quick look takes.
         problem: sizes, dtype, device -> the inputs.
         truth: problem -> the outputs in fp64.
         naive: problem -> what plain PyTorch gives in the dtype itself.
@@ -61,8 +68,10 @@ class Case:
     """
 
     name: str
+    group: str
     sizes: dict[str, Any]
-    quick: dict[str, Any]
+    smoke: dict[str, Any]
+    quick: str
     problem: Callable[[Any, torch.dtype, torch.device], Any]
     truth: Callable[[Any], tuple[Tensor, ...]]
     naive: Callable[[Any], tuple[Tensor, ...]]
@@ -71,24 +80,62 @@ class Case:
     flops: Callable[[Any], int] | None = None
     cpu_sizes: dict[str, Any] | None = None
 
-    def sweep(self, device: torch.device, *, quick: bool) -> dict[str, Any]:
-        """Label -> sizes of what is measured there."""
-        if quick:
-            return self.quick
-        return self.cpu_sizes if device.type == "cpu" and self.cpu_sizes is not None else self.sizes
+    def sweep(self, device: torch.device, kind: str = "full") -> dict[str, Any]:
+        """Label -> sizes of what is measured there: "full", "quick" or "smoke"."""
+        if kind == "smoke":
+            return self.smoke
+        sizes = self.cpu_sizes if device.type == "cpu" and self.cpu_sizes is not None else self.sizes
+        if kind == "quick":
+            return {label: size for label, size in sizes.items() if re.search(self.quick, label)}
+        return sizes
 
 
 def cases(names: Iterable[str] | None = None) -> list[Case]:
-    """The registered cases, or those named.
+    """The registered cases, or those of the named groups or cases.
 
     Raises:
-        ValueError: a name that isn't registered.
+        ValueError: a name of neither.
     """
-    wanted = list(CASES if names is None else names)
-    unknown = sorted(set(wanted) - set(CASES))
+    known = [case for name in MODULES for case in importlib.import_module(f"pyaccel.benchmarks.{name}").CASES]
+    if names is None:
+        return known
+    wanted = set(names)
+    unknown = sorted(wanted - set(GROUPS) - {case.name for case in known})
     if unknown:
-        raise ValueError(f"unknown case {', '.join(unknown)}: expected one of {', '.join(CASES)}")
-    return [importlib.import_module(f"benchmarks.{name}").CASE for name in wanted]
+        raise ValueError(
+            f"there is no case {', '.join(unknown)}: expected some of {', '.join(GROUPS)}, or of "
+            f"{', '.join(case.name for case in known)}"
+        )
+    return [case for case in known if wanted & {case.name, case.group}]
+
+
+def graphed(variant: Variant) -> Variant:
+    """The same, captured once into a CUDA graph that each call replays: what is left without the host's launches."""
+
+    def prepare(p: Any) -> Callable[[], tuple[Tensor, ...]]:
+        call = variant.prepare(p)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is made at the first call must not be part of the graph
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            given = call()
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return given
+
+        return replay
+
+    def missing(p: Any) -> str | None:
+        if p.device.type != "cuda":
+            return "CUDA graphs need a GPU"
+        return variant.missing(p)
+
+    return Variant(f"{variant.name}, CUDA graph", prepare, missing, variant.outputs)
 
 
 def no_triton(device: torch.device) -> str | None:

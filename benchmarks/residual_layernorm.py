@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Variant, no_triton
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 EPS = 1e-12
 
@@ -81,8 +81,10 @@ def prepare_compiled(p: Problem) -> Callable[[], tuple[Tensor, ...]]:
 
 CASE = Case(
     name="residual_layernorm",
+    group="ops",
     sizes={f"{rows}x{cols}": (rows, cols) for cols in (384, 768, 1024) for rows in (128, 2048, 16384)},
-    quick={"9x64": (9, 64)},
+    smoke={"9x64": (9, 64)},
+    quick="^2048x(384|768)$",
     problem=problem,
     truth=truth,
     naive=lambda p: with_gradients(plain, p),
@@ -94,3 +96,4 @@ CASE = Case(
         Variant("torch.compile", prepare_compiled),
     ),
 )
+CASES = (CASE,)

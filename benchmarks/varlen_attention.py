@@ -5,7 +5,7 @@ that want padding get the same tokens padded, and nested tensors are made, befor
 give is packed for the check after it has stopped: the time is that of attention alone. FLOPs and bytes are those of
 the real tokens, whoever computes more. Batches without any padding show what packing itself costs.
 
-There is no dropout here, as in :mod:`benchmarks.attention`.
+There is no dropout here, as in :mod:`pyaccel.benchmarks.attention`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import attention
-from benchmarks.attention_shapes import (
+from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks import attention
+from pyaccel.benchmarks.attention_shapes import (
     CPU_HEADS,
     HEADS,
     TOKENS,
@@ -28,8 +29,7 @@ from benchmarks.attention_shapes import (
     sentences,
     squad,
 )
-from benchmarks.registry import Case, Variant, no_triton
-from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 Outputs = tuple[Tensor, ...]
 
@@ -189,12 +189,14 @@ def sizes(heads: tuple[tuple[int, int], ...], tokens: int, full: tuple[int, int]
 
 CASE = Case(
     name="varlen_attention",
+    group="ops",
     sizes=sizes(HEADS, TOKENS, (32, 512)),
     cpu_sizes=sizes(CPU_HEADS, 2048, (4, 512)),
-    quick={
+    smoke={
         "3x16 3 forward": Shape(3, 16, 17, (5, 17, 1), backward=False),
         "3x16 3 forward+backward": Shape(3, 16, 17, (5, 17, 1), backward=True),
     },
+    quick="^12x32 .* (squad|sentences) forward$",
     problem=problem,
     truth=lambda p: by_reference(p, upcast=True),
     naive=lambda p: by_reference(p, upcast=False),
@@ -218,3 +220,4 @@ CASE = Case(
         *(on_padded(v) for v in attention.CASE.variants if v.name == "pyaccel triton" or "SDPA" in v.name),
     ),
 )
+CASES = (CASE,)

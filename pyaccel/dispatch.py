@@ -94,6 +94,13 @@ def requested(op: str) -> str:
     return _requested.get(op, _requested.get("", "auto"))
 
 
+def nobody_asks(ops: Iterable[str]) -> bool:
+    """Whether, on a CPU, each of these ops is served as by default, and nobody records by whom."""
+    if _recorder is not None or interpreting():
+        return False
+    return not _requested or all(requested(op) in ("auto", "torch") for op in ops)
+
+
 def op_names() -> tuple[str, ...]:
     """The names of the ops that dispatch."""
     return (

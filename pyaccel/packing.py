@@ -16,7 +16,9 @@ left, holes, whole rows.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +50,11 @@ class PackedLayout:
     def total_tokens(self) -> int:
         return self.indices.shape[0]
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each packed sequence. Waits for the device, once."""
+        return self.cu_seqlens.diff().tolist()
+
     @property
     def positions(self) -> Tensor:
         """int64 [total_tokens]: each packed token's column in the padded batch (BERT's position ids)."""
@@ -76,8 +83,11 @@ def layout(attention_mask: Tensor, *, sort_by_length: bool = False, keep_first: 
     """
     keys = _tokens(attention_mask)
     batch_size, seq_len = keys.shape
-    if keys.device.type == "cpu" and bool(keys.all()):
-        return _full(batch_size, seq_len)
+    if keys.device.type == "cpu":
+        if bool(keys.all()):
+            return _full(batch_size, seq_len)
+        if not keep_first or bool(keys[:, 0].all()):
+            return _on_host(keys, sort_by_length)
     queries = keys
     if keep_first and seq_len:
         queries = keys.clone()
@@ -205,6 +215,35 @@ def _full(batch_size: int, seq_len: int) -> PackedLayout:
     longest = seq_len if batch_size else 0
     return PackedLayout(
         indices=torch.arange(batch_size * seq_len),
+        cu_seqlens=offsets,
+        max_seqlen=longest,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        key_indices=None,
+        cu_seqlens_k=offsets,
+        max_seqlen_k=longest,
+    )
+
+
+def _on_host(keys: Tensor, sort_by_length: bool) -> PackedLayout:
+    """The layout of a bool mask on the CPU whose queries are its keys, by as few torch calls as will do."""
+    batch_size, seq_len = keys.shape
+    lengths = keys.sum(1).tolist()
+    order = list(range(batch_size))
+    if sort_by_length:
+        order.sort(key=lengths.__getitem__)
+    if order == sorted(order):
+        indices = keys.flatten().nonzero().flatten()
+    else:
+        by_length = torch.tensor(order)
+        row, column = keys[by_length].nonzero(as_tuple=True)
+        indices = by_length[row] * seq_len + column
+    offsets = torch.tensor(
+        [0, *itertools.accumulate(lengths[row] for row in order)], dtype=torch.int32, device=keys.device
+    )
+    longest = max(lengths, default=0)
+    return PackedLayout(
+        indices=indices,
         cu_seqlens=offsets,
         max_seqlen=longest,
         batch_size=batch_size,

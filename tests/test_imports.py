@@ -36,7 +36,7 @@ class Rule:
     lazily: tuple[str, ...] = ()  # of either kind, by full name, but only inside functions
 
 
-# kernels <- ops <- nn <- models <- quantization <- hf, verify <- cli.
+# kernels <- ops <- nn <- models <- quantization <- hf, verify <- benchmarks <- cli.
 # Only kernels import triton at the top of a file, and only hf transformers.
 RULES = {
     "kernels": Rule(packages=("torch", "triton")),
@@ -58,6 +58,18 @@ RULES = {
         ("kernels", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
         packages=("torch", "pytest"),  # pytest: of its plugin
         lazily=("triton", "transformers"),
+    ),
+    "benchmarks": Rule(
+        packages=("pyaccel", "torch", "rich"),
+        lazily=(
+            "transformers",
+            "matplotlib",
+            "torchao",
+            "liger_kernel",
+            "onnxruntime",
+            "openvino",
+            "pyaccel.kernels",
+        ),
     ),
     "cli": Rule(  # the top: all of pyaccel, by its public face too
         packages=("pyaccel", "torch", "numpy", "safetensors", "typer", "rich", "click"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import pyaccel
-from benchmarks import int8_table
 from pyaccel import dispatch, ops, quantization, tuned
+from pyaccel.benchmarks import int8_table
 from tests.hf.models import tiny
 
 CPU = torch.device("cpu")

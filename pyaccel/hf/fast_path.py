@@ -28,6 +28,7 @@ from pyaccel.hf import attention
 from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
 from pyaccel.hf.guard import Structure, global_hooks_matter, is_sharded, unfit
 from pyaccel.hf.report import Report
+from pyaccel.models import evaluation
 from pyaccel.models.bert import encoder_layer, packed_attention, share_qkv_storage
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
@@ -173,6 +174,12 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
 
 
 def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayout) -> Tensor:
+    straight = encoder._pyaccel.structure.straight
+    if straight and evaluation.serves(straight, hidden, tokens):
+        for layer in straight:
+            hidden = layer(hidden, tokens.lengths)
+        encoder._pyaccel.acceleration.report.fast["packed"] += len(straight)
+        return hidden
     count = 0
     for layer in family.layers(encoder):
         # Called by its own forward where it is not a layer that was swapped: it has seen neither padding nor a mask.
@@ -306,7 +313,24 @@ def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | Non
         for layer in layers:
             _share_storage(known.family, layer)
         attached.structure = Structure(known, module)
+        attached.structure.straight = _straight(known.family, layers)
     return None
+
+
+def _straight(family: Family, layers: list[Any]) -> list[evaluation.StraightLayer]:
+    """The layers in a straight line, past whatever is in their call; none where one of them can't be run so."""
+    straight = []
+    for layer in layers:
+        seen = family.view(layer)
+        if (
+            is_sharded(layer)
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or seen.chunk_size_feed_forward
+        ):
+            return []
+        straight.append(evaluation.StraightLayer.of(seen))
+    return [] if None in straight else straight
 
 
 def _share_storage(family: Family, layer: Any) -> None:

@@ -166,6 +166,7 @@ class Structure:
     """
 
     def __init__(self, stock: Stock, around: nn.Module) -> None:
+        self.straight: list[Any] = []  # for the fast path: made when this is, and good as long
         self.modules = [part for part in around.modules() if part is not around]
         self.classes = list(map(type, self.modules))
         self.attributes = [part.__dict__ for part in self.modules]

@@ -657,13 +657,18 @@ def _concatenated(tensors: list[Tensor]) -> Tensor:
 
 
 def _are_adjacent(tensors: list[Tensor]) -> bool:
-    first, end = tensors[0], tensors[0].storage_offset()
+    """Whether they lie one behind the other in one storage, and not neighbours in memory by chance."""
+    first = tensors[0]
+    storage, end, row = first.untyped_storage()._cdata, first.storage_offset(), first.shape[1:]
     for t in tensors:
-        plain = type(t) in (Tensor, nn.Parameter) and t.is_contiguous()
-        if not (plain and t.dtype == first.dtype and t.shape[1:] == first.shape[1:]):
-            return False
-        # One storage, and not neighbours in memory by chance.
-        if t.untyped_storage()._cdata != first.untyped_storage()._cdata or t.storage_offset() != end:
+        if (
+            type(t) not in (Tensor, nn.Parameter)
+            or t.untyped_storage()._cdata != storage
+            or t.storage_offset() != end
+            or t.dtype != first.dtype
+            or t.shape[1:] != row
+            or not t.is_contiguous()
+        ):
             return False
         end += t.numel()
     return True

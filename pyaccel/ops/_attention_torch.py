@@ -123,9 +123,10 @@ def varlen_by_group(
     pairs = zip(lens_q, lens_k, strict=True)
     groups = [(len_q, len_k, len(list(run))) for (len_q, len_k), run in itertools.groupby(pairs)]
     # split, not a slice for each group: its backward is one concatenation, a slice's a full-size tensor.
-    *queries, rest = _split(query, [len_q * count for len_q, _, count in groups])
-    *keys, _ = _split(key, [len_k * count for _, len_k, count in groups])
-    *values, _ = _split(value, [len_k * count for _, len_k, count in groups])
+    rows_q, rows_k = ([group[i] * group[2] for group in groups] for i in (0, 1))
+    *queries, rest = _split(query, rows_q)
+    *keys, _ = _split(key, rows_k)
+    *values, _ = _split(value, rows_k)
     recording = _records(query, key, value)
     lengths = _MATMUL_LENGTHS.get(query.dtype, range(0))
     by_matmul = {
@@ -162,6 +163,8 @@ def varlen_by_group(
 
 def _split(packed: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
     """Runs of that many rows, and the rest."""
+    if rows == [packed.shape[0]]:  # one of all: next to nothing, and the most frequent for a small batch
+        return packed, packed[:0]
     return packed.split([*rows, packed.shape[0] - sum(rows)])
 
 

@@ -20,7 +20,7 @@ from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
-_ONEDNN_ACTIVATIONS = {
+ONEDNN_ACTIVATIONS = {
     None: ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
@@ -30,7 +30,7 @@ ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 
 
 @functools.cache
-def _onednn_dtypes() -> frozenset[torch.dtype]:
+def onednn_dtypes() -> frozenset[torch.dtype]:
     """Dtypes that this CPU's oneDNN multiplies at full speed, with the fused ops this torch offers."""
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
@@ -53,7 +53,7 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         reasons.append("gradients are recorded")
     dtypes = {t.dtype for t in given}
-    if len(dtypes) > 1 or not dtypes <= _onednn_dtypes():
+    if len(dtypes) > 1 or not dtypes <= onednn_dtypes():
         names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
         reasons.append(f"oneDNN is not used for {', '.join(names)} here")
     if torch.is_autocast_enabled("cpu"):
@@ -61,6 +61,17 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
     if x.numel() == 0:
         reasons.append("x is empty")
     return reasons
+
+
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """``activation(x @ weight.T + bias)`` in one oneDNN primitive, where :func:`_onednn_reasons` has none against it."""
+    attribute, algorithm = ONEDNN_ACTIVATIONS[activation]
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
+
+
+def by_onednn_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias + residual`` in one oneDNN primitive."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
 def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
@@ -119,8 +130,7 @@ def linear_activation(
     if way == "triton":
         return triton_backend.linear_activation(x, weight, bias, activation)
     if way == "onednn":
-        attribute, algorithm = _ONEDNN_ACTIVATIONS[activation]
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+        return by_onednn(x, weight, bias, activation)
     if way == "bias_gelu":
         return bias_gelu(F.linear(x, weight), bias, activation or "")
     if bias is not None and bias.dtype != x.dtype and autocast_dtype(x.device) is None:
@@ -132,7 +142,7 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     """How :func:`linear_activation` serves a call: "triton"; of the torch backend "onednn", "bias_gelu" (after
     F.linear, by its kernel) or "plain", which is the reference's way too."""
     declined = _onednn_reasons(x, weight, bias)
-    if activation not in _ONEDNN_ACTIVATIONS:
+    if activation not in ONEDNN_ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
     by_bias_gelu = activation is not None and _bias_gelu_serves(x, weight, bias)
     choice = dispatch.choose(
@@ -211,7 +221,7 @@ def linear_residual_layernorm(
         dispatch.choose(
             "residual_layernorm", {"torch": []}, "torch", "on the CPU; oneDNN adds bias and residual"
         )
-        total = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        total = by_onednn_with_residual(x, residual, weight, bias)
         return F.layer_norm(total, (total.shape[-1],), ln_weight, ln_bias, eps)
     return residual_layernorm(
         F.linear(x, weight),

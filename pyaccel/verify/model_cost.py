@@ -6,10 +6,13 @@ they call is written down (:mod:`pyaccel.verify.cost`). The stock model computes
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, cast
 
 import torch
@@ -25,19 +28,25 @@ NAMED = {
     "bert-base": (12, 768, 12, 3072),
     "bert-large": (24, 1024, 16, 4096),
 }
-# The power of evenly spread quantiles that gives each mean: 177 of 384 tokens, and 25 of 128.
-MIXES = {"full": 0.0, "squad": 384 / 177 - 1, "sentences": 128 / 25 - 1}
+# Share of the longest that the mean of a lognormal distribution of lengths is, and its spread: SQuAD's contexts with
+# their questions, mean 177 of 384 tokens; sentences, mean 25 of 128.
+MIXES = {"full": (1.0, 0.0), "squad": (177 / 384, 0.4), "sentences": (25 / 128, 0.6)}
 
 
 def length_mix(mix: str, batch: int, seq: int) -> list[int]:
-    """Lengths of a batch: all ``seq`` long, or spread as SQuAD's contexts or as sentences are, the longest ``seq``.
+    """Lengths of a batch, always the same: all ``seq`` long, or the quantiles of a mix in an order of no meaning.
 
     Raises ValueError for an unknown mix.
     """
     if mix not in MIXES:
         raise ValueError(f"unknown lengths {mix!r}: expected one of {', '.join(MIXES)}")
-    lengths = [max(1, round(seq * ((i + 0.5) / batch) ** MIXES[mix])) for i in range(batch)]
-    return [*lengths[:-1], seq]
+    share, spread = MIXES[mix]
+    quantiles = (NormalDist().inv_cdf((i + 0.5) / batch) for i in range(batch))
+    # A lognormal's mean is exp(spread^2 / 2) times its median.
+    median = seq * share * math.exp(-(spread**2) / 2)
+    lengths = [min(seq, max(1, round(median * math.exp(spread * q)))) for q in quantiles]
+    random.Random(0).shuffle(lengths)
+    return lengths
 
 
 def bert_config(model: str) -> Any:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, registry
-from benchmarks.__main__ import bad, main
-from benchmarks.attention_shapes import Shape, sentences, squad
-from benchmarks.method import measure, time_in_turn
+from pyaccel.benchmarks import attention, registry
+from pyaccel.benchmarks.__main__ import bad, main
+from pyaccel.benchmarks.attention_shapes import Shape, sentences, squad
+from pyaccel.benchmarks.method import measure, time_in_turn
 from tests.assertions import assert_equivalent
 
 CPU = torch.device("cpu")

@@ -8,12 +8,14 @@ PACKING = "pyaccel/packing.py"
 BERT = "pyaccel/models/bert.py"
 FAST_PATH = "pyaccel/hf/fast_path.py"
 GUARD = "pyaccel/hf/guard.py"
+EVALUATION = "pyaccel/models/evaluation.py"
 TESTS = [
     "tests/test_packing.py",
     "tests/verify/test_verify.py::test_an_unharmed_model_is_right",
     "tests/hf/test_accelerate.py",
     "tests/hf/test_guard.py",
     "tests/hf/test_families.py",
+    "tests/hf/test_evaluation.py",
 ]
 
 MUTANTS = [
@@ -30,4 +32,10 @@ MUTANTS = [
     Mutant("model: the padding mask is dropped", FAST_PATH, "partial(padded_attention, mask, dropout_p)", "partial(padded_attention, None, dropout_p)"),
     Mutant("model: output_attentions is ignored", FAST_PATH, 'if given.get("output_attentions", config.output_attentions):', "if False:"),
     Mutant("model: hooks of submodules are ignored", GUARD, 'return "has hooks"', "return None"),
+    Mutant("model: the straight line keeps weights that were moved", EVALUATION, "if pointers != self.pointers:", "if not self.pointers:"),
+    Mutant("model: the straight line drops nothing in training", EVALUATION, "not any(dropout.training and dropout.p > 0.0 for dropout in self.dropouts)", "True"),
+    Mutant("model: the straight line goes past hooks", FAST_PATH, "if is_sharded(layer) or layer._forward_hooks", "if is_sharded(layer)"),
+    Mutant("model: the straight line takes kept padding for keys", EVALUATION, "and tokens.key_indices is None", "and True"),
+    Mutant("model: the straight line keeps an epsilon", EVALUATION, "norm.bias, norm.eps)", "norm.bias, 1e-12)"),
+    Mutant("model: tokens sorted on the host, rows not", PACKING, "indices = by_length[row] * seq_len + column", "indices = row * seq_len + column"),
 ]  # fmt: skip

@@ -1,0 +1,268 @@
+"""Rows of measurements: a tall CSV, what they say about who is faster, and two of them side by side."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pyaccel.benchmarks.method import Row
+from pyaccel.benchmarks.registry import OURS
+
+
+def is_ours(row: Row) -> bool:
+    """Whether the variant is one of pyaccel's."""
+    return row.variant.startswith(OURS)
+
+
+def bad(row: Row) -> bool:
+    """A wrong answer of ours, or an error: what must not pass in silence. A rival's is shown, and that is all."""
+    return is_ours(row) and row.note.startswith(("wrong", "error"))
+
+
+# ---- the file ----
+
+
+def append(rows: Sequence[Row], file: Path) -> None:
+    """Add rows to the tall CSV, with a header where it is new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
+        if new:
+            writer.writeheader()
+        writer.writerows(row.as_dict() for row in rows)
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of such a CSV; of rows of the same thing the last one, in the place of the first.
+
+    Raises:
+        ValueError: it is no such file, or not there.
+    """
+    kinds = get_type_hints(Row)
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            missing = kinds.keys() - set(reader.fieldnames or ())
+            if missing:
+                raise ValueError(f"{file} is no table of benchmarks: it has no column {', '.join(sorted(missing))}")
+            rows = [Row(**{name: _value(line[name], kind) for name, kind in kinds.items()}) for line in reader]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} could not be read: {error}") from None
+    return list({(row.device, row.dtype, row.case, row.size, row.variant): row for row in rows}.values())
+
+
+def _value(text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if kind is int:
+        return int(text)
+    return float(text) if text else None
+
+
+# ---- what they say ----
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All that was measured of one case at one size: ``ours`` is what a user gets, ``rivals`` are all who were timed."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        """Any of them: they agree about where and what."""
+        return self.rows[0]
+
+    @property
+    def ours(self) -> Row | None:
+        """What a user gets: "pyaccel" itself or, of an op's backends, the fastest."""
+        timed = [row for row in self.rows if is_ours(row) and row.microseconds is not None]
+        return next((row for row in timed if row.variant == OURS), min(timed, key=_time, default=None))
+
+    @property
+    def rivals(self) -> list[Row]:
+        """Everybody else who gave a right answer, the fastest first."""
+        return sorted((row for row in self.rows if not is_ours(row) and row.microseconds is not None), key=_time)
+
+    def speedup(self, *names: str) -> float | None:
+        """How many times as fast as the fastest rival ours is, or as the fastest of these."""
+        rivals = [row for row in self.rivals if not names or row.variant in names]
+        return _time(rivals[0]) / _time(self.ours) if rivals and self.ours is not None else None
+
+
+def _time(row: Row) -> float:
+    assert row.microseconds is not None
+    return row.microseconds
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """One for each device, dtype, case and size, in their order."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.case, row.dtype, row.device, row.size), []).append(row)
+    return [Cell(tuple(same)) for same in found.values()]
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Cell]]:
+    """(case, dtype, device) -> its sizes."""
+    found: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in cells(rows):
+        found.setdefault((cell.first.case, cell.first.dtype, cell.first.device), []).append(cell)
+    return found
+
+
+def variants(cells: Iterable[Cell]) -> list[str]:
+    """The names of the variants, in their order."""
+    return list(dict.fromkeys(row.variant for cell in cells for row in cell.rows))
+
+
+def notes(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[str]]:
+    """(case, variant, note) -> sizes: why a time is missing."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.note:
+            sizes = found.setdefault((row.case, row.variant, row.note), [])
+            if row.size not in sizes:
+                sizes.append(row.size)
+    return found
+
+
+def slower(rows: Iterable[Row], least: float) -> list[str]:
+    """Where ours is less than ``least`` times as fast as the fastest rival, or was not timed beside one: in words."""
+    found = []
+    for cell in cells(rows):
+        what = f"{cell.first.case}, {cell.first.size}, {cell.first.dtype}"
+        speedup = cell.speedup()
+        if cell.ours is None and cell.rivals:
+            found.append(f"{what}: no time of ours, {cell.rivals[0].variant} has one")
+        elif speedup is not None and speedup < least:
+            found.append(f"{what}: {speedup:.2f} times as fast as {cell.rivals[0].variant}")
+    return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of our variants, in two tables.
+
+    ``speedup`` is the time before over the time after; ``of_machine`` the same for everybody else at that size, which
+    are the same code both times (1 where nobody else is in both): what the machine or its versions did.
+    """
+
+    what: str
+    before: Row
+    after: Row
+    speedup: float
+    of_machine: float
+
+    @property
+    def own(self) -> float:
+        """What is left of the speedup for ours."""
+        return self.speedup / self.of_machine
+
+
+def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
+    """Each of our variants that both tables have at the same size and dtype."""
+    known = {(row.case, row.size, row.dtype, row.variant): row for row in before if row.microseconds is not None}
+    found = []
+    for cell in cells(after):
+        pairs = [
+            (known[key], row)
+            for row in cell.rows
+            if row.microseconds is not None
+            and (key := (row.case, row.size, row.dtype, row.variant)) in known
+        ]
+        others = [_time(old) / _time(new) for old, new in pairs if not is_ours(new)]
+        of_machine = statistics.geometric_mean(others) if others else 1.0
+        for old, new in pairs:
+            if is_ours(new):
+                what = f"{new.case}, {new.size}, {new.dtype}, {new.variant}"
+                found.append(Change(what, old, new, _time(old) / _time(new), of_machine))
+    return found
+
+
+# ---- in a terminal ----
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """For each case what ours takes, and how many times as long everybody else; below it why a time is missing."""
+    for (case, dtype, device), of_case in by_case(rows).items():
+        shown = [name for name in variants(of_case) if any(_timed(cell, name) for cell in of_case)]
+        table = Table(
+            title=f"{case}, {dtype}, {device}: times as long as ours", title_justify="left",
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        table.add_column("size")
+        for heading in ("ours, ms", "95 %", "of floor"):
+            table.add_column(heading, justify="right")
+        for name in shown:
+            table.add_column(escape(name), justify="right")
+        for cell in of_case:
+            ours = cell.ours
+            fastest = min((row for row in cell.rows if row.microseconds is not None), key=_time, default=None)
+            numbers = []
+            for name in shown:
+                row = _timed(cell, name)
+                if row is None:
+                    numbers.append("")
+                elif ours is None:
+                    numbers.append(f"{_time(row) / 1e3:.3g} ms")
+                else:
+                    text = f"{_time(row) / _time(ours):.2f}"
+                    numbers.append(f"[bold]{text}[/]" if row is fastest else text)
+            table.add_row(
+                escape(cell.first.size),
+                *(("", "", "") if ours is None else (
+                    f"{_time(ours) / 1e3:.3g}", f"{ours.low / 1e3:.3g} to {ours.high / 1e3:.3g}",
+                    f"{ours.of_floor:.0%} {ours.floor_of}",
+                )),
+                *numbers,
+            )  # fmt: skip
+        console.print(table)
+    for (case, variant, note), sizes in notes(rows).items():
+        text = f"{case}, {variant}: {note} ({'; '.join(sizes)})"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(verdict(rows), markup=False, highlight=False, soft_wrap=True)
+
+
+def _timed(cell: Cell, name: str) -> Row | None:
+    return next((row for row in cell.rows if row.variant == name and row.microseconds is not None), None)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Won and lost against the fastest rival of each size, in a sentence."""
+    found = [(speedup, cell) for cell in cells(rows) if (speedup := cell.speedup()) is not None]
+    if not found:
+        return "Nothing of ours was timed beside a rival."
+    least, cell = min(found, key=lambda pair: pair[0])
+    mean = math.exp(statistics.fmean(math.log(speedup) for speedup, _ in found))
+    won = sum(speedup >= 1 for speedup, _ in found)
+    return (
+        f"Fastest at {won} of {len(found)} sizes; {mean:.2f} times as fast as the fastest rival of each (geometric mean), "
+        f"at the least {least:.2f} times ({cell.rivals[0].variant}; {cell.first.case}, {cell.first.size}, "
+        f"{cell.first.dtype})."
+    )
+
+
+def show_changes(found: Sequence[Change], console: Console) -> None:
+    """Times before and after, and what is left for ours of the difference."""
+    table = Table(title="before and after", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("what")
+    for heading in ("before, ms", "after, ms", "speedup", "of the others", "own"):
+        table.add_column(heading, justify="right")
+    for change in found:
+        table.add_row(
+            escape(change.what), f"{_time(change.before) / 1e3:.3g}", f"{_time(change.after) / 1e3:.3g}",
+            f"{change.speedup:.2f}", f"{change.of_machine:.2f}", f"{change.own:.2f}",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,120 @@
+"""A BERT layer on a CPU in evaluation, in a straight line.
+
+A small batch's matrix products take some tens of microseconds each: no longer than it takes to look up a module's
+parameters, to ask whether arguments make sense and who serves them. :class:`StraightLayer` has looked them up once, and
+runs what :mod:`pyaccel.ops` would run there: oneDNN's products with bias, GELU and residual in their epilogues, and
+attention by groups of equal lengths.
+
+It holds parameters, never copies of their values: what is changed in place is used, and what is put in another's place
+is for its owner to notice (:class:`pyaccel.hf.guard.Structure`). Moving or casting a module in place is noticed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyaccel import dispatch
+from pyaccel.models.bert import activation_name, fused_qkv
+from pyaccel.nn import ResidualLayerNorm
+from pyaccel.ops import linear
+from pyaccel.ops._attention_torch import varlen_by_group
+from pyaccel.packing import PackedLayout
+
+_OPS = ("linear_activation", "residual_layernorm", "varlen_attention")
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class StraightLayer:
+    """The parameters of one layer in the order of their use; made by :meth:`of`."""
+
+    __slots__ = (
+        "activation", "dropouts", "first", "heads", "inner", "parameters", "pointers", "projections", "qkv", "second"
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, layer: Any) -> StraightLayer | None:
+        """Of a layer with BERT's names (see :func:`pyaccel.models.bert.encoder_layer`); None if it is of another kind.
+
+        Its products must be plain nn.Linear with bias, whose activation oneDNN fuses, its norms plain LayerNorm.
+        """
+        heads, first, second = layer.attention.self, layer.attention.output, layer.output
+        inner, name = layer.intermediate.dense, activation_name(layer.intermediate.intermediate_act_fn)
+        linears = (heads.query, heads.key, heads.value, first.dense, inner, second.dense)
+        norms = (first.LayerNorm, second.LayerNorm)
+        if name not in linear.ONEDNN_ACTIVATIONS or name is None:
+            return None
+        if not all(type(x) is nn.Linear for x in linears):
+            return None
+        if not all(type(x) in (nn.LayerNorm, ResidualLayerNorm) for x in norms):
+            return None
+        parameters = [p for x in (*linears, *norms) for p in (x.weight, x.bias)]
+        if not all(type(p) in _PLAIN for p in parameters):
+            return None
+        self = cls()
+        self.activation = name
+        self.heads = (heads.num_attention_heads, heads.attention_head_size)
+        self.dropouts = (heads.dropout, first.dropout, second.dropout)
+        self.projections = heads
+        self.first = (first.dense.weight, first.dense.bias, first.LayerNorm)
+        self.inner = (inner.weight, inner.bias)
+        self.second = (second.dense.weight, second.dense.bias, second.LayerNorm)
+        self.parameters = parameters
+        self.pointers: list[int] = []
+        return self
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether all of it is on the CPU and in that dtype, and nothing drops."""
+        if any(p.dtype is not dtype or not p.is_cpu for p in self.parameters):
+            return False
+        return not any(dropout.training and dropout.p > 0.0 for dropout in self.dropouts)
+
+    def __call__(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Packed hidden states ``[total_tokens, hidden_size]`` of sequences of these lengths, without gradient."""
+        qkv = linear.by_onednn(hidden, *self._fused())
+        q, k, v = qkv.view(-1, 3, *self.heads).unbind(1)
+        context = varlen_by_group(q, k, v, lengths, lengths, False, None, None, 0.0).flatten(1)
+        hidden = _residual_layernorm(context, hidden, *self.first)
+        inner = linear.by_onednn(hidden, *self.inner, self.activation)
+        return _residual_layernorm(inner, hidden, *self.second)
+
+    def _fused(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the one product, as long as the three parameters lie where they lay.
+
+        The view keeps that memory in use, so nothing else can be where they were.
+        """
+        pointers = [p.data_ptr() for p in self.parameters[:6]]
+        if pointers != self.pointers:
+            self.qkv = fused_qkv(self.projections)
+            # A copy, where they aren't neighbours, must be made anew each time.
+            is_view = self.qkv[0].data_ptr() == pointers[0] and self.qkv[1].data_ptr() == pointers[1]
+            self.pointers = pointers if is_view else []
+        return self.qkv
+
+
+def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
+    total = linear.by_onednn_with_residual(x, residual, weight, bias)
+    return torch.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def serves(layers: Sequence[StraightLayer | None], hidden: Tensor, tokens: PackedLayout) -> bool:
+    """Whether these layers give what :func:`pyaccel.models.bert.encoder_layer` gives for this call.
+
+    False wherever anything is out of the ordinary: gradients, dropout, autocast, a graph that is traced, a backend that
+    was asked for, somebody who wants to know which one serves.
+    """
+    return (
+        hidden.is_cpu
+        and type(hidden) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and dispatch.nobody_asks(_OPS)
+        and hidden.dtype in linear.onednn_dtypes()
+        and tokens.key_indices is None
+        and len(hidden) > 0
+        and all(layer is not None and layer.ready(hidden.dtype) for layer in layers)
+    )

@@ -1,0 +1,214 @@
+"""The straight line that a layer takes on a CPU in evaluation: its answers, when it is taken, and that it can't go stale."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertModel, BertModel, DistilBertConfig, DistilBertModel
+
+import pyaccel
+from pyaccel import dispatch, quantization
+from pyaccel.models.evaluation import StraightLayer
+from tests.assertions import assert_bits_equal
+from tests.hf.models import MASKS, VOCAB, Truth, batch_of, randomise, read, tiny
+
+DTYPES = [torch.float32, torch.bfloat16]
+LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How many layers took the straight line; as on a machine whose kernels are not interpreted."""
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    counted: Counter[str] = Counter()
+    run = StraightLayer.__call__
+
+    def counting(self: StraightLayer, hidden: Tensor, lengths: Any) -> Tensor:
+        counted["straight"] += 1
+        return run(self, hidden, lengths)
+
+    monkeypatch.setattr(StraightLayer, "__call__", counting)
+    yield counted
+
+
+def accelerated(model: nn.Module, **options: Any) -> Any:
+    model = copy.deepcopy(model)
+    pyaccel.accelerate(model, **options)
+    return model
+
+
+@torch.no_grad()
+def states(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).last_hidden_state
+
+
+def judge(stock: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> None:
+    Truth(stock).check(model, batch, ["last_hidden_state"], read(batch["attention_mask"]))
+
+
+def family(name: str) -> nn.Module:
+    if name == "distilbert":
+        config = DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=72)
+        return randomise(DistilBertModel(config)).eval()
+    if name == "albert":
+        config = AlbertConfig(
+            vocab_size=VOCAB, embedding_size=16, hidden_size=32, num_hidden_layers=LAYERS,
+            num_attention_heads=4, intermediate_size=72,
+        )  # fmt: skip
+        return randomise(AlbertModel(config)).eval()
+    return tiny(hidden_act=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_mask(kind: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+    model, batch = tiny(dtype=dtype), batch_of(kind)
+    judge(model, accelerated(model), batch)
+    first_is_padding = not bool(batch["attention_mask"][:, 0].all())
+    assert (calls["straight"] == 0) == first_is_padding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "distilbert", "albert"])
+def test_every_kind_of_layer(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+    model, batch = family(name).to(dtype), batch_of("right")
+    batch.pop("token_type_ids", None)
+    judge(model, accelerated(model), batch)
+    assert calls["straight"] >= LAYERS
+
+
+def test_it_is_what_the_ops_give(calls: Counter[str]) -> None:
+    model, batch = accelerated(tiny()), batch_of("right")
+    straight = states(model, batch)
+    with dispatch.record() as choices:
+        assert_bits_equal(states(model, batch), straight)
+    assert calls["straight"] == LAYERS
+    assert {choice.op for choice in choices} == {
+        "linear_activation", "varlen_attention", "residual_layernorm"
+    }  # fmt: skip
+    assert pyaccel.explain(model).report.fast["packed"] == 2 * LAYERS
+
+
+def in_training(model: Any) -> None:
+    model.encoder.layer[1].output.dropout.train()
+
+
+def hooked(model: Any) -> None:
+    model.encoder.layer[1].register_forward_hook(lambda *_: None)
+
+
+def asked(model: Any) -> AbstractContextManager[object]:
+    return pyaccel.use_backend("reference", ops=["varlen_attention"])
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (in_training, {}),
+        (hooked, {}),
+        (lambda model: model.to(torch.float16), {}),
+        (asked, {}),
+        (lambda model: torch.autocast("cpu", dtype=torch.bfloat16), {}),
+        (lambda model: torch.enable_grad(), {}),
+        (lambda model: None, {"int8": "dynamic"}),
+        (lambda model: None, {"packing": False}),
+        (lambda model: None, {"backend": "reference"}),
+    ],
+    ids=["dropout", "hook", "fp16", "backend", "autocast", "gradients", "int8", "padded", "accelerate"],
+)
+def test_what_is_out_of_the_ordinary_goes_the_long_way(
+    change: Callable[[Any], Any], options: dict[str, Any], calls: Counter[str]
+) -> None:
+    model, batch = accelerated(tiny(), **options), batch_of("right")
+    if not options:
+        states(model, batch)
+        assert calls.pop("straight") == LAYERS
+    context = change(model)
+    if not hasattr(context, "__enter__"):
+        context = nullcontext()
+    with torch.no_grad(), context:
+        model(**batch)
+    assert calls["straight"] == 0
+
+
+def test_a_static_int8_layer_or_another_activation_goes_the_long_way(calls: Counter[str]) -> None:
+    model = tiny()
+    quantization.quantize(model, "weight_only")
+    states(accelerated(model), batch_of("right"))
+    states(accelerated(tiny(hidden_act="silu")), batch_of("right"))
+    assert calls["straight"] == 0
+
+
+def in_place(model: Any) -> None:
+    for layer in model.encoder.layer:
+        layer.attention.self.key.weight.data.mul_(-1)
+        layer.output.LayerNorm.bias.data.add_(1)
+
+
+def other_memory(model: Any) -> None:
+    for layer in model.encoder.layer:
+        for p in (layer.attention.self.query.weight, layer.attention.self.value.bias):
+            p.data = p.data * 2
+
+
+def other_parameter(model: Any) -> None:
+    for layer in model.encoder.layer:
+        layer.attention.self.query.weight = nn.Parameter(-layer.attention.self.query.weight)
+        layer.intermediate.dense.bias = nn.Parameter(layer.intermediate.dense.bias + 1)
+
+
+def there_and_back(model: Any) -> None:
+    model.double()
+    in_place(model)
+    model.float()
+
+
+def loaded(model: Any) -> None:
+    model.load_state_dict({name: -0.5 * x for name, x in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [in_place, other_memory, other_parameter, there_and_back, loaded])
+def test_changed_weights_are_used(change: Callable[[Any], None], calls: Counter[str]) -> None:
+    stock, batch = tiny(), batch_of("right")
+    model = accelerated(stock)
+    before = states(model, batch)
+    change(stock), change(model)
+    judge(stock, model, batch)
+    assert not torch.equal(states(model, batch), before)
+    assert calls["straight"] >= 3 * LAYERS
+
+
+def test_a_change_of_the_layers_options_is_seen(calls: Counter[str]) -> None:
+    stock, batch = tiny(), batch_of("right")
+    model = accelerated(stock)
+    states(model, batch)
+    for each in (stock, model):
+        each.encoder.layer[0].output.LayerNorm.eps = 0.5
+    judge(stock, model, batch)
+    for each in (stock, model):
+        each.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
+    judge(stock, model, batch)
+    assert calls["straight"] >= 2 * LAYERS
+
+
+def test_copies_have_their_own(calls: Counter[str]) -> None:
+    model, batch = accelerated(tiny()), batch_of("right")
+    before = states(model, batch)
+    other = copy.deepcopy(model)
+    in_place(other)
+    assert not torch.equal(states(other, batch), before)
+    assert_bits_equal(states(model, batch), before)
+
+
+def test_of_a_bert_in_other_words() -> None:
+    (layer, *_) = tiny(BertModel).encoder.layer
+    assert StraightLayer.of(layer) is not None
+    layer.output.dense = nn.Linear(72, 32, bias=False)
+    assert StraightLayer.of(layer) is None
