@@ -64,7 +64,8 @@ def problem(size: Size, dtype: torch.dtype, device: torch.device) -> Problem:
     config.update(
         {"vocab_size": size.vocab_size, "num_hidden_layers": size.layers or config.num_hidden_layers}
     )
-    model = transformers.BertModel(config).to(device, dtype).train(size.training)
+    model: torch.nn.Module = transformers.BertModel(config)
+    model = model.to(device=device, dtype=dtype).train(size.training)
     mix, _, longest = size.mix.partition(", ")
     seq = size.seq or SEQ[size.mix]
     lengths = torch.tensor(length_mix(mix, size.batch, seq))
@@ -305,7 +306,16 @@ def on_gpu() -> Iterator[Size]:
                 yield Size(model, batch, mix)
 
 
-def case(name: str, group: str, *, training: bool = False, layers: int | None = None, **options: Any) -> Case:
+def case(
+    name: str,
+    group: str,
+    *,
+    about: str,
+    cpu_sizes: Iterator[Size],
+    quick: str,
+    training: bool = False,
+    layers: int | None = None,
+) -> Case:
     def changed(sizes: Iterator[Size]) -> dict[str, Size]:
         return labelled(size._replace(training=training, layers=layers) for size in sizes)
 
@@ -320,7 +330,9 @@ def case(name: str, group: str, *, training: bool = False, layers: int | None = 
         bytes_moved=bytes_moved,
         flops=flops,
         variants=TRAINING if training else INFERENCE,
-        **{name: changed(value) if name == "cpu_sizes" else value for name, value in options.items()},
+        cpu_sizes=changed(cpu_sizes),
+        quick=quick,
+        about=about,
     )
 
 
@@ -328,14 +340,23 @@ CASES = (
     case(
         "bert_layer",
         "layers",
+        about="One layer of a Hugging Face BERT, with its embeddings and its pooler, without gradients.",
         layers=1,
         cpu_sizes=(Size(model, 8, mix) for model in ("minilm", "bert-base") for mix in ("full", "squad")),
         quick="^minilm, 8x384 squad$",
     ),
-    case("bert", "models", cpu_sizes=on_cpu(), quick="^minilm, (1x128|8x128|8x128 sentences)$"),
+    case(
+        "bert",
+        "models",
+        about="A whole Hugging Face BERT without gradients. Mixed batches are padded to 128 (sentences, mean 25 "
+        "tokens) or 384 (SQuAD's contexts, mean 177), or to the longest of the batch.",
+        cpu_sizes=on_cpu(),
+        quick="^minilm, (1x128|8x128|8x128 sentences)$",
+    ),
     case(
         "bert_training",
         "train",
+        about="Forward and backward of a whole Hugging Face BERT without dropout, to all gradients.",
         training=True,
         cpu_sizes=(
             Size(model, batch, mix)

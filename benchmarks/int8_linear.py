@@ -57,6 +57,7 @@ def naive(p: Problem) -> Outputs:
     out = reference.int8_matmul(
         codes, p.codes, scale, p.scale, p.bias, activation="gelu", out_dtype=p.x.dtype, upcast=False
     )
+    assert isinstance(out, Tensor)  # with scales it would be a pair
     return (out,)
 
 
@@ -65,8 +66,11 @@ def prepare_ours(backend: str, *, weight_only: bool = False) -> Callable[[Proble
         @torch.no_grad()
         def call() -> Outputs:
             with dispatch.use_backend(backend):
-                options = {"weight_scale": p.scale, "weight_only": weight_only}
-                return (ops.int8_linear(p.x, p.codes, p.bias, "gelu", **options),)
+                return (
+                    ops.int8_linear(
+                        p.x, p.codes, p.bias, "gelu", weight_scale=p.scale, weight_only=weight_only
+                    ),
+                )
 
         return call
 
@@ -108,10 +112,11 @@ def prepare_linear(p: Problem, *, compiled: bool = False) -> Callable[[], Output
 def prepare_torchao(p: Problem) -> Callable[[], Outputs]:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    model = nn.Sequential(nn.Linear(p.x.shape[1], len(p.bias)), nn.GELU()).to(p.x.device, p.x.dtype)
+    linear = nn.Linear(p.x.shape[1], len(p.bias))
+    model = nn.Sequential(linear, nn.GELU()).to(p.x.device, p.x.dtype)
     with torch.no_grad():
-        model[0].weight.copy_(p.weight)
-        model[0].bias.copy_(p.bias)
+        linear.weight.copy_(p.weight)
+        linear.bias.copy_(p.bias)
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     compiled = torch.compile(model, dynamic=False)
     return torch.no_grad()(lambda: (compiled(p.x),))

@@ -37,7 +37,8 @@ def problem(sizes: tuple[int, int, int, str], dtype: torch.dtype, device: torch.
 
     wanted = mode == "forward+backward"
     leaves = (draw(rows, n_in), draw(n_out, n_in, scale=n_in**-0.5), draw(n_out))
-    return Problem(*(t.requires_grad_(wanted) for t in leaves), draw(rows, n_out), mode)
+    x, weight, bias = (t.requires_grad_(wanted) for t in leaves)
+    return Problem(x, weight, bias, draw(rows, n_out), mode)
 
 
 def by(function: Callable[..., Tensor], p: Problem) -> Outputs:
@@ -52,8 +53,8 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def truth(p: Problem) -> Outputs:
-    leaves = (t.detach().double().requires_grad_(t.requires_grad) for t in (p.x, p.weight, p.bias))
-    return by(plain, Problem(*leaves, p.grad.double(), p.mode))
+    x, weight, bias = (t.detach().double().requires_grad_(t.requires_grad) for t in (p.x, p.weight, p.bias))
+    return by(plain, Problem(x, weight, bias, p.grad.double(), p.mode))
 
 
 def bytes_moved(p: Problem) -> int:

@@ -44,7 +44,8 @@ def problem(sizes: tuple[int, int, int, str], dtype: torch.dtype, device: torch.
     labels[torch.rand(tokens, generator=generator, device=device) >= 0.15] = -100
     labels[0] = 0
     leaves = (draw(tokens, n_hidden), draw(vocab, n_hidden, scale=n_hidden**-0.5), draw(vocab))
-    return Problem(*(t.requires_grad_(mode == "forward+backward") for t in leaves), labels, mode)
+    hidden, weight, bias = (t.requires_grad_(mode == "forward+backward") for t in leaves)
+    return Problem(hidden, weight, bias, labels, mode)
 
 
 def by(function: Callable[..., Tensor], p: Problem) -> Outputs:
@@ -66,8 +67,10 @@ def gathered(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Te
 
 
 def truth(p: Problem) -> Outputs:
-    leaves = (t.detach().double().requires_grad_(t.requires_grad) for t in (p.hidden, p.weight, p.bias))
-    return by(reference.masked_lm_cross_entropy, Problem(*leaves, p.labels, p.mode))
+    hidden, weight, bias = (
+        t.detach().double().requires_grad_(t.requires_grad) for t in (p.hidden, p.weight, p.bias)
+    )
+    return by(reference.masked_lm_cross_entropy, Problem(hidden, weight, bias, p.labels, p.mode))
 
 
 def bytes_moved(p: Problem) -> int:

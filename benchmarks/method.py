@@ -73,6 +73,24 @@ class Row:
     commit: str
     date: str
 
+    @property
+    def timed(self) -> bool:
+        """Whether there is a time: not of what is missing, wrong or failed."""
+        return self.microseconds is not None
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of what was timed."""
+        assert self.microseconds is not None, f"{self.variant} has no time: {self.note}"
+        return self.microseconds / 1e3
+
+    @property
+    def spread(self) -> str:
+        """The confidence interval in milliseconds, in words."""
+        assert self.low is not None
+        assert self.high is not None
+        return f"{self.low / 1e3:.3g} to {self.high / 1e3:.3g}"
+
     def as_dict(self) -> dict[str, object]:
         """Column -> value."""
         return asdict(self)
@@ -147,7 +165,7 @@ def _measure_size(
             given = call()
             if before is not None:
                 peaks[variant.name] = torch.cuda.max_memory_allocated(device) - before
-            right, errors[variant.name] = _check(variant, problem, given, truth, naive)
+            right, errors[variant.name] = check(variant, problem, given, truth, naive)
             del given
         except Exception as error:  # whatever a rival raises is a finding, and the others go on
             notes[variant.name] = _message(error)
@@ -218,7 +236,7 @@ def _capacity(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _check(
+def check(
     variant: Variant,
     problem: Any,
     given: tuple[Tensor, ...],
@@ -268,8 +286,8 @@ def time_in_turn(
 
     A turn is two calls of which the second is timed, unless they are so long that the first can't matter: by then the
     threads of the one before, which wait awake for a while, have gone to sleep, and the caches hold what a contender
-    called again and again finds there. One that raises is out, and its error comes second. After ``seconds`` no further round begins, but for the first
-    :data:`LEAST_ROUNDS`.
+    called again and again finds there. One that raises is out, and its error comes second. After ``seconds`` no further
+    round begins, but for the first :data:`LEAST_ROUNDS`.
     """
     taken: dict[str, list[Taken]] = {name: [] for name in contenders}
     failed: dict[str, Exception] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Case:
         variants: problem -> the contenders.
         flops: problem -> the operations that can't be avoided, where they may bound it as well as the bytes.
         cpu_sizes: the sweep on a CPU, where `sizes` would take too long there.
+        about: what is measured, for a reader; by default the first sentence of its module.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Case:
     variants: tuple[Variant, ...]
     flops: Callable[[Any], int] | None = None
     cpu_sizes: dict[str, Any] | None = None
+    about: str = ""
 
     def sweep(self, device: torch.device, kind: str = "full") -> dict[str, Any]:
         """Label -> sizes of what is measured there: "full", "quick" or "smoke"."""
@@ -96,7 +98,11 @@ def cases(names: Iterable[str] | None = None) -> list[Case]:
     Raises:
         ValueError: a name of neither.
     """
-    known = [case for name in MODULES for case in importlib.import_module(f"pyaccel.benchmarks.{name}").CASES]
+    known: list[Case] = []
+    for name in MODULES:
+        module = importlib.import_module(f"pyaccel.benchmarks.{name}")
+        about = (module.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+        known += [case if case.about else replace(case, about=about) for case in module.CASES]
     if names is None:
         return known
     wanted = set(names)

@@ -55,8 +55,12 @@ def read(file: Path) -> list[Row]:
             reader = csv.DictReader(stream)
             missing = kinds.keys() - set(reader.fieldnames or ())
             if missing:
-                raise ValueError(f"{file} is no table of benchmarks: it has no column {', '.join(sorted(missing))}")
-            rows = [Row(**{name: _value(line[name], kind) for name, kind in kinds.items()}) for line in reader]
+                raise ValueError(
+                    f"{file} is no table of benchmarks: it has no column {', '.join(sorted(missing))}"
+                )
+            rows = [
+                Row(**{name: _value(line[name], kind) for name, kind in kinds.items()}) for line in reader
+            ]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} could not be read: {error}") from None
     return list({(row.device, row.dtype, row.case, row.size, row.variant): row for row in rows}.values())
@@ -75,7 +79,7 @@ def _value(text: str, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cell:
-    """All that was measured of one case at one size: ``ours`` is what a user gets, ``rivals`` are all who were timed."""
+    """All that was measured of one case at one size."""
 
     rows: tuple[Row, ...]
 
@@ -87,23 +91,22 @@ class Cell:
     @property
     def ours(self) -> Row | None:
         """What a user gets: "pyaccel" itself or, of an op's backends, the fastest."""
-        timed = [row for row in self.rows if is_ours(row) and row.microseconds is not None]
-        return next((row for row in timed if row.variant == OURS), min(timed, key=_time, default=None))
+        timed = [row for row in self.rows if is_ours(row) and row.timed]
+        return next((row for row in timed if row.variant == OURS), min(timed, key=_ms, default=None))
 
     @property
     def rivals(self) -> list[Row]:
         """Everybody else who gave a right answer, the fastest first."""
-        return sorted((row for row in self.rows if not is_ours(row) and row.microseconds is not None), key=_time)
+        return sorted((row for row in self.rows if not is_ours(row) and row.timed), key=_ms)
 
     def speedup(self, *names: str) -> float | None:
         """How many times as fast as the fastest rival ours is, or as the fastest of these."""
         rivals = [row for row in self.rivals if not names or row.variant in names]
-        return _time(rivals[0]) / _time(self.ours) if rivals and self.ours is not None else None
+        return rivals[0].ms / self.ours.ms if rivals and self.ours is not None else None
 
 
-def _time(row: Row) -> float:
-    assert row.microseconds is not None
-    return row.microseconds
+def _ms(row: Row) -> float:
+    return row.ms
 
 
 def cells(rows: Iterable[Row]) -> list[Cell]:
@@ -173,21 +176,20 @@ class Change:
 
 def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
     """Each of our variants that both tables have at the same size and dtype."""
-    known = {(row.case, row.size, row.dtype, row.variant): row for row in before if row.microseconds is not None}
+    known = {(row.case, row.size, row.dtype, row.variant): row for row in before if row.timed}
     found = []
     for cell in cells(after):
         pairs = [
             (known[key], row)
             for row in cell.rows
-            if row.microseconds is not None
-            and (key := (row.case, row.size, row.dtype, row.variant)) in known
+            if row.timed and (key := (row.case, row.size, row.dtype, row.variant)) in known
         ]
-        others = [_time(old) / _time(new) for old, new in pairs if not is_ours(new)]
+        others = [old.ms / new.ms for old, new in pairs if not is_ours(new)]
         of_machine = statistics.geometric_mean(others) if others else 1.0
         for old, new in pairs:
             if is_ours(new):
                 what = f"{new.case}, {new.size}, {new.dtype}, {new.variant}"
-                found.append(Change(what, old, new, _time(old) / _time(new), of_machine))
+                found.append(Change(what, old, new, old.ms / new.ms, of_machine))
     return found
 
 
@@ -209,21 +211,21 @@ def show(rows: Sequence[Row], console: Console) -> None:
             table.add_column(escape(name), justify="right")
         for cell in of_case:
             ours = cell.ours
-            fastest = min((row for row in cell.rows if row.microseconds is not None), key=_time, default=None)
+            fastest = min((row for row in cell.rows if row.timed), key=_ms, default=None)
             numbers = []
             for name in shown:
                 row = _timed(cell, name)
                 if row is None:
                     numbers.append("")
                 elif ours is None:
-                    numbers.append(f"{_time(row) / 1e3:.3g} ms")
+                    numbers.append(f"{row.ms:.3g} ms")
                 else:
-                    text = f"{_time(row) / _time(ours):.2f}"
+                    text = f"{row.ms / ours.ms:.2f}"
                     numbers.append(f"[bold]{text}[/]" if row is fastest else text)
             table.add_row(
                 escape(cell.first.size),
                 *(("", "", "") if ours is None else (
-                    f"{_time(ours) / 1e3:.3g}", f"{ours.low / 1e3:.3g} to {ours.high / 1e3:.3g}",
+                    f"{ours.ms:.3g}", f"{ours.spread}",
                     f"{ours.of_floor:.0%} {ours.floor_of}",
                 )),
                 *numbers,
@@ -236,7 +238,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def _timed(cell: Cell, name: str) -> Row | None:
-    return next((row for row in cell.rows if row.variant == name and row.microseconds is not None), None)
+    return next((row for row in cell.rows if row.variant == name and row.timed), None)
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -247,10 +249,10 @@ def verdict(rows: Sequence[Row]) -> str:
     least, cell = min(found, key=lambda pair: pair[0])
     mean = math.exp(statistics.fmean(math.log(speedup) for speedup, _ in found))
     won = sum(speedup >= 1 for speedup, _ in found)
+    where = f"{cell.rivals[0].variant}; {cell.first.case}, {cell.first.size}, {cell.first.dtype}"
     return (
-        f"Fastest at {won} of {len(found)} sizes; {mean:.2f} times as fast as the fastest rival of each (geometric mean), "
-        f"at the least {least:.2f} times ({cell.rivals[0].variant}; {cell.first.case}, {cell.first.size}, "
-        f"{cell.first.dtype})."
+        f"Fastest at {won} of {len(found)} sizes; {mean:.2f} times as fast as the fastest rival of each "
+        f"(geometric mean), at the least {least:.2f} times ({where})."
     )
 
 
@@ -262,7 +264,7 @@ def show_changes(found: Sequence[Change], console: Console) -> None:
         table.add_column(heading, justify="right")
     for change in found:
         table.add_row(
-            escape(change.what), f"{_time(change.before) / 1e3:.3g}", f"{_time(change.after) / 1e3:.3g}",
+            escape(change.what), f"{change.before.ms:.3g}", f"{change.after.ms:.3g}",
             f"{change.speedup:.2f}", f"{change.of_machine:.2f}", f"{change.own:.2f}",
         )  # fmt: skip
     console.print(table)

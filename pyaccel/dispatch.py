@@ -94,6 +94,11 @@ def requested(op: str) -> str:
     return _requested.get(op, _requested.get("", "auto"))
 
 
+def is_recording() -> bool:
+    """Whether somebody collects what is chosen, and why."""
+    return _recorder is not None and not torch.compiler.is_compiling()
+
+
 def nobody_asks(ops: Iterable[str]) -> bool:
     """Whether, on a CPU, each of these ops is served as by default, and nobody records by whom."""
     if _recorder is not None or interpreting():

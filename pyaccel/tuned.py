@@ -1,7 +1,25 @@
-"""What was measured on which machine, from ``kernels/tuned/*.json``: data for dispatch and for ``explain``.
+"""What was measured on which machine: data for dispatch and for ``explain``.
 
-``int8_linear.json``: microseconds of a linear layer with bias and GELU, in int8 by each backend and in floating point,
-by ``python -m benchmarks.int8_table``. Times of one run on one machine: their ratios are what counts.
+A table is a JSON file named like an op, with the microseconds of each way to serve it at some sizes. Some ship in
+``kernels/tuned/``; ``pyaccel tune`` measures a user's own machine into :func:`user_folder`, and those come first. Times
+are of one run on one machine: their ratios are what counts.
+
+========================  ================================  ==================================================
+op                        size                              ways
+========================  ================================  ==================================================
+int8_matmul               rows, in_features, out_features   backends of int8, and ``floating``, the layer in
+                                                            floating point
+linear_activation         rows, in_features, out_features   backends on a GPU; on a CPU ``onednn``, its fused
+                                                            product, and ``plain``, F.linear and the activation
+varlen_attention          longest sequence, heads,          backends on a GPU; on a CPU ``matmul``, two products
+                          head_dim                          and a softmax, and ``sdpa``, of each sequence
+scaled_dot_product_       longest sequence, heads,          backends
+attention                 head_dim
+residual_layernorm,       rows, columns                     backends
+bias_gelu,
+bert_embeddings
+masked_lm_cross_entropy   rows, columns, vocabulary         backends
+========================  ================================  ==================================================
 """
 
 from __future__ import annotations
@@ -9,7 +27,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import platform
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,41 +38,40 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "kernels" / "tuned"
-# Farther from every size that was measured (by the product of the three ratios), nothing is said.
+# Farther from every size that was measured (by the product of the ratios), nothing is said.
 FARTHEST = 16.0
+NOISE = 1.05
+
+
+def user_folder() -> Path:
+    """Where ``pyaccel tune`` writes: ``$PYACCEL_TUNED``, or ``pyaccel/tuned`` in the user's data directory."""
+    given = os.environ.get("PYACCEL_TUNED")
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(given) if given else Path(data) / "pyaccel" / "tuned"
 
 
 @dataclass(frozen=True)
-class Int8Timing:
-    """One size of a layer in int8 and in floating point.
+class Timing:
+    """One size of an op that was measured.
 
     Attributes:
-        rows, n_in, n_out: the size that was measured.
-        backends: int8 backend -> microseconds.
-        floating: microseconds of ``F.linear`` and its activation in the input's dtype.
+        size: as the table above has it.
+        us: way -> microseconds.
+        source: "shipped" or "measured here".
     """
 
-    rows: int
-    n_in: int
-    n_out: int
-    backends: dict[str, float]
-    floating: float
+    size: tuple[int, ...]
+    us: dict[str, float]
+    source: str
 
-    @property
-    def fastest(self) -> str:
-        """The int8 backend with the least time."""
-        return min(self.backends, key=self.backends.__getitem__)
-
-    @property
-    def speedup(self) -> float:
-        """How many times as fast as the floating layer int8 is by its fastest backend; below 1 it is slower."""
-        return self.floating / self.backends[self.fastest]
+    def fastest(self, among: Iterable[str] | None = None) -> str | None:
+        """The way with the least time, of those named; None where none of them was measured."""
+        ways = self.us.keys() if among is None else self.us.keys() & set(among)
+        return min(sorted(ways), key=self.us.__getitem__, default=None)
 
     def __str__(self) -> str:
-        return (
-            f"measured at {self.rows} x {self.n_in} to {self.n_out}: {self.speedup:.2f} times as fast as the "
-            "floating layer"
-        )
+        times = ", ".join(f"{way} {us:.4g}" for way, us in sorted(self.us.items(), key=lambda pair: pair[1]))
+        return f"{self.source} at {' x '.join(map(str, self.size))}: {times} us"
 
 
 @functools.cache
@@ -63,43 +83,110 @@ def machine(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}{vnni}"
 
 
-def int8_timings(device: torch.device, dtype: torch.dtype) -> list[Int8Timing]:
+def timings(op: str, device: torch.device, dtype: torch.dtype) -> list[Timing]:
     """Every size that was measured on this kind of machine with inputs of ``dtype``; empty if none was."""
-    return list(_tables().get((machine(device), dtype), ()))
+    return list(_tables().get((op, machine(device), dtype), ()))
 
 
 @functools.lru_cache(maxsize=4096)
-def int8_timing(
-    device: torch.device, dtype: torch.dtype, rows: int, n_in: int, n_out: int
-) -> Int8Timing | None:
-    """The nearest size that was measured, by the logarithms of its three numbers; None if there is none near."""
-    if not rows or not n_in or not n_out:
+def nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> Timing | None:
+    """The nearest size that was measured, by the logarithms of its numbers; None if there is none near."""
+    if not all(size):
         return None
 
-    def distance(timing: Int8Timing) -> float:
-        pairs = ((timing.rows, rows), (timing.n_in, n_in), (timing.n_out, n_out))
-        return sum(abs(math.log(a / b)) for a, b in pairs)
+    def distance(timing: Timing) -> float:
+        return sum(abs(math.log(a / b)) for a, b in zip(timing.size, size, strict=True))
 
-    timings = int8_timings(device, dtype)
-    nearest = min(timings, key=distance, default=None)
-    return nearest if nearest is not None and distance(nearest) <= math.log(FARTHEST) else None
+    found = min(timings(op, device, dtype), key=distance, default=None)
+    return found if found is not None and distance(found) <= math.log(FARTHEST) else None
+
+
+def preferred(
+    op: str, device: torch.device, dtype: torch.dtype, size: Sequence[int], ways: Iterable[str]
+) -> tuple[str | None, str]:
+    """The way that was fastest at the nearest size, of those named, and the row that says so; (None, "") without one.
+
+    Nothing is said in a traced graph, which serves many sizes.
+    """
+    if torch.compiler.is_compiling():
+        return None, ""
+    timing = nearest(op, device, dtype, tuple(size))
+    way = None if timing is None else timing.fastest(ways)
+    return (None, "") if way is None else (way, str(timing))
+
+
+@functools.lru_cache(maxsize=256)
+def never_loses(op: str, device: torch.device, dtype: torch.dtype, way: str, other: str) -> bool:
+    """Whether at no size that was measured ``other`` was faster than ``way`` by more than noise."""
+    both = [row.us for row in timings(op, device, dtype) if {way, other} <= row.us.keys()]
+    return all(us[way] <= NOISE * us[other] for us in both)
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Nothing is known inside, as on a machine that nobody has measured."""
+    global _ignored
+    before, _ignored = _ignored, True
+    forget()
+    try:
+        yield
+    finally:
+        _ignored = before
+        forget()
+
+
+_ignored = False
 
 
 @functools.cache
-def _tables() -> dict[tuple[str, torch.dtype], tuple[Int8Timing, ...]]:
-    tables = {}
-    for table in read_int8_tables():
-        timings = []
-        for row in table["rows"]:
-            rows, n_in, n_out = row["size"]
-            timings.append(Int8Timing(rows, n_in, n_out, row["int8"], row["floating"]))
-        tables[table["machine"], getattr(torch, table["dtype"])] = tuple(timings)
+def _tables() -> dict[tuple[str, str, torch.dtype], tuple[Timing, ...]]:
+    tables: dict[tuple[str, str, torch.dtype], tuple[Timing, ...]] = {}
+    if _ignored:
+        return tables
+    for folder, source in ((FOLDER, "shipped"), (user_folder(), "measured here")):
+        for file in sorted(folder.glob("*.json")):
+            for table in read(file):
+                rows = tuple(Timing(tuple(row["size"]), row["us"], source) for row in table["rows"])
+                tables[file.stem, table["machine"], getattr(torch, table["dtype"])] = rows
     return tables
 
 
-def read_int8_tables(file: Path = FOLDER / "int8_linear.json") -> list[dict[str, Any]]:
-    """The file's tables: ``machine``, ``dtype``, provenance, and ``rows`` of ``size``, ``int8`` and ``floating``."""
-    tables: list[dict[str, Any]] = (
-        json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else []
-    )
+def read(file: Path) -> list[dict[str, Any]]:
+    """The file's tables: ``machine``, ``dtype``, provenance, and ``rows`` of ``size`` and ``us``; none without a file.
+
+    Raises:
+        ValueError: it isn't such a file.
+    """
+    if not file.exists():
+        return []
+    try:
+        tables: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["tables"]
+        fine = all(
+            isinstance(table["machine"], str)
+            and isinstance(getattr(torch, table["dtype"]), torch.dtype)
+            and all({"size", "us"} <= row.keys() for row in table["rows"])
+            for table in tables
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fine = False
+    if not fine:
+        raise ValueError(f"{file} is no table of measurements: delete it, or run `pyaccel tune` anew")
     return tables
+
+
+def write(file: Path, tables: Iterable[dict[str, Any]]) -> None:
+    """Put tables into the file, each in the place of one of the same machine and dtype, and use them from now on."""
+    new = {(table["machine"], table["dtype"]): table for table in tables}
+    kept = [table for table in read(file) if (table["machine"], table["dtype"]) not in new]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")  # whoever reads now sees the old file or the new one
+    part.write_text(json.dumps({"tables": [*kept, *new.values()]}, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+    forget()
+
+
+def forget() -> None:
+    """Read the files again at the next question."""
+    _tables.cache_clear()
+    nearest.cache_clear()
+    never_loses.cache_clear()

@@ -1,68 +1,215 @@
-"""Measured tables: what is nearest, what dispatch makes of it, and the program that writes them."""
+"""Measured tables: what is nearest, whose comes first, what dispatch and `explain` make of it, and who writes them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pyaccel
 from pyaccel import dispatch, ops, quantization, tuned
-from pyaccel.benchmarks import int8_table
-from tests.hf.models import tiny
+from pyaccel.benchmarks import tune as tuning
+from pyaccel.benchmarks.registry import Variant
+from pyaccel.cli import app
+from pyaccel.cli.errors import BadInputError
+from pyaccel.ops import linear
+from pyaccel.ops._attention_torch import matmul_wins
+from tests.hf.models import batch_of, tiny
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    rows = [
-        {"size": [1, 32, 72], "int8": {"torch": 20.0}, "floating": 10.0},
-        {"size": [64, 32, 72], "int8": {"torch": 20.0, "triton": 30.0}, "floating": 50.0},
-    ]
-    (tmp_path / "int8_linear.json").write_text(
-        json.dumps({"tables": [{"machine": tuned.machine(CPU), "dtype": "float32", "rows": rows}]})
-    )
-    monkeypatch.setattr(tuned, "read_int8_tables", lambda: real(tmp_path / "int8_linear.json"))
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No table but those that a test writes, and a machine whose kernels are not interpreted."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "shipped")
+    monkeypatch.setenv("PYACCEL_TUNED", str(tmp_path / "own"))
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    real = int8_table.read_int8_tables
-    for cached in (tuned._tables, tuned.int8_timing):
-        cached.cache_clear()
-    yield tmp_path / "int8_linear.json"
-    for cached in (tuned._tables, tuned.int8_timing):
-        cached.cache_clear()
+    tuned.forget()
+    yield tmp_path
+    tuned.forget()
 
 
-def test_the_nearest_size_in_proportion(table: Path) -> None:
+def write(
+    folder: str, op: str, rows: dict[tuple[int, ...], dict[str, float]], machine: str | None = None
+) -> None:
+    root = tuned.FOLDER.parent
+    listed = [{"size": list(size), "us": us} for size, us in rows.items()]
+    table = {"machine": machine or tuned.machine(CPU), "dtype": "float32", "rows": listed}
+    tuned.write(root / folder / f"{op}.json", [table])
+
+
+INT8 = {
+    (1, 32, 72): {"torch": 20.0, "floating": 10.0},
+    (64, 32, 72): {"torch": 20.0, "triton": 30.0, "floating": 50.0},
+}
+
+
+def test_the_nearest_size_in_proportion() -> None:
+    write("shipped", "int8_matmul", INT8)
+
     def near(rows: int, n_in: int = 32, n_out: int = 72, dtype: torch.dtype = torch.float32) -> int | None:
-        found = tuned.int8_timing(CPU, dtype, rows, n_in, n_out)
-        return None if found is None else found.rows
+        found = tuned.nearest("int8_matmul", CPU, dtype, (rows, n_in, n_out))
+        return None if found is None else found.size[0]
 
     assert [near(n) for n in (1, 7, 9, 100)] == [1, 1, 64, 64]
     assert near(64, 64, 144) == 64
     assert near(64, 32 * 5, 72 * 5) is None  # too far
     assert near(64, dtype=torch.bfloat16) is None
     assert near(0) is None
-    few, many = tuned.int8_timings(CPU, torch.float32)
-    assert (few.fastest, few.speedup, many.fastest, many.speedup) == ("torch", 0.5, "torch", 2.5)
+    _, many = tuned.timings("int8_matmul", CPU, torch.float32)
+    assert (many.fastest(), many.fastest(["triton", "floating"]), many.fastest(["sdpa"])) == (
+        "torch", "triton", None
+    )  # fmt: skip
+    assert tuned.preferred("int8_matmul", CPU, torch.float32, (64, 32, 72), ["sdpa"]) == (None, "")
 
 
-def test_dispatch_gives_the_row_that_decided(table: Path) -> None:
+def test_one_s_own_measurements_come_first_and_take_effect_at_once() -> None:
+    def way() -> tuple[str | None, str]:
+        return tuned.preferred("varlen_attention", CPU, torch.float32, (16, 4, 8), ("matmul", "sdpa"))
+
+    assert way() == (None, "")
+    assert not matmul_wins(16, 4, 8, torch.float32)
+    write("shipped", "varlen_attention", {(16, 4, 8): {"matmul": 2.0, "sdpa": 1.0}})
+    assert way() == ("sdpa", "shipped at 16 x 4 x 8: sdpa 1, matmul 2 us")
+    write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
+    assert way() == ("matmul", "measured here at 16 x 4 x 8: matmul 1, sdpa 2 us")
+    assert matmul_wins(16, 4, 8, torch.float32)
+    assert not matmul_wins(1025, 4, 8, torch.float32)  # its scores would be large
+    with tuned.ignored():
+        assert way() == (None, "")
+    assert way()[0] == "matmul"
+    write("own", "varlen_attention", {(16, 4, 8): {"matmul": 9.0, "sdpa": 2.0}}, machine="another")
+    assert way()[0] == "matmul"
+
+
+def test_a_new_process_reads_them() -> None:
+    write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
+    code = (
+        "import torch; from pyaccel.ops._attention_torch import matmul_wins;"
+        "print(matmul_wins(16, 4, 8, torch.float32))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
+
+
+def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PYACCEL_TUNED")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert tuned.user_folder() == tmp_path / "pyaccel" / "tuned"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert tuned.user_folder() == Path.home() / ".local" / "share" / "pyaccel" / "tuned"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"tables": [{"machine": 1}]}', '{"tables": [{"machine": "x", "dtype": "f"}]}']
+)
+def test_a_broken_table_says_so(text: str, folders: Path) -> None:
+    (folders / "own").mkdir()
+    (folders / "own" / "bias_gelu.json").write_text(text)
+    with pytest.raises(ValueError, match=r"bias_gelu.json is no table of measurements: .*pyaccel tune"):
+        tuned.timings("bias_gelu", CPU, torch.float32)
+
+
+# ---- dispatch listens ----
+
+
+def test_int8_by_the_row_that_decided() -> None:
+    write("shipped", "int8_matmul", INT8)
     codes, scale = ops.quantize_per_token(torch.randn(50, 32))
     weight, w_scale = ops.quantize_per_channel(torch.randn(72, 32))
     with dispatch.record() as choices:
         ops.int8_matmul(codes, weight, scale, w_scale)
-    assert choices == [
-        dispatch.Choice(
-            "int8_matmul", "torch", "measured at 64 x 32 to 72: 2.50 times as fast as the floating layer"
-        )
-    ]
+    row = "shipped at 64 x 32 x 72: torch 20, triton 30, floating 50 us"
+    assert choices == [dispatch.Choice("int8_matmul", "torch", row)]
 
 
-def test_explain_shows_when_int8_is_not_faster(table: Path) -> None:
+@pytest.mark.skipif(not linear.onednn_dtypes(), reason="this torch has no oneDNN")
+def test_products_by_the_row_that_decided() -> None:
+    x, weight, bias = torch.randn(50, 32), torch.randn(72, 32), torch.randn(72)
+
+    def choice() -> tuple[str, str]:
+        with torch.no_grad(), dispatch.record() as choices:
+            way = linear.choose_way(x, weight, bias, "gelu")
+        return way, choices[0].reason
+
+    assert choice() == ("onednn", "oneDNN, bias and activation fused")
+    assert linear.onednn_everywhere(torch.float32)
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "plain": 1.0}})
+    row = "measured here at 64 x 32 x 72: plain 1, onednn 2 us"
+    assert choice() == ("plain", f"F.linear, then the activation: {row}")
+    assert not linear.onednn_everywhere(torch.float32)
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.02, "plain": 1.0}})
+    assert linear.onednn_everywhere(torch.float32)  # that is noise
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.0, "plain": 2.0}})
+    assert choice() == (
+        "onednn",
+        "oneDNN, bias and activation fused (measured here at 64 x 32 x 72: onednn 1, plain 2 us)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("us", "expected"), [({"triton": 2.0, "torch": 1.0}, "torch"), ({"triton": 1.0, "torch": 2.0}, "triton")]
+)
+def test_on_a_card_the_faster_backend_serves(
+    us: dict[str, float], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta tensors stand for a card's: what would serve them is chosen, and nothing runs."""
+    monkeypatch.setattr(tuned, "machine", lambda device: "a card" if device.type == "meta" else "cpu")
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    if dispatch._HAS_TRITON is False:
+        pytest.skip("triton is not installed")
+
+    def x(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta")
+
+    norm = (x(32), x(32))
+    q = x(2, 4, 16, 8)
+    packed, offsets = x(32, 4, 8), torch.empty(3, dtype=torch.int32, device="meta")
+    ids = torch.empty(64, dtype=torch.int64, device="meta")
+    calls: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
+        "residual_layernorm": ((64, 32), lambda: ops.residual_layernorm(x(64, 32), x(64, 32), *norm)),
+        "bias_gelu": ((64, 32), lambda: ops.bias_gelu(x(64, 32), x(32))),
+        "bert_embeddings": ((64, 32), lambda: ops.bert_embeddings(ids, x(99, 32), None, None, *norm)),
+        "scaled_dot_product_attention": ((16, 4, 8), lambda: ops.scaled_dot_product_attention(q, q, q)),
+        "varlen_attention": (
+            (16, 4, 8), lambda: ops.varlen_attention(packed, packed, packed, offsets, offsets, 16, 16)
+        ),
+        "linear_activation": ((64, 32, 72), lambda: ops.linear_activation(x(64, 32), x(72, 32), x(72), "gelu")),
+    }  # fmt: skip
+    for op, (size, call) in calls.items():
+        write("own", op, {size: us}, machine="a card")
+        with dispatch.record() as choices:
+            call()
+        first = next(choice for choice in choices if choice.op == op)
+        assert first.backend == expected, op
+        assert first.reason.startswith("measured here at "), op
+
+
+def test_explain_shows_the_row() -> None:
+    write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
+    write("own", "linear_activation", {(16, 32, 72): {"onednn": 1.0, "plain": 2.0}})
+    model = tiny()
+    pyaccel.accelerate(model)
+    with torch.no_grad():
+        model(**batch_of("right"))
+    text = str(pyaccel.explain(model))
+    assert "measured here at 16 x 4 x 8: matmul 1, sdpa 2 us" in text
+    assert "measured here at 16 x 32 x 72: onednn 1, plain 2 us" in text
+
+
+def test_explain_shows_when_int8_is_not_faster() -> None:
+    write("shipped", "int8_matmul", INT8)
     model = tiny()
     quantization.quantize(model)
     with pyaccel.use_backend("torch"):
@@ -77,15 +224,22 @@ def test_explain_shows_when_int8_is_not_faster(table: Path) -> None:
     assert pyaccel.explain(floating).int8 == {}
 
 
-def test_the_table_is_written_and_others_stay(tmp_path: Path) -> None:
-    file = tmp_path / "tuned" / "int8_linear.json"
-    file.parent.mkdir()
-    file.write_text('{"tables": [{"machine": "another", "dtype": "float32", "rows": []}]}')
+# ---- who writes them ----
+
+
+def test_tune_writes_what_dispatch_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_first", lambda one, device: _smallest(one))
+    write("own", "int8_matmul", {(1, 2, 3): {"torch": 1.0}}, machine="another")
+    options = ["tune", "--quick", "--rounds", "2", "--dtype", "fp32", "--device", "cpu"]
     for _ in range(2):
-        options = ["--quick", "--rounds", "1", "--dtype", "float32", "--device", "cpu", "--file", str(file)]
-        assert int8_table.main(options) == 0
-    other, mine = tuned.read_int8_tables(file)
+        done = CliRunner().invoke(app, options)
+        assert done.exit_code == 0, done.output
+    assert f"written to {tuned.user_folder()}" in done.output
+    files = {file.stem: tuned.read(file) for file in tuned.user_folder().glob("*.json")}
+    assert files.keys() == {"linear_activation", "varlen_attention", "int8_matmul"}
+    other, mine = files["int8_matmul"]
     assert other["machine"] == "another"
+    assert {"machine", "dtype", "device", "torch", "triton", "commit", "date", "rows"} == mine.keys()
     assert (mine["machine"], mine["dtype"], mine["torch"]) == (
         tuned.machine(CPU),
         "float32",
@@ -93,12 +247,65 @@ def test_the_table_is_written_and_others_stay(tmp_path: Path) -> None:
     )
     (row,) = mine["rows"]
     assert row["size"] == [19, 24, 40]
-    assert row["int8"].keys() == {"torch"}
-    assert row["floating"] > 0
+    assert row["us"].keys() == {"torch", "floating"}
+    (timing,) = tuned.timings("varlen_attention", CPU, torch.float32)
+    assert (timing.size, timing.us.keys()) == ((9, 2, 8), {"matmul", "sdpa"})
+    (timing,) = tuned.timings("linear_activation", CPU, torch.float32)
+    assert (timing.size, timing.us.keys()) == ((9, 24, 40), {"onednn", "plain"})
 
 
-def test_what_ships_can_be_read() -> None:
-    for shipped in tuned.read_int8_tables():
-        assert {"machine", "dtype", "device", "torch", "commit", "date", "rows"} <= shipped.keys()
-        for row in shipped["rows"]:
-            assert tuned.Int8Timing(*row["size"], row["int8"], row["floating"]).speedup > 0
+def _smallest(one: tuning.Tunable) -> tuning.Tunable:
+    label, size = next(iter(one.case.smoke.items()))
+    return tuning.dataclasses.replace(one, sizes={label: size})
+
+
+def test_a_wrong_way_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = tuning.tunables(CPU, ["varlen_attention"])
+    wrong = Variant("pyaccel SDPA", lambda p: lambda: (p.tensors[0] * 2,))
+    case = tuning.dataclasses.replace(one.case, variants=(one.case.variants[0], wrong))
+    broken = tuning.dataclasses.replace(_smallest(one), case=case)
+    monkeypatch.setattr(tuning, "tunables", lambda *_, **__: [broken])
+    done = CliRunner().invoke(app, ["tune", "--dtype", "fp32", "--device", "cpu"])
+    assert done.exit_code == 1
+    assert "pyaccel SDPA at 2x8 9: wrong" in done.output
+    assert not tuned.user_folder().exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["bias_gelu"], "nothing is to be chosen for bias_gelu on cpu"),
+        (["--dtype", "fp8"], "--dtype fp8"),
+        (["--device", "x"], "x"),
+    ],
+)
+def test_bad_options(options: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["tune", *options])
+    assert isinstance(done.exception, BadInputError)
+    assert message in str(done.exception)
+
+
+def test_every_op_of_a_card_has_something_to_measure() -> None:
+    found = {one.op: one for one in tuning.tunables(torch.device("cuda"))}
+    assert found.keys() == {
+        "scaled_dot_product_attention", "varlen_attention", "residual_layernorm", "bias_gelu", "bert_embeddings",
+        "linear_activation",
+        "masked_lm_cross_entropy", "int8_matmul",
+    }  # fmt: skip
+    for one in found.values():
+        sizes = one.sizes or one.case.sweep(torch.device("cuda"))
+        assert len({len(one.size(size)) for size in sizes.values()}) == 1
+        names = {variant.name for variant in one.case.variants}
+        assert {name for names in one.ways.values() for name in names} <= names
+
+
+def test_what_ships_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Path(pyaccel.__file__).parent / "kernels" / "tuned"
+    files = sorted(shipped.glob("*.json"))
+    assert [file.stem for file in files] == ["int8_matmul", "linear_activation", "varlen_attention"]
+    for file in files:
+        for table in tuned.read(file):
+            assert {"machine", "dtype", "device", "torch", "commit", "date", "rows"} <= table.keys()
+            assert len({len(row["size"]) for row in table["rows"]}) == 1
+            assert all(us > 0 for row in table["rows"] for us in row["us"].values())
+    assert json.loads(files[0].read_text()).keys() == {"tables"}

@@ -13,6 +13,7 @@ from pyaccel.cli.encode import encode
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inspect import inspect
 from pyaccel.cli.quantize import quantize
+from pyaccel.cli.tune import tune
 from pyaccel.cli.verify import verify
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(quantize)
 app.command()(encode)
 app.command()(verify)
 app.command()(bench)
+app.command()(tune)
 
 
 def main() -> None:

@@ -1,208 +1,244 @@
-"""``pyaccel bench --cost``: what a whole BERT launches, multiplies, moves and saves, stock beside accelerated."""
+"""``pyaccel bench``: ops, layers, models and training steps beside their rivals; or, with ``--cost``, counted."""
 
 from __future__ import annotations
 
-import json
-import time
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pyaccel.cli.bench_cost import show_cost
 from pyaccel.cli.errors import BadInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
-    from pyaccel.verify.cost import Card
-    from pyaccel.verify.model_cost import Part
+    from pyaccel.benchmarks.method import Row
+    from pyaccel.benchmarks.run import Job
 
-CPU = "this CPU"
-BAR = 40  # characters
+MEASURING, COUNTING = "Measuring", "With --cost"
 
 
 def bench(
-    cost: Annotated[bool, typer.Option("--cost", help="Count instead of timing: needs no GPU.")] = False,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(help="ops, layers, models, train, or names of cases; all by default."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fp32, bf16 or fp16; may be repeated. fp32 and bf16, fp32 with --quick, bf16 with --cost."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few sizes and rounds: minutes.", rich_help_panel=MEASURING)
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; a GPU where there is one.", rich_help_panel=MEASURING)
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(metavar="REGEX", help="Only sizes whose label matches.", rich_help_panel=MEASURING)
+    ] = "",
+    against: Annotated[
+        str, typer.Option(metavar="REGEX", help="Only rivals whose name matches.", rich_help_panel=MEASURING)
+    ] = "",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="20, or 10 with --quick.", rich_help_panel=MEASURING)
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A folder: results.csv is appended to, report.html and plots are written.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = Path("bench"),
+    listed: Annotated[
+        bool,
+        typer.Option("--list", help="Print cases, sizes and variants, and stop.", rich_help_panel=MEASURING),
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="BEFORE AFTER",
+            help="Two results.csv side by side, without measuring.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    fail_if_slower: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            min=0.0,
+            help="Exit with 1 where ours is less than this times as fast as the fastest rival or, with --compare, than "
+            "before, less what the rivals changed by.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Count instead of timing: needs no GPU.", rich_help_panel=COUNTING)
+    ] = False,
     model: Annotated[
-        str, typer.Option(help="minilm, bert-base, bert-large, or a folder with a BERT's config.json.")
+        str,
+        typer.Option(
+            help="minilm, bert-base, bert-large, or a folder with a BERT's config.json.",
+            rich_help_panel=COUNTING,
+        ),
     ] = "bert-base",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 32,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the longest sequence.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.", rich_help_panel=COUNTING)] = 32,
+    seq_len: Annotated[
+        int, typer.Option(min=1, help="What sequences are padded to.", rich_help_panel=COUNTING)
+    ] = 512,
     lengths: Annotated[
-        str, typer.Option(help="full; squad (46 % full on average); or sentences (20 %).")
+        str,
+        typer.Option(
+            help="full; squad (46 % full on average); or sentences (20 %).", rich_help_panel=COUNTING
+        ),
     ] = "full",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    training: Annotated[bool, typer.Option("--training", help="Forward with dropout, and backward.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Forward with dropout, and backward.", rich_help_panel=COUNTING)
+    ] = False,
     backend: Annotated[
-        str, typer.Option(help="Of the accelerated model: auto, triton, torch (no kernels) or reference.")
+        str,
+        typer.Option(
+            help="Of the accelerated model: auto, triton, torch (no kernels) or reference.",
+            rich_help_panel=COUNTING,
+        ),
     ] = "auto",
-    by_op: Annotated[bool, typer.Option("--by-op", help="Also a table of operators.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    by_op: Annotated[
+        bool, typer.Option("--by-op", help="Also a table of operators.", rich_help_panel=COUNTING)
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the least times into this .svg, .png or .pdf.", rich_help_panel=COUNTING),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=COUNTING)
+    ] = False,
 ) -> None:
-    """Launches, FLOPs, bytes moved and bytes saved for backward of a BERT, and the least time they take on a card.
+    """Time pyaccel beside its rivals on this machine: answers are checked first, and contenders take turns.
 
-    Both models run on tensors without data, and what they call is written down. Needs transformers and, for the
-    kernels' side, triton; no GPU. Times are measured by `python -m benchmarks` in a checkout. Exits with 2 for bad
-    options.
+    Leaves a table (results.csv), plots and a page to read (report.html). A rival that isn't installed is shown as
+    missing: pip install 'pyaccel-bert[rivals]' brings them. Exits with 0; with 1 where an answer of ours was wrong or
+    --fail-if-slower says so; with 2 for bad options.
+
+    With --cost nothing is timed: launches, FLOPs, bytes moved and bytes saved for backward of a BERT, stock beside
+    accelerated, counted on tensors without data, and the least time they take on a card. Needs transformers and, for
+    the kernels' side, triton; no GPU.
     """
-    from pyaccel.dispatch import NotSupportedError
-    from pyaccel.verify import cost as lane
-    from pyaccel.verify import model_cost
-
-    if not cost:
-        raise BadInputError("give --cost: times are measured by `python -m benchmarks` in a checkout")
-    if dtype not in lane.DTYPES:
-        raise BadInputError(f"--dtype {dtype}: expected one of {', '.join(lane.DTYPES)}")
-    try:
-        config = model_cost.bert_config(model)
-        mix = model_cost.length_mix(lengths, batch, seq_len)
-        if seq_len > config.max_position_embeddings:
-            raise ValueError(f"--seq-len {seq_len}: the model has {config.max_position_embeddings} positions")
-        costs = model_cost.model_costs(config, mix, lane.DTYPES[dtype], training=training, backend=backend)
-    except (ValueError, NotSupportedError, ImportError) as error:
-        raise BadInputError(str(error)) from error
-    cards = {**lane.CARDS, CPU: measured_card(lane.DTYPES[dtype])}
-    if as_json:
-        typer.echo(json.dumps({side: _as_dict(parts, cards) for side, parts in costs.items()}, indent=1))
+    if cost:
+        if what or len(dtype or ()) > 1:
+            raise BadInputError(
+                "--cost counts one model (--model) in one --dtype, and takes no names of cases"
+            )
+        show_cost(
+            model, batch, seq_len, lengths, (dtype or ["bf16"])[0],
+            training=training, backend=backend, by_op=by_op, plot=plot, as_json=as_json,
+        )  # fmt: skip
         return
     console = Console()
     if not console.is_terminal:
-        console.width = 140  # a pipe has no width to fit
-    mode = "training" if training else "evaluation"
-    title = f"{model}, {batch} x {seq_len} ({lengths}: {sum(mix)} tokens), {dtype}, {mode}"
-    console.print(_parts_table(title, costs, backend))
-    if by_op:
-        console.print(_ops_table(costs))
-    console.print(_cards_table(costs, cards))
+        console.width = 200  # a pipe has no width to fit
+    if compare is not None:
+        raise typer.Exit(_compare(*compare, fail_if_slower, console))
+    jobs, where = _plan(what, dtype, device, quick=quick, sizes=sizes, against=against)
+    if listed:
+        for job in {job.case.name: job for job in jobs}.values():
+            typer.echo(f"{job.case.name} ({job.case.group}): {job.case.about}")
+            typer.echo(f"  sizes:    {'; '.join(job.sizes)}")
+            typer.echo(f"  variants: {'; '.join(variant.name for variant in job.case.variants)}")
+        return
+    raise typer.Exit(_measure(jobs, where, quick, rounds, out, fail_if_slower, console))
 
 
-def measured_card(dtype: torch.dtype) -> Card:
-    """This CPU's rates: the best of a few copies and of a few large matrix products in ``dtype``."""
+def _plan(
+    what: list[str] | None,
+    dtype: list[str] | None,
+    device: str | None,
+    *,
+    quick: bool,
+    sizes: str,
+    against: str,
+) -> tuple[list[Job], torch.device]:
     import torch
 
-    from pyaccel.verify.cost import Card
+    from pyaccel.benchmarks import run
+    from pyaccel.verify.cost import DTYPES
 
-    source = torch.ones(32 * 2**20)
-    target = torch.empty_like(source)
-    a = torch.ones(1024, 1024, dtype=dtype)
-
-    def best(call: Any) -> float:
-        taken = []
-        for _ in range(5):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-        return min(taken)
-
-    return Card(
-        bandwidth=2 * source.nbytes / best(lambda: target.copy_(source)),
-        flops=2 * 1024**3 / best(lambda: a @ a),
-    )
-
-
-def _as_dict(parts: list[Part], cards: dict[str, Card]) -> dict[str, Any]:
-    from pyaccel.verify import model_cost
-
-    return {
-        **model_cost.figures(parts),
-        "layers": [part.as_dict() for part in parts],
-        "ops": model_cost.by_op(parts),
-        "least_seconds": {name: model_cost.least_seconds(parts, card) for name, card in cards.items()},
-    }
+    names = dtype or (["fp32"] if quick else ["fp32", "bf16"])
+    if unknown := [name for name in names if name not in DTYPES]:
+        raise BadInputError(f"--dtype {unknown[0]}: expected one of {', '.join(DTYPES)}")
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        jobs = run.plan(
+            what or None, [DTYPES[name] for name in names], where,
+            sweep="quick" if quick else "full", sizes=sizes, against=against,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, ImportError) as error:  # RuntimeError: of a device that is none
+        raise BadInputError(str(error)) from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise BadInputError("--device cuda: torch sees no GPU")
+    return jobs, where
 
 
-def _parts_table(title: str, costs: dict[str, list[Part]], backend: str) -> Table:
-    from pyaccel.verify.model_cost import figures
+def _measure(
+    jobs: Sequence[Job],
+    device: torch.device,
+    quick: bool,
+    rounds: int | None,
+    out: Path,
+    fail_if_slower: float | None,
+    console: Console,
+) -> int:
+    from pyaccel.benchmarks import report, run, table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("part")
-    columns = (
-        ("launches", 1, "d"),
-        ("flops", 1e9, ",.1f"),
-        ("bytes_moved", 1e6, ",.1f"),
-        ("bytes_saved", 1e6, ",.1f"),
-    )
-    for heading in ("launches", "GFLOP", "MB moved", "MB saved"):
-        table.add_column(f"{heading}\nstock", justify="right")
-        table.add_column("\naccelerated", justify="right")
-    rows: dict[str, list[dict[str, int] | None]] = {}
-    for side, parts in enumerate(costs.values()):
-        for name, part in _grouped(parts).items():
-            rows.setdefault(name, [None, None])[side] = figures([part])
-    total: list[dict[str, int] | None] = [figures(parts) for parts in costs.values()]
-    # Packing and unpacking are on one side only: in the order of the side that has them.
-    order = list(_grouped(costs["accelerated"]))
-    for name in [*order, *(name for name in rows if name not in order)]:
-        table.add_row(name, *_cells(rows[name], columns))
-    table.add_section()
-    table.add_row("all", *_cells(total, columns))
-    table.caption = (
-        "moved: read and written by every operator, weights among it; saved: for backward. "
-        f"Stock: transformers in eager mode with SDPA; accelerated: backend {backend}."
-    )
-    return table
+    try:
+        report.matplotlib_figure()  # before an hour of measuring, not after it
+    except ImportError as error:
+        raise BadInputError(str(error)) from error
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows: list[Row] = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=sum(job.count for job in jobs))
 
+        def advance(row: Row) -> None:
+            progress.update(task, advance=1, description=f"{row.case}, {row.size}, {row.dtype}")
 
-def _cells(sides: list[dict[str, int] | None], columns: tuple[tuple[str, float, str], ...]) -> list[str]:
-    return [
-        "" if side is None else format(side[key] if form == "d" else side[key] / unit, form)
-        for key, unit, form in columns
-        for side in sides
-    ]
-
-
-def _grouped(parts: list[Part]) -> dict[str, Part]:
-    """Name -> part, where layers that cost the same are one row."""
-    from pyaccel.verify.model_cost import figures
-
-    layers = [part for part in parts if part.name.startswith("layer ")]
-    if len({tuple(figures([part]).values()) for part in layers}) > 1:
-        return {part.name: part for part in parts}
-    found = {part.name: part for part in parts if part not in layers[1:]}
-    return {
-        (f"each of {len(layers)} layers" if part is layers[0] else name): part for name, part in found.items()
-    }
+        try:
+            for row in run.run(
+                jobs, device, sweep="quick" if quick else "full", rounds=rounds, file=out / "results.csv",
+                done=advance,
+            ):  # fmt: skip
+                rows.append(row)
+            page = report.write(rows, out)
+        except OSError as error:
+            raise BadInputError(f"--out {out}: {error}") from error
+    table.show(rows, console)
+    console.print(f"{page} has this with plots.", markup=False, highlight=False, soft_wrap=True)
+    found = [f"{row.case}, {row.size}, {row.variant}: {row.note}" for row in rows if table.bad(row)]
+    if fail_if_slower is not None:
+        found += table.slower(rows, fail_if_slower)
+    return _failed(found)
 
 
-def _ops_table(costs: dict[str, list[Part]]) -> Table:
-    from pyaccel.verify.model_cost import by_op
+def _compare(before: Path, after: Path, fail_if_slower: float | None, console: Console) -> int:
+    from pyaccel.benchmarks import table
 
-    table = Table(title="by operator", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "operator"):
-        table.add_column(heading)
-    for heading in ("launches", "GFLOP", "MB moved"):
-        table.add_column(heading, justify="right")
-    for side, parts in costs.items():
-        for i, (op, one) in enumerate(by_op(parts).items()):
-            figures = (str(one["launches"]), f"{one['flops'] / 1e9:,.1f}", f"{one['bytes_moved'] / 1e6:,.1f}")
-            table.add_row("" if i else side, op, *figures)
-        table.add_section()
-    return table
+    try:
+        found = table.changes(table.read(before), table.read(after))
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
+    if not found:
+        raise BadInputError(f"{before} and {after} have no size and variant of ours in common")
+    table.show_changes(found, console)
+    least = 0.0 if fail_if_slower is None else fail_if_slower
+    return _failed([f"{one.what}: {one.own:.2f} times as fast as before" for one in found if one.own < least])
 
 
-def _cards_table(costs: dict[str, list[Part]], cards: dict[str, Card]) -> Table:
-    from pyaccel.verify.model_cost import least_seconds
-
-    table = Table(title="least time", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("card")
-    table.add_column("")
-    table.add_column("ms", justify="right")
-    table.add_column("of stock", justify="right")
-    table.add_column("")
-    for name, card in cards.items():
-        seconds = {side: least_seconds(parts, card) for side, parts in costs.items()}
-        longest = max(seconds.values())
-        for i, (side, taken) in enumerate(seconds.items()):
-            bar = "█" * max(1, round(BAR * taken / longest))
-            share = f"{taken / seconds['stock']:.0%}" if i else ""
-            table.add_row(
-                "" if i else name, side, f"{taken * 1e3:,.3g}", share, bar, style="green" if i else None
-            )
-    table.caption = (
-        "each operator's bytes or FLOPs, whichever takes longer, at datasheet rates of 16-bit matrix units (this CPU: "
-        "measured now), without "
-        "launches and the gaps between them: no card reaches it"
-    )
-    return table
+def _failed(reasons: list[str]) -> int:
+    for reason in reasons:
+        typer.echo(f"pyaccel bench: {reason}", err=True)
+    return int(bool(reasons))

@@ -329,8 +329,11 @@ def _straight(family: Family, layers: list[Any]) -> list[evaluation.StraightLaye
             or seen.chunk_size_feed_forward
         ):
             return []
-        straight.append(evaluation.StraightLayer.of(seen))
-    return [] if None in straight else straight
+        one = evaluation.StraightLayer.of(seen)
+        if one is None:
+            return []
+        straight.append(one)
+    return straight
 
 
 def _share_storage(family: Family, layer: Any) -> None:

@@ -231,10 +231,13 @@ def _int8_speedups(layer: Any, dtype: torch.dtype) -> dict[str, dict[int, float]
     for module in layer.modules():
         if isinstance(module, Int8Linear) and module.method != "weight_only":
             n_in, n_out, device = module.in_features, module.out_features, module.weight.device
-            for rows in sorted({timing.rows for timing in tuned.int8_timings(device, dtype)}):
-                near = tuned.int8_timing(device, dtype, rows, n_in, n_out)
-                if near is not None and near.rows == rows:
-                    found.setdefault(f"{n_in} to {n_out}", {})[rows] = near.speedup
+            for rows in sorted({timing.size[0] for timing in tuned.timings("int8_matmul", device, dtype)}):
+                near = tuned.nearest("int8_matmul", device, dtype, (rows, n_in, n_out))
+                if near is not None and near.size[0] == rows:
+                    backend = near.fastest(dispatch.BACKENDS)
+                    if backend is not None and "floating" in near.us:
+                        speedup = near.us["floating"] / near.us[backend]
+                        found.setdefault(f"{n_in} to {n_out}", {})[rows] = speedup
     return found
 
 

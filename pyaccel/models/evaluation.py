@@ -12,6 +12,7 @@ is for its owner to notice (:class:`pyaccel.hf.guard.Structure`). Moving or cast
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +29,30 @@ _OPS = ("linear_activation", "residual_layernorm", "varlen_attention")
 _PLAIN = (Tensor, nn.Parameter)
 
 
+@dataclass(eq=False)
 class StraightLayer:
-    """The parameters of one layer in the order of their use; made by :meth:`of`."""
+    """One layer's parameters in the order of their use; made by :meth:`of`.
 
-    __slots__ = (
-        "activation", "dropouts", "first", "heads", "inner", "parameters", "pointers", "projections", "qkv", "second"
-    )  # fmt: skip
+    Attributes:
+        projections: has the three layers for query, key and value.
+        heads: their number, and the dimension of one.
+        first, second: weight and bias of the product and the LayerNorm that end either half.
+        inner: weight and bias of the product between, ``activation`` what follows it.
+        dropouts: that must not act.
+        parameters: all of them, weight and bias in turn, first those of the projections.
+    """
+
+    projections: Any
+    heads: tuple[int, int]
+    first: tuple[Tensor, Tensor, Any]
+    inner: tuple[Tensor, Tensor]
+    activation: str
+    second: tuple[Tensor, Tensor, Any]
+    dropouts: tuple[Any, ...]
+    parameters: list[Tensor]
+    # Weight and bias of the one product for query, key and value; where the six parameters were when it was made.
+    qkv: tuple[Tensor, Tensor | None] | None = None
+    pointers: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, layer: Any) -> StraightLayer | None:
@@ -45,7 +64,7 @@ class StraightLayer:
         inner, name = layer.intermediate.dense, activation_name(layer.intermediate.intermediate_act_fn)
         linears = (heads.query, heads.key, heads.value, first.dense, inner, second.dense)
         norms = (first.LayerNorm, second.LayerNorm)
-        if name not in linear.ONEDNN_ACTIVATIONS or name is None:
+        if name is None or name not in linear.ONEDNN_ACTIVATIONS:
             return None
         if not all(type(x) is nn.Linear for x in linears):
             return None
@@ -54,17 +73,16 @@ class StraightLayer:
         parameters = [p for x in (*linears, *norms) for p in (x.weight, x.bias)]
         if not all(type(p) in _PLAIN for p in parameters):
             return None
-        self = cls()
-        self.activation = name
-        self.heads = (heads.num_attention_heads, heads.attention_head_size)
-        self.dropouts = (heads.dropout, first.dropout, second.dropout)
-        self.projections = heads
-        self.first = (first.dense.weight, first.dense.bias, first.LayerNorm)
-        self.inner = (inner.weight, inner.bias)
-        self.second = (second.dense.weight, second.dense.bias, second.LayerNorm)
-        self.parameters = parameters
-        self.pointers: list[int] = []
-        return self
+        return cls(
+            projections=heads,
+            heads=(heads.num_attention_heads, heads.attention_head_size),
+            first=(first.dense.weight, first.dense.bias, first.LayerNorm),
+            inner=(inner.weight, inner.bias),
+            activation=name,
+            second=(second.dense.weight, second.dense.bias, second.LayerNorm),
+            dropouts=(heads.dropout, first.dropout, second.dropout),
+            parameters=parameters,
+        )
 
     def ready(self, dtype: torch.dtype) -> bool:
         """Whether all of it is on the CPU and in that dtype, and nothing drops."""
@@ -72,25 +90,28 @@ class StraightLayer:
             return False
         return not any(dropout.training and dropout.p > 0.0 for dropout in self.dropouts)
 
-    def __call__(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, hidden: Tensor, lengths: list[int]) -> Tensor:
         """Packed hidden states ``[total_tokens, hidden_size]`` of sequences of these lengths, without gradient."""
-        qkv = linear.by_onednn(hidden, *self._fused())
+        weight, bias = self._fused()
+        qkv = linear.by_onednn(hidden, weight, bias)
         q, k, v = qkv.view(-1, 3, *self.heads).unbind(1)
         context = varlen_by_group(q, k, v, lengths, lengths, False, None, None, 0.0).flatten(1)
         hidden = _residual_layernorm(context, hidden, *self.first)
-        inner = linear.by_onednn(hidden, *self.inner, self.activation)
-        return _residual_layernorm(inner, hidden, *self.second)
+        weight, bias = self.inner
+        return _residual_layernorm(
+            linear.by_onednn(hidden, weight, bias, self.activation), hidden, *self.second
+        )
 
     def _fused(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the one product, as long as the three parameters lie where they lay.
+        """Weight and bias of the one product, as long as the three layers' lie where they lay.
 
         The view keeps that memory in use, so nothing else can be where they were.
         """
         pointers = [p.data_ptr() for p in self.parameters[:6]]
-        if pointers != self.pointers:
-            self.qkv = fused_qkv(self.projections)
+        if self.qkv is None or pointers != self.pointers:
+            self.qkv = weight, bias = fused_qkv(self.projections)
             # A copy, where they aren't neighbours, must be made anew each time.
-            is_view = self.qkv[0].data_ptr() == pointers[0] and self.qkv[1].data_ptr() == pointers[1]
+            is_view = [weight.data_ptr(), 0 if bias is None else bias.data_ptr()] == pointers[:2]
             self.pointers = pointers if is_view else []
         return self.qkv
 
@@ -113,7 +134,7 @@ def serves(layers: Sequence[StraightLayer | None], hidden: Tensor, tokens: Packe
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and dispatch.nobody_asks(_OPS)
-        and hidden.dtype in linear.onednn_dtypes()
+        and linear.onednn_everywhere(hidden.dtype)
         and tokens.key_indices is None
         and len(hidden) > 0
         and all(layer is not None and layer.ready(hidden.dtype) for layer in layers)

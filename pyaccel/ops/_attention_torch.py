@@ -18,6 +18,7 @@ from torch import Tensor
 # Bound once: whoever puts our function in the place of torch.nn.functional's must not find it calling itself.
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
+from pyaccel import tuned
 from pyaccel.reference import attention as reference
 
 Window = tuple[int, int]
@@ -98,13 +99,37 @@ def _cleared(x: Tensor, idle: Tensor) -> Tensor:
 
 # --- the torch backend, packed, on the host -----------------------------------------------------------------
 
-# Lengths at which two batched products and a softmax beat PyTorch's flash kernel in bf16 on a CPU (two cores
-# with AVX512_BF16, head_dim 32 and 64): 1.05 times as fast at 64, 1.5 at 96, 1.8 at 128, 2 at 256, 2.2 to 2.6
-# at 512; 1.5 to 1.7 on a batch of 20 to 256 tokens. Below 64 they are slower (0.2 to 0.6). The scores are
-# rounded to bf16, as in Hugging Face's eager attention: twice flash's RMS error, inside the numerics policy.
-# Beyond 1024 scores and weights would take over 48 MB at 12 heads. In fp32 they are 1.1 to 1.5 times as fast from 64
-# to 224 tokens (two cores with AVX512, head_dim 32 and 64), and no faster elsewhere.
+# Lengths at which, where no table of this machine says it, two batched products and a softmax beat PyTorch's flash
+# kernel in bf16 on a CPU (two cores with AVX512_BF16, head_dim 32 and 64): 1.05 times as fast at 64, 1.5 at 96, 1.8 at
+# 128, 2 at 256, 2.2 to 2.6 at 512; 1.5 to 1.7 on a batch of 20 to 256 tokens. Below 64 they are slower (0.2 to 0.6).
+# The scores are rounded to bf16, as in Hugging Face's eager attention: twice flash's RMS error, inside the numerics
+# policy. Beyond MATMUL_LONGEST scores and weights would take over 48 MB at 12 heads. In fp32 they are 1.1 to 1.5 times
+# as fast from 64 to 224 tokens (two cores with AVX512, head_dim 32 and 64), and no faster elsewhere.
 _MATMUL_LENGTHS = {torch.bfloat16: range(96, 1025), torch.float32: range(64, 225)}
+
+
+MATMUL_LONGEST = 1024
+_CPU = torch.device("cpu")
+
+
+def matmul_wins(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether two batched products and a softmax serve a sequence of that length: where they are faster."""
+    way, _ = tuned.preferred("varlen_attention", _CPU, dtype, (length, heads, head_dim), ("matmul", "sdpa"))
+    if way is None:
+        return length in _MATMUL_LENGTHS.get(dtype, range(0))
+    return way == "matmul" and length <= MATMUL_LONGEST
+
+
+def why_on_host(query: Tensor, length: int) -> str:
+    """What decided how a sequence of that length is served on the CPU, for those who ask."""
+    heads, head_dim = query.shape[1:]
+    way, row = tuned.preferred(
+        "varlen_attention", _CPU, query.dtype, (length, heads, head_dim), ("matmul", "sdpa")
+    )
+    if way is None:
+        way = "matmul" if matmul_wins(length, heads, head_dim, query.dtype) else "sdpa"
+        row = "nothing near was measured on this machine: `pyaccel tune` does"
+    return f"{'two products and a softmax' if way == 'matmul' else 'SDPA'} by groups of equal lengths ({row})"
 
 
 def varlen_by_group(
@@ -127,15 +152,16 @@ def varlen_by_group(
     *queries, rest = _split(query, rows_q)
     *keys, _ = _split(key, rows_k)
     *values, _ = _split(value, rows_k)
-    recording = _records(query, key, value)
-    lengths = _MATMUL_LENGTHS.get(query.dtype, range(0))
-    by_matmul = {
-        (len_q, len_k)
-        for len_q, len_k, _ in groups
-        if len_q in lengths and len_k in lengths
-        if heads == kv_heads and not recording and dropout_p == 0.0
-        if not is_causal and window_size is None
-    }
+    by_matmul = set()
+    plain = heads == kv_heads and dropout_p == 0.0 and not is_causal and window_size is None
+    if plain and not _records(query, key, value):
+        head_dim, dtype = query.shape[2], query.dtype
+        by_matmul = {
+            (len_q, len_k)
+            for len_q, len_k, _ in groups
+            if len_q and len_k
+            if matmul_wins(len_q, heads, head_dim, dtype) and matmul_wins(len_k, heads, head_dim, dtype)
+        }
     # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in anew.
     scratch = query.new_empty(2, heads * max((len_q * len_k for len_q, len_k in by_matmul), default=0))
     parts = []
@@ -144,7 +170,7 @@ def varlen_by_group(
             parts.append(reference.zero_output(q, value_dim))
         elif (len_q, len_k) in by_matmul:
             sequences = zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True)
-            parts.extend(_matmul_attention(*sequence, scale, scratch) for sequence in sequences)
+            parts.extend(matmul_attention(*sequence, scale, scratch) for sequence in sequences)
         else:
             q = q.view(count, len_q, heads, -1).transpose(1, 2)
             k = k.view(count, len_k, kv_heads, -1).transpose(1, 2)
@@ -168,7 +194,7 @@ def _split(packed: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
     return packed.split([*rows, packed.shape[0] - sum(rows)])
 
 
-def _matmul_attention(
+def matmul_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, scratch: Tensor
 ) -> Tensor:
     """Attention of one sequence, ``[seq, heads, head_dim]``, without gradient; ``scratch`` is overwritten."""

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import dispatch, tuned
 from pyaccel.ops import _attention_arguments as arguments
 from pyaccel.ops import _attention_torch as torch_backend
 from pyaccel.ops import _attention_triton as triton_backend
@@ -69,14 +69,33 @@ def _refuse(op: str, reasons: list[str], query: Tensor, key: Tensor, value: Tens
     dispatch.invalid(op, reasons)
 
 
-def _choose(op: str, query: Tensor, key: Tensor, value: Tensor, more_reasons: list[str] | None = None) -> str:
-    """The backend. ``more_reasons`` are those for which Triton can't serve this very call."""
+def _choose(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    more_reasons: list[str] | None = None,
+    *,
+    seqlen: int | None = None,
+) -> str:
+    """The backend.
+
+    ``more_reasons`` are those for which Triton can't serve this very call; ``seqlen`` is the longest sequence's where
+    a measurement may decide.
+    """
     on_cpu = query.device.type == "cpu"
     if on_cpu and dispatch.requested(op) != "triton":  # then nobody asks for the reasons of the kernels
-        return dispatch.choose(op, SERVE_ALL, "torch", "on the CPU").backend
+        why = "on the CPU"
+        if op == "varlen_attention" and seqlen and dispatch.is_recording():
+            why = f"on the CPU, {torch_backend.why_on_host(query, seqlen)}"
+        return dispatch.choose(op, SERVE_ALL, "torch", why).backend
     triton = triton_backend.not_supported_reasons(query, key, value) + (more_reasons or [])
     slow = triton_backend.slow_reason(query, value)
-    return dispatch.choose(op, {**SERVE_ALL, "triton": triton}, "torch" if slow else None, slow or "").backend
+    measured: tuple[str | None, str] = ("torch", slow) if slow else (None, "")
+    if seqlen and not slow:
+        size = (seqlen, query.shape[1], query.shape[-1])
+        measured = tuned.preferred(op, query.device, query.dtype, size, ("triton", "torch"))
+    return dispatch.choose(op, {**SERVE_ALL, "triton": triton}, *measured).backend
 
 
 # --- padded -------------------------------------------------------------------------------------------------
@@ -171,7 +190,7 @@ def scaled_dot_product_attention(
     absent = 0 if query.dim() == 4 else 4 - max(query.dim(), key.dim(), value.dim())
     query, key, value = arguments.padded_views(query, key, value)
     attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
-    backend = _choose(op, query, key, value)
+    backend = _choose(op, query, key, value, seqlen=query.shape[2])
     # On a CPU in eager mode the torch backend drops by PyTorch's mask: ours takes it three times the attention.
     drops_itself = backend == "torch" and torch_backend.on_host(query) and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
@@ -386,7 +405,7 @@ def varlen_attention(
     )
     if reasons:
         _refuse(op, reasons, query, key, value)
-    backend = _choose(op, query, key, value)
+    backend = _choose(op, query, key, value, seqlen=max_seqlen_q)
     on_host = torch_backend.on_host(query)
     drops_itself = backend == "torch" and on_host and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None

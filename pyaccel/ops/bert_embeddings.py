@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference
+from pyaccel import dispatch, reference, tuned
 from pyaccel.ops import _bert_embeddings_triton as triton_backend
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._bert_embeddings_arguments import OP, check_range, not_supported_reasons, out_of_range
@@ -91,7 +91,7 @@ def bert_embeddings(
     out_dtype = word_weight.dtype if autocast_dtype(device) is None else torch.float32
     tables = (word_weight, position_weight, token_type_weight)
     packed = cu_seqlens if position_ids is None and position_weight is not None else None
-    choice = _choose(*tables, weight, bias)
+    choice = _choose(input_ids.numel(), *tables, weight, bias)
     at_once = device.type == "cpu" and not torch.compiler.is_compiling()
     if choice.backend != "triton" or at_once:
         given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
@@ -136,14 +136,16 @@ def bert_embeddings(
     return out
 
 
-def _choose(word_weight: Tensor, *others: Tensor | None) -> dispatch.Choice:
+def _choose(rows: int, word_weight: Tensor, *others: Tensor | None) -> dispatch.Choice:
     triton = dispatch.triton_reasons(word_weight, *others)
     if word_weight.shape[1] > MAX_HIDDEN:
         triton.append(f"the kernels take hidden sizes of up to {MAX_HIDDEN}, not {word_weight.shape[1]}")
     served: dict[str, list[str]] = {"triton": triton, "torch": [], "reference": []}
     if word_weight.device.type == "cpu":
         return dispatch.choose(OP, served, "torch", "on the CPU")
-    return dispatch.choose(OP, served)
+    size = (rows, word_weight.shape[1])
+    measured = tuned.preferred(OP, word_weight.device, word_weight.dtype, size, ("triton", "torch"))
+    return dispatch.choose(OP, served, *measured)
 
 
 def _torch_backend(

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference
+from pyaccel import dispatch, reference, tuned
 
 OP = "bias_gelu"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -238,7 +238,9 @@ def _choose(x: Tensor, bias: Tensor | None, quantize_output: bool) -> dispatch.C
         )
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
-    return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []})
+    size = (x.shape[:-1].numel(), x.shape[-1])
+    measured = tuned.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
+    return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, *measured)
 
 
 def _torch_backend(

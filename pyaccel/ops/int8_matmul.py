@@ -104,16 +104,14 @@ def int8_matmul(
     triton_reasons = on_gpu.matmul_reasons(
         b, a_scale, b_scale, bias, residual, quantize_output=quantize_output
     )
-    measured = None
-    # A graph serves many sizes, and the interpreter is nobody's measured machine.
-    if not torch.compiler.is_compiling() and not dispatch.interpreting():
+    measured: tuple[str | None, str] = (None, "")
+    if not dispatch.interpreting():  # the interpreter is nobody's measured machine
         size = (a.shape[:-1].numel(), a.shape[-1], b.shape[0])
-        measured = tuned.int8_timing(a.device, out_dtype, *size)
+        measured = tuned.preferred("int8_matmul", a.device, out_dtype, size, ("triton", "torch"))
     choice = dispatch.choose(
         "int8_matmul",
         {"triton": triton_reasons, "torch": torch_reasons, "reference": []},
-        None if measured is None else measured.fastest,
-        str(measured),
+        *measured,
     )
     if choice.backend == "triton":
         return on_gpu.int8_matmul(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference
+from pyaccel import dispatch, reference, tuned
 from pyaccel.ops import _linear_activation_triton as triton_backend
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops.bias_gelu import bias_gelu
@@ -27,6 +27,7 @@ ONEDNN_ACTIVATIONS = {
     "relu": ("relu", ""),
 }
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+_CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -64,7 +65,7 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """``activation(x @ weight.T + bias)`` in one oneDNN primitive, where :func:`_onednn_reasons` has none against it."""
+    """``activation(x @ weight.T + bias)`` in one oneDNN primitive; :func:`_onednn_reasons` says when not."""
     attribute, algorithm = ONEDNN_ACTIVATIONS[activation]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
 
@@ -117,9 +118,9 @@ def linear_activation(
 
     Triton serves float32, float16 and bfloat16, with bias and activation in the product's epilogue: it sums in fp32,
     rounds once, and in training writes the pre-activation too, at which backward takes the derivative, saving nothing
-    else beside x and weight. It isn't chosen by itself until a measurement says so. The torch backend is oneDNN's
-    fused product on a CPU in evaluation; on a GPU ``F.linear`` and one pass of :func:`bias_gelu`, where Triton serves
-    that; ``F.linear`` and the activation elsewhere.
+    else beside x and weight. It isn't chosen by itself until a measurement of this machine says so
+    (:mod:`pyaccel.tuned`). The torch backend is oneDNN's fused product on a CPU in evaluation; on a GPU ``F.linear``
+    and one pass of :func:`bias_gelu`, where Triton serves that; ``F.linear`` and the activation elsewhere.
 
     Raises:
         ValueError: naming every argument that makes no sense.
@@ -144,18 +145,33 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     declined = _onednn_reasons(x, weight, bias)
     if activation not in ONEDNN_ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
+    ways = ("triton", "torch") if _on_gpu(x) else ("onednn", "plain")
+    measured, row = _measured(x, weight, ways)
+    if measured == "plain" and not declined:
+        declined.append(row)
     by_bias_gelu = activation is not None and _bias_gelu_serves(x, weight, bias)
+    why = row if measured in dispatch.BACKENDS else _why_torch(x, declined, by_bias_gelu=by_bias_gelu)
     choice = dispatch.choose(
         "linear_activation",
         {"triton": dispatch.triton_reasons(x, weight, bias), "torch": [], "reference": []},
-        "torch",
-        _why_torch(x, declined, by_bias_gelu=by_bias_gelu),
+        "triton" if measured == "triton" else "torch",
+        f"{why} ({row})" if measured == "onednn" and not declined else why,
     )
     if choice.backend != "torch":
         return "triton" if choice.backend == "triton" else "plain"
     if not declined:
         return "onednn"
     return "bias_gelu" if by_bias_gelu else "plain"
+
+
+def _measured(x: Tensor, weight: Tensor, ways: tuple[str, ...]) -> tuple[str | None, str]:
+    size = (x.shape[:-1].numel(), weight.shape[1], weight.shape[0])
+    return tuned.preferred("linear_activation", x.device, x.dtype, size, ways)
+
+
+def onednn_everywhere(dtype: torch.dtype) -> bool:
+    """Whether oneDNN serves products in that dtype on this CPU, and no measurement of it speaks against that."""
+    return dtype in onednn_dtypes() and tuned.never_loses("linear_activation", _CPU, dtype, "onednn", "plain")
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -216,6 +232,7 @@ def linear_residual_layernorm(
         dropout_p == 0.0
         and dispatch.requested("residual_layernorm") in ("auto", "torch")
         and not _onednn_reasons(x, weight, bias, residual, ln_weight, ln_bias)
+        and _measured(x, weight, ("onednn", "plain"))[0] != "plain"
     )
     if fused:
         dispatch.choose(

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference
+from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._masked_lm_cross_entropy_triton import (
     OP,
     PerTokenFunction,
@@ -167,4 +167,6 @@ def _choose(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dispatch.Cho
     reasons = {"triton": dispatch.triton_reasons(hidden, weight, bias), "torch": [], "reference": []}
     if hidden.device.type == "cpu":
         return dispatch.choose(OP, reasons, "torch", "on the CPU")
-    return dispatch.choose(OP, reasons)
+    size = (hidden.shape[:-1].numel(), hidden.shape[-1], weight.shape[0])
+    measured = tuned.preferred(OP, hidden.device, hidden.dtype, size, ("triton", "torch"))
+    return dispatch.choose(OP, reasons, *measured)

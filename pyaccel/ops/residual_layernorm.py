@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference
+from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key, dropout_reasons
 from pyaccel.reference.residual_layernorm import normalise
@@ -461,7 +461,9 @@ def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> 
         triton.append(f"the kernel makes int8 codes of rows of up to {MAX_CODES_ROW}, not {x.shape[-1]}")
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
-    return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []})
+    size = (x.shape[:-1].numel(), x.shape[-1])
+    measured = tuned.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
+    return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, *measured)
 
 
 def _torch_backend(

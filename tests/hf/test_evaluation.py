@@ -1,10 +1,10 @@
-"""The straight line that a layer takes on a CPU in evaluation: its answers, when it is taken, and that it can't go stale."""
+"""The straight line of a layer on a CPU in evaluation: its answers, when it is taken, and that it can't go stale."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ LAYERS = 3
 
 
 @pytest.fixture(autouse=True)
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many layers took the straight line; as on a machine whose kernels are not interpreted."""
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     counted: Counter[str] = Counter()
@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return run(self, hidden, lengths)
 
     monkeypatch.setattr(StraightLayer, "__call__", counting)
-    yield counted
+    return counted
 
 
 def accelerated(model: nn.Module, **options: Any) -> Any:

@@ -1,0 +1,99 @@
+"""``pyaccel tune``: measure on this machine what dispatch chooses from, and write the tables that it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pyaccel.cli.errors import BadInputError
+
+
+def tune(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all that have a choice by default.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated. fp32 and bf16 by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder; by default the user's, or $PYACCEL_TUNED, which dispatch reads."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In which the ways take turns.")] = 20,
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes an op: a try.")] = False,
+) -> None:
+    """Measure each way to serve an op at the sizes of real models, and let dispatch choose by it from now on.
+
+    Answers are checked before anything is timed. The tables hold for this kind of machine, come before those that ship
+    with pyaccel, and are read by every process that starts; pyaccel.explain(model) shows the row that decided. Delete
+    the folder to go back. A few minutes on a CPU. Exits with 1 where a way is wrong, with 2 for bad options.
+    """
+    import torch
+
+    from pyaccel import tuned
+    from pyaccel.benchmarks.tune import WrongAnswerError, tunables
+    from pyaccel.benchmarks.tune import tune as measure
+    from pyaccel.verify.cost import DTYPES
+
+    names = dtype or ["fp32", "bf16"]
+    if unknown := [name for name in names if name not in DTYPES]:
+        raise BadInputError(f"--dtype {unknown[0]}: expected one of {', '.join(DTYPES)}")
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        wanted = tunables(where, ops or None, quick=quick)
+    except (ValueError, RuntimeError) as error:
+        raise BadInputError(str(error)) from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise BadInputError("--device cuda: torch sees no GPU")
+    folder = out or tuned.user_folder()
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a pipe has no width to fit
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    for one in wanted:
+        tables = []
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            count = len(one.sizes or one.case.sweep(where)) * sum(map(len, one.ways.values()))
+            for name in names:
+                task = progress.add_task(f"{one.op}, {name}", total=count)
+                try:
+                    tables.append(
+                        measure(
+                            one, DTYPES[name], where, rounds=rounds,
+                            done=lambda row, task=task: progress.advance(task),  # type: ignore[misc]
+                        )
+                    )  # fmt: skip
+                except WrongAnswerError as error:
+                    typer.echo(f"pyaccel tune: {error}; nothing was written for this op", err=True)
+                    raise typer.Exit(1) from error
+        try:
+            tuned.write(folder / f"{one.op}.json", tables)  # at once: a long run may be cut short
+        except (OSError, ValueError) as error:
+            raise BadInputError(f"{folder}: {error}") from error
+        console.print(_table(one.op, tables))
+    console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
+    if folder.resolve() not in (tuned.user_folder().resolve(), tuned.FOLDER.resolve()):
+        console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", markup=False, highlight=False)
+
+
+def _table(op: str, tables: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{op}, us", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    ways = list(dict.fromkeys(way for one in tables for row in one["rows"] for way in row["us"]))
+    for heading in ("dtype", "size"):
+        table.add_column(heading)
+    for way in ways:
+        table.add_column(way, justify="right")
+    for one in tables:
+        for row in one["rows"]:
+            best = min(row["us"].values())
+            cells = [row["us"].get(way) for way in ways]
+            table.add_row(
+                one["dtype"], " x ".join(map(str, row["size"])),
+                *("" if us is None else f"[bold]{us:.4g}[/]" if us == best else f"{us:.4g}" for us in cells),
+            )  # fmt: skip
+    return table
