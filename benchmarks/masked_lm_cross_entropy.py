@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.benchmarks.registry import Case, Variant, no_triton
+from pyaccel.benchmarks.registry import Case, Variant, no_liger, no_triton
 
 MODES = ("forward", "forward+backward")
 VOCAB = 30522
@@ -110,6 +110,18 @@ def sizes(
     }
 
 
+def prepare_liger(p: Problem) -> Callable[[], Outputs]:
+    """Its fused product and loss, of the masked tokens alone."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def liger(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        real = labels >= 0
+        given = LigerFusedLinearCrossEntropyFunction.apply(hidden[real], weight, labels[real], bias)
+        return given[0] if isinstance(given, tuple) else given
+
+    return lambda: by(liger, p)
+
+
 CASE = Case(
     name="masked_lm_cross_entropy",
     group="ops",
@@ -128,6 +140,7 @@ CASE = Case(
         Variant("eager", lambda p: lambda: by(plain, p)),
         Variant("eager, masked tokens", lambda p: lambda: by(gathered, p)),
         Variant("torch.compile", prepare_compiled),
+        Variant("Liger-Kernel", prepare_liger, lambda p: no_liger(p.hidden.device)),
     ),
 )
 CASES = (CASE,)

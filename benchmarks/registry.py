@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -142,6 +143,13 @@ def graphed(variant: Variant) -> Variant:
         return variant.missing(p)
 
     return Variant(f"{variant.name}, CUDA graph", prepare, missing, variant.outputs)
+
+
+def no_liger(device: torch.device) -> str | None:
+    """Why Liger-Kernel, whose kernels are Triton's, can't be timed there, or None."""
+    return no_triton(device) or (
+        None if importlib.util.find_spec("liger_kernel") else "liger_kernel is not installed"
+    )
 
 
 def no_triton(device: torch.device) -> str | None:

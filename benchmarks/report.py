@@ -95,7 +95,8 @@ def plot(cells: Sequence[Cell]) -> Any:
     axes.set_xlabel("times as long as pyaccel (right of the line: slower than pyaccel)")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+    if axes.collections:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
     return figure
 
 
@@ -167,8 +168,8 @@ def _section(case: str, dtype: str, cells: Sequence[Cell], svg: str) -> str:
             kinds = " ".join(["ours"] * is_ours(row) + ["best"] * (row.ms == min(timed)))
             columns.append(f'<td class="{kinds}">{value}</td>')
         lines.append(f"<tr>{''.join(columns)}</tr>")
-    # Beyond the plot's own: an XML prolog has no place inside of a page.
-    picture = re.sub(r"^.*?(?=<svg)", "", svg, flags=re.DOTALL)
+    # Neither an XML prolog nor metadata, which name other people's pages, have a place inside of this one.
+    picture = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return (
         f"<h2>{html.escape(case)}, {html.escape(dtype)}</h2><p class=quiet>{html.escape(_about(case))}</p>"
         f"<div class=wide>{picture}</div><div class=wide><table><tr><th>size</th><th>pyaccel, ms</th><th>of floor</th>"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.benchmarks.registry import Case, Variant, no_triton
+from pyaccel.benchmarks.registry import Case, Variant, no_liger, no_triton
 
 EPS = 1e-12
 
@@ -79,6 +79,16 @@ def prepare_compiled(p: Problem) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: with_gradients(compiled, p)
 
 
+def prepare_liger(p: Problem) -> Callable[[], tuple[Tensor, ...]]:
+    """Its LayerNorm; it has none with a residual, whose sum PyTorch makes."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    def liger(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+        return LigerLayerNormFunction.apply(x + x_bias + residual, weight, bias, EPS)
+
+    return lambda: with_gradients(liger, p)
+
+
 CASE = Case(
     name="residual_layernorm",
     group="ops",
@@ -94,6 +104,7 @@ CASE = Case(
         Variant("pyaccel torch", prepare_ours("torch")),
         Variant("eager", lambda p: lambda: with_gradients(plain, p)),
         Variant("torch.compile", prepare_compiled),
+        Variant("Liger-Kernel", prepare_liger, lambda p: no_liger(p.grad.device)),
     ),
 )
 CASES = (CASE,)

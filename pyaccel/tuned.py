@@ -64,10 +64,16 @@ class Timing:
     us: dict[str, float]
     source: str
 
-    def fastest(self, among: Iterable[str] | None = None) -> str | None:
-        """The way with the least time, of those named; None where none of them was measured."""
-        ways = self.us.keys() if among is None else self.us.keys() & set(among)
-        return min(sorted(ways), key=self.us.__getitem__, default=None)
+    def fastest(self, among: Sequence[str]) -> str | None:
+        """The way with the least time, of those named; None where none of them was measured.
+
+        The first one named stays the choice where another is faster by no more than noise.
+        """
+        ways = [way for way in among if way in self.us]
+        if not ways:
+            return None
+        best = min(ways, key=self.us.__getitem__)
+        return ways[0] if self.us[ways[0]] <= NOISE * self.us[best] else best
 
     def __str__(self) -> str:
         times = ", ".join(f"{way} {us:.4g}" for way, us in sorted(self.us.items(), key=lambda pair: pair[1]))
@@ -102,24 +108,17 @@ def nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, 
 
 
 def preferred(
-    op: str, device: torch.device, dtype: torch.dtype, size: Sequence[int], ways: Iterable[str]
+    op: str, device: torch.device, dtype: torch.dtype, size: Sequence[int], ways: Sequence[str]
 ) -> tuple[str | None, str]:
-    """The way that was fastest at the nearest size, of those named, and the row that says so; (None, "") without one.
+    """The way that was fastest at the nearest size, of those named, the usual one first, and the row that says so.
 
-    Nothing is said in a traced graph, which serves many sizes.
+    (None, "") where nothing near was measured, and in a traced graph, which serves many sizes.
     """
     if torch.compiler.is_compiling():
         return None, ""
     timing = nearest(op, device, dtype, tuple(size))
     way = None if timing is None else timing.fastest(ways)
     return (None, "") if way is None else (way, str(timing))
-
-
-@functools.lru_cache(maxsize=256)
-def never_loses(op: str, device: torch.device, dtype: torch.dtype, way: str, other: str) -> bool:
-    """Whether at no size that was measured ``other`` was faster than ``way`` by more than noise."""
-    both = [row.us for row in timings(op, device, dtype) if {way, other} <= row.us.keys()]
-    return all(us[way] <= NOISE * us[other] for us in both)
 
 
 @contextmanager
@@ -189,4 +188,3 @@ def forget() -> None:
     """Read the files again at the next question."""
     _tables.cache_clear()
     nearest.cache_clear()
-    never_loses.cache_clear()

@@ -60,7 +60,7 @@ RULES = {
         lazily=("triton", "transformers"),
     ),
     "benchmarks": Rule(
-        packages=("pyaccel", "torch", "rich", "pytest"),  # pytest: of test_cases.py
+        packages=("pyaccel", "torch", "numpy", "rich", "pytest"),  # pytest: of test_cases.py
         lazily=(
             "transformers",
             "matplotlib",

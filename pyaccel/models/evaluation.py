@@ -93,13 +93,13 @@ class StraightLayer:
     def __call__(self, hidden: Tensor, lengths: list[int]) -> Tensor:
         """Packed hidden states ``[total_tokens, hidden_size]`` of sequences of these lengths, without gradient."""
         weight, bias = self._fused()
-        qkv = linear.by_onednn(hidden, weight, bias)
+        qkv = linear.evaluate(hidden, weight, bias)
         q, k, v = qkv.view(-1, 3, *self.heads).unbind(1)
         context = varlen_by_group(q, k, v, lengths, lengths, False, None, None, 0.0).flatten(1)
         hidden = _residual_layernorm(context, hidden, *self.first)
         weight, bias = self.inner
         return _residual_layernorm(
-            linear.by_onednn(hidden, weight, bias, self.activation), hidden, *self.second
+            linear.evaluate(hidden, weight, bias, self.activation), hidden, *self.second
         )
 
     def _fused(self) -> tuple[Tensor, Tensor | None]:
@@ -117,7 +117,7 @@ class StraightLayer:
 
 
 def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
-    total = linear.by_onednn_with_residual(x, residual, weight, bias)
+    total = linear.evaluate_with_residual(x, residual, weight, bias)
     return torch.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
@@ -134,7 +134,7 @@ def serves(layers: Sequence[StraightLayer | None], hidden: Tensor, tokens: Packe
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and dispatch.nobody_asks(_OPS)
-        and linear.onednn_everywhere(hidden.dtype)
+        and hidden.dtype in linear.onednn_dtypes()
         and tokens.key_indices is None
         and len(hidden) > 0
         and all(layer is not None and layer.ready(hidden.dtype) for layer in layers)

@@ -114,7 +114,7 @@ _CPU = torch.device("cpu")
 
 def matmul_wins(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether two batched products and a softmax serve a sequence of that length: where they are faster."""
-    way, _ = tuned.preferred("varlen_attention", _CPU, dtype, (length, heads, head_dim), ("matmul", "sdpa"))
+    way, _ = tuned.preferred("varlen_attention", _CPU, dtype, (length, heads, head_dim), ("sdpa", "matmul"))
     if way is None:
         return length in _MATMUL_LENGTHS.get(dtype, range(0))
     return way == "matmul" and length <= MATMUL_LONGEST
@@ -124,7 +124,7 @@ def why_on_host(query: Tensor, length: int) -> str:
     """What decided how a sequence of that length is served on the CPU, for those who ask."""
     heads, head_dim = query.shape[1:]
     way, row = tuned.preferred(
-        "varlen_attention", _CPU, query.dtype, (length, heads, head_dim), ("matmul", "sdpa")
+        "varlen_attention", _CPU, query.dtype, (length, heads, head_dim), ("sdpa", "matmul")
     )
     if way is None:
         way = "matmul" if matmul_wins(length, heads, head_dim, query.dtype) else "sdpa"

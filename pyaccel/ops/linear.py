@@ -27,7 +27,6 @@ ONEDNN_ACTIVATIONS = {
     "relu": ("relu", ""),
 }
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
-_CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -64,14 +63,21 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
-def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """``activation(x @ weight.T + bias)`` in one oneDNN primitive; :func:`_onednn_reasons` says when not."""
+def evaluate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """``activation(x @ weight.T + bias)`` on a CPU, where :func:`_onednn_reasons` has nothing against oneDNN.
+
+    In one primitive of it, unless a measurement of this machine prefers F.linear.
+    """
+    if _measured(x, weight, ("onednn", "plain"))[0] == "plain":
+        return reference.activation(F.linear(x, weight, bias), activation)
     attribute, algorithm = ONEDNN_ACTIVATIONS[activation]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
 
 
-def by_onednn_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias + residual`` in one oneDNN primitive."""
+def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias + residual`` in the same way."""
+    if _measured(x, weight, ("onednn", "plain"))[0] == "plain":
+        return F.linear(x, weight, bias) + residual
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
@@ -131,7 +137,7 @@ def linear_activation(
     if way == "triton":
         return triton_backend.linear_activation(x, weight, bias, activation)
     if way == "onednn":
-        return by_onednn(x, weight, bias, activation)
+        return evaluate(x, weight, bias, activation)
     if way == "bias_gelu":
         return bias_gelu(F.linear(x, weight), bias, activation or "")
     if bias is not None and bias.dtype != x.dtype and autocast_dtype(x.device) is None:
@@ -167,11 +173,6 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 def _measured(x: Tensor, weight: Tensor, ways: tuple[str, ...]) -> tuple[str | None, str]:
     size = (x.shape[:-1].numel(), weight.shape[1], weight.shape[0])
     return tuned.preferred("linear_activation", x.device, x.dtype, size, ways)
-
-
-def onednn_everywhere(dtype: torch.dtype) -> bool:
-    """Whether oneDNN serves products in that dtype on this CPU, and no measurement of it speaks against that."""
-    return dtype in onednn_dtypes() and tuned.never_loses("linear_activation", _CPU, dtype, "onednn", "plain")
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -232,13 +233,12 @@ def linear_residual_layernorm(
         dropout_p == 0.0
         and dispatch.requested("residual_layernorm") in ("auto", "torch")
         and not _onednn_reasons(x, weight, bias, residual, ln_weight, ln_bias)
-        and _measured(x, weight, ("onednn", "plain"))[0] != "plain"
     )
     if fused:
         dispatch.choose(
             "residual_layernorm", {"torch": []}, "torch", "on the CPU; oneDNN adds bias and residual"
         )
-        total = by_onednn_with_residual(x, residual, weight, bias)
+        total = evaluate_with_residual(x, residual, weight, bias)
         return F.layer_norm(total, (total.shape[-1],), ln_weight, ln_bias, eps)
     return residual_layernorm(
         F.linear(x, weight),

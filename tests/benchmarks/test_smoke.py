@@ -49,7 +49,7 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path) -> None:
         (
             "residual_layernorm",
             {"pyaccel torch", "eager", "torch.compile"},
-            {"pyaccel triton"},
+            {"pyaccel triton", "Liger-Kernel"},
         ),
         (
             "bias_gelu",
@@ -69,7 +69,7 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path) -> None:
         (
             "masked_lm_cross_entropy",
             {"pyaccel torch", "eager", "eager, masked tokens", "torch.compile"},
-            {"pyaccel triton"},
+            {"pyaccel triton", "Liger-Kernel"},
         ),
         (
             "int8_linear",

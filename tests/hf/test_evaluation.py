@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertModel, BertModel, DistilBertConfig, DistilBertModel
 
 import pyaccel
-from pyaccel import dispatch, quantization
+from pyaccel import dispatch, quantization, tuned
 from pyaccel.models.evaluation import StraightLayer
 from tests.assertions import assert_bits_equal
 from tests.hf.models import MASKS, VOCAB, Truth, batch_of, randomise, read, tiny
@@ -212,3 +212,23 @@ def test_of_a_bert_in_other_words() -> None:
     assert StraightLayer.of(layer) is not None
     layer.output.dense = nn.Linear(72, 32, bias=False)
     assert StraightLayer.of(layer) is None
+
+
+def test_it_takes_the_way_that_was_measured_to_be_faster(
+    calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny(), batch_of("right")
+    fast = accelerated(model)
+    monkeypatch.setattr(tuned, "preferred", lambda *_: ("plain", "a row"))
+    products = Counter[str]()
+    by_torch = torch.nn.functional.linear
+
+    def counting(*args: Any) -> Tensor:
+        products["F.linear"] += 1
+        return by_torch(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
+    states(fast, batch)
+    assert calls["straight"] == LAYERS
+    assert products["F.linear"] >= 4 * LAYERS
+    judge(model, fast, batch)
