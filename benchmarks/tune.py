@@ -28,7 +28,7 @@ from pyaccel.benchmarks.method import Row, measure, provenance
 from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
 from pyaccel.ops import _attention_torch as attention_on_host
-from pyaccel.tuned import ignored, machine
+from pyaccel.tuned import NOISE, asked, ignored, machine, trying
 
 BACKENDS = {"triton": ("pyaccel triton",), "torch": ("pyaccel torch",)}
 ROWS = (1, 16, 128, 1024, 4096)
@@ -210,12 +210,16 @@ def tune(
                 raise WrongAnswerError(f"{one.op}, {row.variant} at {row.size}: {row.note}")
             done(row)
             rows.append(row)
+    return _as_table(dtype, device, list(_rows(one, sizes, rows)))
+
+
+def _as_table(dtype: torch.dtype, device: torch.device, rows: list[dict[str, Any]]) -> dict[str, Any]:
     where = provenance(device)
     return {
         "machine": machine(device),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: where[name] for name in ("device", "torch", "triton", "commit", "date")},
-        "rows": list(_rows(one, sizes, rows)),
+        "rows": rows,
     }
 
 
@@ -229,3 +233,104 @@ def _rows(one: Tunable, sizes: dict[str, Any], rows: Sequence[Row]) -> Iterator[
                 us[way] = min(taken)
         if us:
             yield {"size": list(one.size(size)), "us": us}
+
+
+# ---- launch configurations, on a GPU ----
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel whose launch is tuned: at these sizes of a case, whose Triton variant calls it."""
+
+    kernel: str
+    case: Case
+    sizes: dict[str, Any]
+
+
+def launches() -> list[Launch]:
+    """The kernels whose configurations are looked for."""
+    backward = {label: s for label, s in attention.CASE.sizes.items() if s.backward and s.seq >= 512}
+    forward = {label: s for label, s in attention.CASE.sizes.items() if not s.backward and s.seq >= 512}
+    rows = {label: s for label, s in residual_layernorm.CASE.sizes.items() if s[0] == 16384}
+    products = {
+        label: s for label, s in linear_activation.CASE.sizes.items() if s[0] >= 2048 and s[3] == "forward"
+    }
+    codes = {label: s for label, s in int8_linear.CASE.sizes.items() if s[0] >= 2048}
+    return [
+        Launch("residual_layernorm_forward", residual_layernorm.CASE, rows),
+        Launch("residual_layernorm_backward", residual_layernorm.CASE, rows),
+        Launch("attention_forward", attention.CASE, forward),
+        Launch("attention_dquery", attention.CASE, backward),
+        Launch("attention_dkey_dvalue", attention.CASE, backward),
+        Launch("linear_activation", linear_activation.CASE, products),
+        Launch("int8_matmul", int8_linear.CASE, codes),
+    ]
+
+
+def candidates(default: Any) -> list[Any]:
+    """Configurations one step away: half or twice of one field. What a launch can't do, or does wrong, is out later."""
+    found = []
+    for name, least, most in (
+        ("block_rows", 1, 64), ("block_m", 16, 256), ("block_n", 16, 256), ("block_k", 32, 256),
+        ("num_warps", 1, 16), ("num_stages", 1, 6), ("programs_per_sm", 1, 16),
+    ):  # fmt: skip
+        value = getattr(default, name, 0)
+        if not value or (name == "block_n" and hasattr(default, "block_rows")):
+            continue  # there is none; or a row's width, which is what it is
+        steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+        found += [dataclasses.replace(default, **{name: step}) for step in steps if least <= step <= most]
+    return found
+
+
+def tune_launch(
+    one: Launch,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    rounds: int,
+    smoke: bool = False,
+    done: Callable[[Row], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Time a kernel's default configuration beside its neighbours; the table for :func:`pyaccel.tuned.write`."""
+    (triton,) = (variant for variant in one.case.variants if variant.name == "pyaccel triton")
+    rows, seen = [], set()
+    for label, size in (one.case.smoke if smoke else one.sizes).items():
+        problem = one.case.problem(size, dtype, device)
+        with ignored():
+            asked_for = asked(one.kernel, triton.prepare(problem))
+            if asked_for is None or asked_for[0] in seen:
+                continue  # another kernel serves this size; or it was measured at another one
+            key, default = asked_for
+            seen.add(key)
+            configs = {config.label: config for config in [default, *candidates(default)]}
+            case = dataclasses.replace(
+                one.case, variants=tuple(_launched(one.kernel, triton, c) for c in configs.values())
+            )
+            times = {}
+            for row in measure(case, dtype, device, rounds=rounds, seconds=20.0, sizes={label: size}):
+                done(row)
+                if row.timed:
+                    times[row.variant] = row.ms * 1e3
+        if default.label not in times:
+            raise WrongAnswerError(f"{one.kernel}, {default.label} at {label} was not timed")
+        best = min(times, key=times.__getitem__)
+        fields = dataclasses.asdict(configs[best])
+        changed = {n: v for n, v in fields.items() if v != getattr(default, n)}
+        if times[best] * NOISE > times[default.label]:
+            best, changed = default.label, {}
+        us = {"default": round(times[default.label], 1), "best": round(times[best], 1)}
+        rows.append({"size": list(key), "us": us, "config": changed})
+    return _as_table(torch.int8 if one.kernel == "int8_matmul" else dtype, device, rows)
+
+
+def _launched(kernel: str, variant: Variant, config: Any) -> Variant:
+    def prepare(p: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
+        call = variant.prepare(p)
+
+        def launched() -> tuple[torch.Tensor, ...]:
+            with trying(kernel, config):
+                return call()
+
+        return launched
+
+    return dataclasses.replace(variant, name=config.label, prepare=prepare, missing=lambda p: None)

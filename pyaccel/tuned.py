@@ -19,6 +19,7 @@ residual_layernorm,       rows, columns                     backends
 bias_gelu,
 bert_embeddings
 masked_lm_cross_entropy   rows, columns, vocabulary         backends
+launch_KERNEL             what its launch depends on        ``default`` and ``best``, whose fields are ``config``
 ========================  ================================  ==================================================
 """
 
@@ -29,11 +30,11 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -58,11 +59,13 @@ class Timing:
         size: as the table above has it.
         us: way -> microseconds.
         source: "shipped" or "measured here".
+        config: of a kernel's launch: the fields that the fastest one has.
     """
 
     size: tuple[int, ...]
     us: dict[str, float]
     source: str
+    config: dict[str, Any] | None = None
 
     def fastest(self, among: Sequence[str]) -> str | None:
         """The way with the least time, of those named; None where none of them was measured.
@@ -121,6 +124,53 @@ def preferred(
     return (None, "") if way is None else (way, str(timing))
 
 
+# ---- launch configurations ----
+
+Config = TypeVar("Config")
+_trying: dict[str, Any] = {}
+_asked: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+
+def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config, *, exactly: bool) -> Config:
+    """The launch configuration of a kernel: ``default`` with what was measured to be faster on this kind of device.
+
+    Args:
+        kernel: its name; x: one of its inputs, for device and dtype.
+        size: what the launch depends on.
+        exactly: take measurements of this very size alone: a configuration for another one wouldn't be right.
+
+    It is data, read once: two runs launch the same programs.
+    """
+    if kernel in _asked:
+        _asked[kernel] = (size, default)
+    if kernel in _trying:
+        return _trying[kernel]
+    found = nearest(f"launch_{kernel}", x.device, x.dtype, size)
+    if found is None or not found.config or (exactly and found.size != size):
+        return default
+    return replace(default, **found.config)  # type: ignore[type-var]
+
+
+@contextmanager
+def trying(kernel: str, config: Any) -> Iterator[None]:
+    """Launch the kernel with this configuration inside."""
+    _trying[kernel] = config
+    try:
+        yield
+    finally:
+        del _trying[kernel]
+
+
+def asked(kernel: str, call: Callable[[], object]) -> tuple[tuple[int, ...], Any] | None:
+    """The size and the default configuration with which ``call`` launches the kernel; None if it doesn't."""
+    _asked[kernel] = ((), None)
+    try:
+        call()
+    finally:
+        size, default = _asked.pop(kernel)
+    return None if default is None else (size, default)
+
+
 @contextmanager
 def ignored() -> Iterator[None]:
     """Nothing is known inside, as on a machine that nobody has measured."""
@@ -145,7 +195,9 @@ def _tables() -> dict[tuple[str, str, torch.dtype], tuple[Timing, ...]]:
     for folder, source in ((FOLDER, "shipped"), (user_folder(), "measured here")):
         for file in sorted(folder.glob("*.json")):
             for table in read(file):
-                rows = tuple(Timing(tuple(row["size"]), row["us"], source) for row in table["rows"])
+                rows = tuple(
+                    Timing(tuple(row["size"]), row["us"], source, row.get("config")) for row in table["rows"]
+                )
                 tables[file.stem, table["machine"], getattr(torch, table["dtype"])] = rows
     return tables
 

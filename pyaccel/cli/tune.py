@@ -29,14 +29,15 @@ def tune(
 ) -> None:
     """Measure each way to serve an op at the sizes of real models, and let dispatch choose by it from now on.
 
-    Answers are checked before anything is timed. The tables hold for this kind of machine, come before those that ship
+    On a GPU also the launch configurations of kernels, beside their neighbours. Answers are checked before anything is
+    timed. The tables hold for this kind of machine, come before those that ship
     with pyaccel, and are read by every process that starts; pyaccel.explain(model) shows the row that decided. Delete
     the folder to go back. A few minutes on a CPU. Exits with 1 where a way is wrong, with 2 for bad options.
     """
     import torch
 
     from pyaccel import tuned
-    from pyaccel.benchmarks.tune import WrongAnswerError, tunables
+    from pyaccel.benchmarks.tune import WrongAnswerError, launches, tunables, tune_launch
     from pyaccel.benchmarks.tune import tune as measure
     from pyaccel.verify.cost import DTYPES
 
@@ -76,6 +77,23 @@ def tune(
         except (OSError, ValueError) as error:
             raise BadInputError(f"{folder}: {error}") from error
         console.print(_table(one.op, tables))
+    for kernel in () if where.type == "cpu" or ops else launches():
+        tables = []
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            for name in names:
+                task = progress.add_task(f"launch of {kernel.kernel}, {name}", total=None)
+                try:
+                    tables.append(
+                        tune_launch(
+                            kernel, DTYPES[name], where, rounds=rounds,
+                            done=lambda row, task=task: progress.advance(task),  # type: ignore[misc]
+                        )
+                    )  # fmt: skip
+                except WrongAnswerError as error:
+                    typer.echo(f"pyaccel tune: {error}; nothing was written for this kernel", err=True)
+                    raise typer.Exit(1) from error
+        tuned.write(folder / f"launch_{kernel.kernel}.json", tables)
+        console.print(_table(f"launch of {kernel.kernel}", tables))
     console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
     if folder.resolve() not in (tuned.user_folder().resolve(), tuned.FOLDER.resolve()):
         console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", markup=False, highlight=False)

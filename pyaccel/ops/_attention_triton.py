@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import dispatch, tuned
 
 MAX_HEAD_DIM = 256
 MAX_FP32_HEAD_DIM = 64
@@ -107,8 +107,18 @@ def forward_op(
     if short is not None:
         attention_short.forward_short(out, *wanted, call, short)
     else:
-        attention.forward(out, *wanted, call, config.attention("forward", call.shape))
+        attention.forward(out, *wanted, call, _launch("forward", query, call))
     return out, lse, lse_error
+
+
+def _launch(kernel: str, query: Tensor, call: Any) -> Any:
+    from pyaccel.kernels import attention_config
+
+    shape = call.shape
+    # Mask and dropout take registers: what is best without them may spill with them.
+    size = (shape.head_dim, 1 + shape.has_mask + 2 * shape.has_dropout)
+    default = attention_config.attention(kernel, shape)
+    return tuned.launch(f"attention_{kernel}", query, size, default, exactly=True)
 
 
 def _wanted(x: Tensor) -> Tensor | None:
@@ -195,11 +205,9 @@ def backward_op(
         attention_short.backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
         return dq, dk, dv, dmask
     delta = torch.empty_like(lse)
-    attention_dquery.dquery(
-        dq, delta, dout, out, lse, error, dlse, call, config.attention("dquery", call.shape)
-    )
+    attention_dquery.dquery(dq, delta, dout, out, lse, error, dlse, call, _launch("dquery", query, call))
     attention_dkey_dvalue.dkey_dvalue(
-        dk, dv, dout, lse, error, delta, call, config.attention("dkey_dvalue", call.shape)
+        dk, dv, dout, lse, error, delta, call, _launch("dkey_dvalue", query, call)
     )
     if want_dmask:
         attention_scores.dmask(dmask, dout, lse, error, delta, call, config.attention("scores", call.shape))

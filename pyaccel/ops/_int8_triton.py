@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import dispatch, tuned
 
 # kernels/config.py's MAX_ROW and MAX_CODES_ROW, which aren't imported where Triton may be missing
 MAX_ROW = 16384
@@ -150,6 +150,7 @@ def matmul_op(
     arch = device_info(a.device).arch
     sizes = (a.shape[0], b.shape[0], a.shape[1])
     launch = int8_matmul_config.int8_matmul(*sizes[:2], arch)
+    launch = tuned.launch("int8_matmul", a, sizes, launch, exactly=False)
     n_splits = int8_matmul_config.splits(*sizes, arch, launch)
     if out_dtype is not None and n_splits == 1:
         int8_matmul.matmul(out, a, b, epilogue, launch)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyaccel import tuned
 from pyaccel.ops._autocast import autocast_dtype
 
 # --- registered ops -------------------------------------------------------------------------------------------
@@ -40,6 +41,7 @@ def forward_op(
     config = linear_activation_config.linear_activation(
         n_rows, n_out, n_in, x.itemsize, device_info(x.device).arch
     )
+    config = tuned.launch("linear_activation", x, (n_rows, n_out, n_in), config, exactly=False)
     # PyTorch's own flag for products of fp32 on CUDA.
     allow_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     linear_activation.forward(

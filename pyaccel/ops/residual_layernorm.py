@@ -67,7 +67,13 @@ def forward_op(
         eps,
         dropout_p,
         rms_norm,
-        config.residual_layernorm_forward(x.shape[1]),
+        tuned.launch(
+            "residual_layernorm_forward",
+            x,
+            (x.shape[1],),
+            config.residual_layernorm_forward(x.shape[1]),
+            exactly=True,
+        ),
     )
     return outputs
 
@@ -139,7 +145,13 @@ def backward_op(
     dtypes = (dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
     grads = _backward_outputs(total, *dtypes)
     n_rows, n_cols = total.shape
-    row_config = config.residual_layernorm_backward(n_cols)
+    row_config = tuned.launch(
+        "residual_layernorm_backward",
+        total,
+        (n_cols,),
+        config.residual_layernorm_backward(n_cols),
+        exactly=True,
+    )
     n_programs = config.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
     dx, dresidual, dweight, dbias, dx_bias = (
         grad if dtype is not None else None for grad, dtype in zip(grads, dtypes, strict=True)

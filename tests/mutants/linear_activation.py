@@ -59,6 +59,6 @@ MUTANTS = [
     Mutant("the bias of a linear layer: any stride is taken as contiguous", TRITON, "bias = None if bias is None else bias.contiguous()", "bias = bias"),
     Mutant("fp32 is rounded to TF32 unasked", TRITON, "x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32", "x.dtype == torch.float32"),
     Mutant("autocast: ignored", TRITON, "    if dtype is not None:\n", "    if dtype is None and x.is_meta:\n"),
-    Mutant("dispatch: Triton by itself", OP, '        "torch",\n        _why_torch', '        "triton",\n        _why_torch'),
+    Mutant("dispatch: Triton by itself", OP, '"triton" if measured == "triton" else "torch",', '"triton",'),
     Mutant("torch: bias twice on a GPU", OP, "return bias_gelu(F.linear(x, weight), bias", "return bias_gelu(F.linear(x, weight, None if bias is None else bias.to(x.dtype)), bias"),
 ]  # fmt: skip

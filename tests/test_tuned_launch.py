@@ -1,0 +1,137 @@
+"""Launch configurations that were measured: candidates, tables, and that a kernel is launched with what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyaccel import dispatch, ops, tuned
+from pyaccel.benchmarks import tune
+from tests.assertions import assert_bits_equal, assert_close_to_truth
+
+CPU = torch.device("cpu")
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "shipped")
+    monkeypatch.setenv("PYACCEL_TUNED", str(tmp_path / "own"))
+    tuned.forget()
+    yield tmp_path / "own"
+    tuned.forget()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The configurations with which LayerNorm's forward kernel is launched."""
+    from pyaccel.kernels import residual_layernorm
+
+    configs: list[Any] = []
+    forward = residual_layernorm.forward
+
+    def spying(*args: Any) -> None:
+        configs.append(args[-1])
+        forward(*args)
+
+    monkeypatch.setattr(residual_layernorm, "forward", spying)
+    return configs
+
+
+def normalise(cols: int = 64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((9, cols), (9, cols), (cols,), (cols,))
+    )
+    with dispatch.use_backend("triton"):
+        out = ops.residual_layernorm(x, residual, weight, bias)
+
+    def plain(*given: torch.Tensor) -> torch.Tensor:
+        x, residual, weight, bias = given
+        return torch.nn.functional.layer_norm(x + residual, (cols,), weight, bias, 1e-12)
+
+    given = (x, residual, weight, bias)
+    return out, plain(*(t.double() for t in given)), plain(*given)
+
+
+def write(size: list[int], config: dict[str, int]) -> None:
+    rows = [{"size": size, "us": {"default": 2.0, "best": 1.0}, "config": config}]
+    table = {"machine": tuned.machine(CPU), "dtype": "float32", "rows": rows}
+    tuned.write(tuned.user_folder() / "launch_residual_layernorm_forward.json", [table])
+
+
+def test_a_kernel_is_launched_as_it_was_measured_to_be_fastest(launched: list[Any]) -> None:
+    normalise()
+    default = launched[-1]
+    write([64], {"block_rows": default.block_rows // 4, "num_warps": 8})
+    assert_close_to_truth(*normalise())
+    assert (launched[-1].block_rows, launched[-1].num_warps) == (default.block_rows // 4, 8)
+    assert launched[-1].block_n == default.block_n
+    assert_bits_equal(normalise()[0], normalise()[0])
+    normalise(72)  # of another width the default's
+    assert launched[-1].num_warps == default.num_warps
+
+
+def test_any_size_will_do_where_any_configuration_is_right() -> None:
+    write([64], {"num_warps": 8})
+    x = torch.empty(1)
+    default = tune.candidates(_default())[0]
+    for exactly, expected in ((True, default), (False, tune.dataclasses.replace(default, num_warps=8))):
+        assert tuned.launch("residual_layernorm_forward", x, (100,), default, exactly=exactly) == expected
+    assert tuned.launch("another", x, (64,), default, exactly=False) is default
+
+
+def _default() -> Any:
+    from pyaccel.kernels import config
+
+    return config.residual_layernorm_forward(64)
+
+
+def test_candidates_are_a_step_away() -> None:
+    from pyaccel.kernels.attention_config import AttentionConfig
+
+    default = _default()
+    found = tune.candidates(default)
+    assert {(c.block_rows, c.num_warps) for c in found} == {(16, 4), (64, 4), (32, 2), (32, 8)}
+    assert {c.block_n for c in found} == {default.block_n}
+    found = tune.candidates(AttentionConfig(128, 64, 4, 3))
+    changes = {(c.block_m, c.block_n, c.num_warps, c.num_stages) for c in found}
+    assert changes == {
+        (64, 64, 4, 3), (256, 64, 4, 3), (128, 32, 4, 3), (128, 128, 4, 3),
+        (128, 64, 2, 3), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 4),
+    }  # fmt: skip
+
+
+def test_the_table_of_a_kernel(launched: list[Any]) -> None:
+    one = next(one for one in tune.launches() if one.kernel == "residual_layernorm_forward")
+    table = tune.tune_launch(one, torch.float32, CPU, rounds=1, smoke=True)
+    (row,) = table["rows"]
+    assert row["size"] == [64]
+    assert row["us"].keys() == {"default", "best"}
+    assert row["us"]["best"] <= row["us"]["default"]
+    tried = {(c.block_rows, c.num_warps) for c in launched}
+    assert tried == {(32, 4), (16, 4), (64, 4), (32, 2), (32, 8)}
+    tuned.write(tuned.user_folder() / "launch_residual_layernorm_forward.json", [table])
+    normalise()
+    expected = tune.dataclasses.replace(_default(), **row["config"])
+    assert launched[-1] == expected
+
+
+def test_a_default_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = next(one for one in tune.launches() if one.kernel == "residual_layernorm_forward")
+    monkeypatch.setattr(tune, "measure", lambda *_, **__: [])
+    with pytest.raises(tune.WrongAnswerError, match="was not timed"):
+        tune.tune_launch(one, torch.float32, CPU, rounds=1, smoke=True)
+
+
+def test_every_kernel_that_is_tuned_is_one_that_asks() -> None:
+    """Each name is one of those that the ops give to `tuned.launch`."""
+    source = "".join(file.read_text() for file in (Path(tuned.__file__).parent / "ops").glob("*.py"))
+    for one in tune.launches():
+        name = one.kernel.removeprefix("attention_")
+        assert f'"{one.kernel}"' in source or f'_launch("{name}"' in source
+        assert one.sizes
