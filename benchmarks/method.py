@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import pyaccel
 from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.verify.policy import judge
 
@@ -360,12 +361,16 @@ def provenance(device: torch.device) -> dict[str, str]:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "not installed"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = f"release {pyaccel.__version__}"
+    if (ROOT / ".git").exists():  # else git would tell of whatever project this is installed in
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        commit = done.stdout.strip() or "unknown"
     return {
         "device": name,
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }

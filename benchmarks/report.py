@@ -25,7 +25,8 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.5rem; border-
 padding-top: 1rem; } .quiet { color: var(--quiet); } .verdict { font-size: 1.1rem; font-weight: 600; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; } th { vertical-align: bottom; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+th { vertical-align: bottom; font-weight: 600; }
 .ours { color: var(--ours); } .best { font-weight: 700; } .wide { overflow-x: auto; }
 svg { max-width: 100%; height: auto; }
 dt { font-weight: 600; } li { margin: .2rem 0; }

@@ -29,11 +29,12 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_link():
-    link = ROOT / "pyaccel" / "kernels"
+@pytest.mark.parametrize("folder", ["kernels", "benchmarks"])
+def test_link(folder: str):
+    link = ROOT / "pyaccel" / folder
     assert link.is_symlink()
-    assert os.readlink(link) == "../kernels"
-    assert link.resolve() == ROOT / "kernels"
+    assert os.readlink(link) == f"../{folder}"
+    assert link.resolve() == ROOT / folder
 
 
 def test_git_keeps_the_link(tmp_path: Path):

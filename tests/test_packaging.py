@@ -21,12 +21,13 @@ KERNELS = {
     for path in (ROOT / "kernels").rglob("*")
     if path.suffix in (".py", ".json")
 }
+BENCHMARKS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py")}
 PYACCEL = {
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "pyaccel").rglob("*.py")
-    if "kernels" not in path.relative_to(ROOT).parts
+    if not {"kernels", "benchmarks"} & set(path.relative_to(ROOT).parts)
 }
-EXPECTED = {f"pyaccel/{name}" for name in KERNELS} | PYACCEL | {"pyaccel/py.typed"}
+EXPECTED = {f"pyaccel/{name}" for name in KERNELS | BENCHMARKS} | PYACCEL | {"pyaccel/py.typed"}
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -46,7 +47,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what git holds of the project, so that building leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("tree")
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for folder in ("kernels", "pyaccel", "tests"):
+    for folder in ("kernels", "pyaccel", "benchmarks", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=skip)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -77,9 +78,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path):
     assert files_of(wheel) == EXPECTED
 
 
-def test_wheel_holds_the_kernels_as_real_files(wheel: Path):
+def test_wheel_holds_what_is_linked_as_real_files(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
-        for name in KERNELS:
+        for name in KERNELS | BENCHMARKS:
             assert archive.read(f"pyaccel/{name}") == (ROOT / name).read_bytes()
 
 
