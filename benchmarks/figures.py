@@ -1,7 +1,7 @@
 """``python -m pyaccel.benchmarks.figures``: the README's figures that are no table of `pyaccel bench`, measured anew.
 
 Whole commands, as a user runs them, each in a process of its own: the demo, `pyaccel encode` beside
-sentence-transformers' own `encode`, int8's accuracy, `pyaccel verify`, `pyaccel bench --cost`. What they give goes to
+sentence-transformers' own `encode`, int8's accuracy, `pyaccel bench --cost`. What they give goes to
 ``benchmarks/results/figures.json``, from which :mod:`pyaccel.benchmarks.readme` makes the README's tables.
 """
 
@@ -158,17 +158,6 @@ def int8(passages: int) -> Figures:
     return found
 
 
-def verify(passages: int) -> Figures:
-    """Checks of `pyaccel verify` on MiniLM in its default dtypes and backends."""
-    from pyaccel.cli.inputs import demo_checkpoint
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "verify.json"
-        pyaccel("verify", str(demo_checkpoint()), "--json", str(file))
-        checks = json.loads(file.read_text())["checks"]
-    return {"checks": len(checks), "wrong": sum(c["status"] == "wrong" for c in checks)}
-
-
 def cost(passages: int) -> Figures:
     """What `pyaccel bench --cost` counts for BERT-base, 32 x 512 in bf16: accelerated over stock."""
     found = {}
@@ -183,7 +172,7 @@ def cost(passages: int) -> Figures:
 
 
 PARTS: dict[str, Callable[[int], Figures]] = {
-    "demo": demo, "encode": encode, "int8": int8, "verify": verify, "cost": cost
+    "demo": demo, "encode": encode, "int8": int8, "cost": cost
 }  # fmt: skip
 
 

@@ -37,7 +37,6 @@ def tables(rows: Sequence[Row], figures: dict[str, Any]) -> dict[str, str]:
         "encode": encode(parts["encode"]),
         "int8": int8(parts["int8"]),
         "int8-speed": int8_speed(),
-        "verify": verify(parts["verify"]),
         "cost": cost(parts["cost"]),
     }
 
@@ -125,14 +124,6 @@ def int8_speed() -> str:
     return "\n".join(lines)
 
 
-def verify(figures: dict[str, Any]) -> str:
-    """`pyaccel verify` on MiniLM."""
-    return (
-        f"all-MiniLM-L6-v2 in fp32 and bf16: {figures['checks']} checks, {figures['wrong']} of them wrong; minutes on "
-        "two cores."
-    )
-
-
 def cost(figures: dict[str, Any]) -> str:
     """`pyaccel bench --cost`, BERT-base, 32 x 512 in bf16."""
     lines = [
@@ -160,10 +151,16 @@ def _table(rows: Sequence[Row], rivals: dict[str, tuple[str, ...]]) -> str:
         line = [size]
         for dtype in dtypes:
             one = found.get(dtype)
-            line.append(f"{one.ours.ms:.3g}" if one is not None and one.ours is not None else "not measured")
+            line.append(
+                _milliseconds(one.ours.ms) if one is not None and one.ours is not None else "not measured"
+            )
             line += [_relative(one, names) for names in rivals.values()]
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _relative(cell: Cell | None, names: tuple[str, ...]) -> str:
