@@ -33,11 +33,8 @@ def tables(rows: Sequence[Row], figures: dict[str, Any]) -> dict[str, str]:
         "models": models(rows),
         "training": training(rows),
         "machine": machine(rows),
-        "demo": demo(parts["demo"]),
-        "encode": encode(parts["encode"]),
-        "int8": int8(parts["int8"]),
         "int8-speed": int8_speed(),
-        "cost": cost(parts["cost"]),
+        **{name: make(parts[name]) for name, make in MADE_OF_FIGURES.items() if name in parts},
     }
 
 
@@ -173,6 +170,9 @@ def _relative(cell: Cell | None, names: tuple[str, ...]) -> str:
     return next(
         (row.note.split(":")[0] for row in cell.rows if row.variant in names and row.note), "not measured"
     )
+
+
+MADE_OF_FIGURES = {"demo": demo, "encode": encode, "int8": int8, "cost": cost}
 
 
 def with_tables(text: str, made: dict[str, str]) -> str:
