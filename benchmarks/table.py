@@ -200,10 +200,11 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """For each case what ours takes, and how many times as long everybody else; below it why a time is missing."""
     for (case, dtype, device), of_case in by_case(rows).items():
         shown = [name for name in variants(of_case) if any(_timed(cell, name) for cell in of_case)]
-        table = Table(
-            title=f"{case}, {dtype}, {device}: times as long as ours", title_justify="left",
-            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-        )  # fmt: skip
+        title = f"{case}, {dtype}, {device}: times as long as ours"
+        console.print(
+            title, markup=False, highlight=False, soft_wrap=True
+        )  # a table's own is cut to its width
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("size")
         for heading in ("ours, ms", "95 %", "of floor"):
             table.add_column(heading, justify="right")
