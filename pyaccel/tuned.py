@@ -86,8 +86,8 @@ class Timing:
 @functools.cache
 def machine(device: torch.device) -> str:
     """The kind of machine that a measurement is good for: a GPU's name, or a CPU's instructions."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type == "cuda":  # of fake tensors there may be no card
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "cuda"
     vnni = "+VNNI" if device.type == "cpu" and torch.cpu._is_vnni_supported() else ""
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}{vnni}"
 

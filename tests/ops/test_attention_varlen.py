@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyaccel import dispatch
+from pyaccel import dispatch, tuned
 from pyaccel.ops import attention as module
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.ops.attention import varlen_attention
@@ -189,7 +189,8 @@ def test_long_sequences_take_matrix_products(
     calls = []
     baddbmm = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: calls.append(a[1].shape) or baddbmm(*a, **k))
-    varlen_attention(*(map(leaf, inputs) if gradient else inputs), *args)
+    with tuned.ignored():  # by the lengths that hold where nothing was measured
+        varlen_attention(*(map(leaf, inputs) if gradient else inputs), *args)
     assert len(calls) == matmuls
 
 
