@@ -33,7 +33,7 @@ PRELOADED = (
     "triton",
 )
 # Of the tree under test: a fork has to find its own.
-OWN = ("kernels", "pyaccel", "tests")
+OWN = ("kernels", "pyaccel", "benchmarks", "tests")
 
 PYTEST = ("-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider")
 

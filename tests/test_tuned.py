@@ -307,3 +307,22 @@ def test_what_ships_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len({len(row["size"]) for row in table["rows"]}) == 1
             assert all(us > 0 for row in table["rows"] for us in row["us"].values())
     assert json.loads(files[0].read_text()).keys() == {"tables"}
+
+
+@pytest.mark.skipif(not linear.onednn_dtypes(), reason="this torch has no oneDNN")
+def test_what_was_measured_before_does_not_decide_what_is_measured_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a way that lost once would be measured as the one that won, for ever."""
+    write("own", "linear_activation", {(9, 24, 40): {"onednn": 9.0, "plain": 1.0}})
+    (one,) = tuning.tunables(CPU, ["linear_activation"])
+    ways = []
+    choose = linear.choose_way
+
+    def spying(*args: Any) -> str:
+        ways.append(choose(*args))
+        return ways[-1]
+
+    monkeypatch.setattr(linear, "choose_way", spying)
+    tuning.tune(_smallest(one), torch.float32, CPU, rounds=1)
+    assert set(ways) == {"onednn"}

@@ -37,7 +37,7 @@ from tests import mutants
 from tests.mutants import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-TREE = ("kernels", "pyaccel", "tests", "pyproject.toml")
+TREE = ("kernels", "pyaccel", "benchmarks", "tests", "pyproject.toml", "README.md")
 WORKERS = 2
 KILLERS = Path(__file__).with_name("killers.json")
 
