@@ -143,16 +143,8 @@ def layout_from_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int, total_tokens: in
     offsets = cu_seqlens.to(torch.int32)
     token = torch.arange(total_tokens, device=offsets.device)
     sequence = torch.searchsorted(offsets[1:], token.int(), right=True)  # an empty sequence owns no token
-    return PackedLayout(
-        indices=sequence * max_seqlen + token - offsets[sequence],
-        cu_seqlens=offsets,
-        max_seqlen=max_seqlen,
-        batch_size=len(offsets) - 1,
-        seq_len=max_seqlen,
-        key_indices=None,
-        cu_seqlens_k=offsets,
-        max_seqlen_k=max_seqlen,
-    )
+    indices = sequence * max_seqlen + token - offsets[sequence]
+    return _of_own_keys(indices, offsets, max_seqlen, len(offsets) - 1, max_seqlen)
 
 
 def pack(padded: Tensor, layout: PackedLayout) -> Tensor:
@@ -212,17 +204,8 @@ def _scatter(source: Tensor, indices: Tensor, rows: int) -> Tensor:
 def _full(batch_size: int, seq_len: int) -> PackedLayout:
     """The layout of a batch without padding: there is nothing to look for."""
     offsets = torch.arange(batch_size + 1, dtype=torch.int32) * seq_len
-    longest = seq_len if batch_size else 0
-    return PackedLayout(
-        indices=torch.arange(batch_size * seq_len),
-        cu_seqlens=offsets,
-        max_seqlen=longest,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        key_indices=None,
-        cu_seqlens_k=offsets,
-        max_seqlen_k=longest,
-    )
+    indices = torch.arange(batch_size * seq_len)
+    return _of_own_keys(indices, offsets, seq_len if batch_size else 0, batch_size, seq_len)
 
 
 def _on_host(keys: Tensor, sort_by_length: bool) -> PackedLayout:
@@ -241,7 +224,13 @@ def _on_host(keys: Tensor, sort_by_length: bool) -> PackedLayout:
     offsets = torch.tensor(
         [0, *itertools.accumulate(lengths[row] for row in order)], dtype=torch.int32, device=keys.device
     )
-    longest = max(lengths, default=0)
+    return _of_own_keys(indices, offsets, max(lengths, default=0), batch_size, seq_len)
+
+
+def _of_own_keys(
+    indices: Tensor, offsets: Tensor, longest: int, batch_size: int, seq_len: int
+) -> PackedLayout:
+    """The layout of a buffer in which every token is a query and a key."""
     return PackedLayout(
         indices=indices,
         cu_seqlens=offsets,
