@@ -175,6 +175,8 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
 
 def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayout) -> Tensor:
     straight = encoder._pyaccel.structure.straight
+    if not hidden.is_cpu:
+        evaluation.forget(straight)
     if straight and evaluation.serves(straight, hidden, tokens):
         for layer in straight:
             hidden = layer(hidden, tokens.lengths)
@@ -313,15 +315,15 @@ def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | Non
         for layer in layers:
             _share_storage(known.family, layer)
         attached.structure = Structure(known, module)
-        attached.structure.straight = _straight(known.family, layers)
+        attached.structure.straight = _straight(known, layers)
     return None
 
 
-def _straight(family: Family, layers: list[Any]) -> list[evaluation.StraightLayer]:
+def _straight(known: Stock, layers: list[Any]) -> list[evaluation.StraightLayer]:
     """The layers in a straight line, past whatever is in their call; none where one of them can't be run so."""
     straight = []
     for layer in layers:
-        seen = family.view(layer)
+        seen = known.family.view(layer)
         if (
             is_sharded(layer)
             or layer._forward_hooks
@@ -329,7 +331,8 @@ def _straight(family: Family, layers: list[Any]) -> list[evaluation.StraightLaye
             or seen.chunk_size_feed_forward
         ):
             return []
-        one = evaluation.StraightLayer.of(seen)
+        attention = next(part for part in layer.modules() if isinstance(part, known.attention))
+        one = evaluation.StraightLayer.of(seen, attention)
         if one is None:
             return []
         straight.append(one)

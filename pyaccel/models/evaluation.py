@@ -34,38 +34,38 @@ class StraightLayer:
     """One layer's parameters in the order of their use; made by :meth:`of`.
 
     Attributes:
+        attention: the module whose ``training`` says whether attention drops.
         projections: has the three layers for query, key and value.
         heads: their number, and the dimension of one.
         first, second: weight and bias of the product and the LayerNorm that end either half.
-        inner: weight and bias of the product between, ``activation`` what follows it.
-        dropouts: that must not act.
+        inner: weight and bias of the product between, ``activation`` the module that follows it.
+        dropouts: attention's, and those of either half.
         parameters: all of them, weight and bias in turn, first those of the projections.
     """
 
+    attention: nn.Module
     projections: Any
     heads: tuple[int, int]
     first: tuple[Tensor, Tensor, Any]
     inner: tuple[Tensor, Tensor]
-    activation: str
+    activation: Any
     second: tuple[Tensor, Tensor, Any]
-    dropouts: tuple[Any, ...]
+    dropouts: tuple[Any, Any, Any]
     parameters: list[Tensor]
     # Weight and bias of the one product for query, key and value; where the six parameters were when it was made.
     qkv: tuple[Tensor, Tensor | None] | None = None
     pointers: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, layer: Any) -> StraightLayer | None:
+    def of(cls, layer: Any, attention: nn.Module) -> StraightLayer | None:
         """Of a layer with BERT's names (see :func:`pyaccel.models.bert.encoder_layer`); None if it is of another kind.
 
-        Its products must be plain nn.Linear with bias, whose activation oneDNN fuses, its norms plain LayerNorm.
+        Its products must be plain nn.Linear with bias, its norms plain LayerNorm.
         """
         heads, first, second = layer.attention.self, layer.attention.output, layer.output
-        inner, name = layer.intermediate.dense, activation_name(layer.intermediate.intermediate_act_fn)
+        inner = layer.intermediate.dense
         linears = (heads.query, heads.key, heads.value, first.dense, inner, second.dense)
         norms = (first.LayerNorm, second.LayerNorm)
-        if name is None or name not in linear.ONEDNN_ACTIVATIONS:
-            return None
         if not all(type(x) is nn.Linear for x in linears):
             return None
         if not all(type(x) in (nn.LayerNorm, ResidualLayerNorm) for x in norms):
@@ -74,21 +74,29 @@ class StraightLayer:
         if not all(type(p) in _PLAIN for p in parameters):
             return None
         return cls(
+            attention=attention,
             projections=heads,
             heads=(heads.num_attention_heads, heads.attention_head_size),
             first=(first.dense.weight, first.dense.bias, first.LayerNorm),
             inner=(inner.weight, inner.bias),
-            activation=name,
+            activation=layer.intermediate.intermediate_act_fn,
             second=(second.dense.weight, second.dense.bias, second.LayerNorm),
             dropouts=(heads.dropout, first.dropout, second.dropout),
             parameters=parameters,
         )
 
     def ready(self, dtype: torch.dtype) -> bool:
-        """Whether all of it is on the CPU and in that dtype, and nothing drops."""
+        """Whether all of it is on the CPU and in that dtype, nothing drops, and oneDNN has the activation fused."""
         if any(p.dtype is not dtype or not p.is_cpu for p in self.parameters):
             return False
-        return not any(dropout.training and dropout.p > 0.0 for dropout in self.dropouts)
+        first, *others = self.dropouts
+        # As transformers has it: attention asks its own module whether to drop, not the dropout's.
+        if self.attention.training and first.p > 0.0:
+            return False
+        if any(dropout.training and dropout.p > 0.0 for dropout in others):
+            return False
+        name = activation_name(self.activation)
+        return name is not None and name in linear.ONEDNN_ACTIVATIONS
 
     def __call__(self, hidden: Tensor, lengths: list[int]) -> Tensor:
         """Packed hidden states ``[total_tokens, hidden_size]`` of sequences of these lengths, without gradient."""
@@ -98,22 +106,22 @@ class StraightLayer:
         context = varlen_by_group(q, k, v, lengths, lengths, False, None, None, 0.0).flatten(1)
         hidden = _residual_layernorm(context, hidden, *self.first)
         weight, bias = self.inner
-        return _residual_layernorm(
-            linear.evaluate(hidden, weight, bias, self.activation), hidden, *self.second
-        )
+        inner = linear.evaluate(hidden, weight, bias, activation_name(self.activation))
+        return _residual_layernorm(inner, hidden, *self.second)
 
     def _fused(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the one product, as long as the three layers' lie where they lay.
 
-        The view keeps that memory in use, so nothing else can be where they were.
+        The view keeps that memory in use, so nothing else can be where they were. A copy, which it is where they aren't
+        neighbours, must be made anew each time, and isn't kept.
         """
         pointers = [p.data_ptr() for p in self.parameters[:6]]
-        if self.qkv is None or pointers != self.pointers:
-            self.qkv = weight, bias = fused_qkv(self.projections)
-            # A copy, where they aren't neighbours, must be made anew each time.
-            is_view = [weight.data_ptr(), 0 if bias is None else bias.data_ptr()] == pointers[:2]
-            self.pointers = pointers if is_view else []
-        return self.qkv
+        if self.qkv is not None and pointers == self.pointers:
+            return self.qkv
+        weight, bias = fused_qkv(self.projections)
+        is_view = bias is not None and [weight.data_ptr(), bias.data_ptr()] == pointers[:2]
+        self.qkv, self.pointers = ((weight, bias), pointers) if is_view else (None, [])
+        return weight, bias
 
 
 def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
@@ -121,7 +129,13 @@ def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
     return torch.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def serves(layers: Sequence[StraightLayer | None], hidden: Tensor, tokens: PackedLayout) -> bool:
+def forget(layers: Sequence[StraightLayer]) -> None:
+    """Let go of views, which hold memory that a model which has moved to another device has left."""
+    for layer in layers:
+        layer.qkv = None
+
+
+def serves(layers: Sequence[StraightLayer], hidden: Tensor, tokens: PackedLayout) -> bool:
     """Whether these layers give what :func:`pyaccel.models.bert.encoder_layer` gives for this call.
 
     False wherever anything is out of the ordinary: gradients, dropout, autocast, a graph that is traced, a backend that
@@ -137,5 +151,5 @@ def serves(layers: Sequence[StraightLayer | None], hidden: Tensor, tokens: Packe
         and hidden.dtype in linear.onednn_dtypes()
         and tokens.key_indices is None
         and len(hidden) > 0
-        and all(layer is not None and layer.ready(hidden.dtype) for layer in layers)
+        and all(layer.ready(hidden.dtype) for layer in layers)
     )

@@ -136,9 +136,8 @@ def trace_accelerated(mask: Tensor) -> Iterator[Trace]:
         for name in _LISTENED:
             setattr(ops, name, listening(name))
         fast_path.layout = listening_layout
-        with (
-            dispatch.record()
-        ):  # who is asked says so op by op, where nobody asks a layer goes past the public ops
+        # Where nobody asks who serves, a layer goes past the public ops.
+        with dispatch.record():
             yield trace
     finally:
         for name, function in before.items():

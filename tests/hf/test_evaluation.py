@@ -15,6 +15,7 @@ from transformers import AlbertConfig, AlbertModel, BertModel, DistilBertConfig,
 
 import pyaccel
 from pyaccel import dispatch, quantization, tuned
+from pyaccel.models import evaluation
 from pyaccel.models.evaluation import StraightLayer
 from tests.assertions import assert_bits_equal
 from tests.hf.models import MASKS, VOCAB, Truth, batch_of, randomise, read, tiny
@@ -100,6 +101,14 @@ def in_training(model: Any) -> None:
     model.encoder.layer[1].output.dropout.train()
 
 
+def attention_in_training(model: Any) -> None:
+    """As transformers has it, attention drops by its own module's mode, whatever its dropout's."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
 def hooked(model: Any) -> None:
     model.encoder.layer[1].register_forward_hook(lambda *_: None)
 
@@ -112,6 +121,7 @@ def asked(model: Any) -> AbstractContextManager[object]:
     ("change", "options"),
     [
         (in_training, {}),
+        (attention_in_training, {}),
         (hooked, {}),
         (lambda model: model.to(torch.float16), {}),
         (asked, {}),
@@ -121,7 +131,18 @@ def asked(model: Any) -> AbstractContextManager[object]:
         (lambda model: None, {"packing": False}),
         (lambda model: None, {"backend": "reference"}),
     ],
-    ids=["dropout", "hook", "fp16", "backend", "autocast", "gradients", "int8", "padded", "accelerate"],
+    ids=[
+        "dropout",
+        "attention",
+        "hook",
+        "fp16",
+        "backend",
+        "autocast",
+        "gradients",
+        "int8",
+        "padded",
+        "accelerate",
+    ],
 )
 def test_what_is_out_of_the_ordinary_goes_the_long_way(
     change: Callable[[Any], Any], options: dict[str, Any], calls: Counter[str]
@@ -198,6 +219,44 @@ def test_a_change_of_the_layers_options_is_seen(calls: Counter[str]) -> None:
     assert calls["straight"] >= 2 * LAYERS
 
 
+def test_attention_drops_as_the_stock_model_s_does(calls: Counter[str]) -> None:
+    """With dropouts in evaluation and attention in training it drops, the other way round it doesn't."""
+    model, batch = accelerated(tiny()), batch_of("right")
+    still = states(model, batch)
+    attention_in_training(model)
+    assert not torch.equal(states(model, batch), still)
+    model.eval()
+    for layer in model.encoder.layer:
+        layer.attention.self.dropout.train()
+    assert_bits_equal(states(model, batch), still)
+
+
+def test_an_activation_that_is_changed_in_place_is_seen(calls: Counter[str]) -> None:
+    stock, batch = tiny(), batch_of("right")
+    for layer in stock.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.GELU()
+    model = accelerated(stock)
+    states(model, batch)
+    for each in (stock, model):
+        each.encoder.layer[0].intermediate.intermediate_act_fn.approximate = "tanh"
+    judge(stock, model, batch)
+    assert calls["straight"] >= 2 * LAYERS
+
+
+def test_memory_that_a_model_has_left_is_let_go(calls: Counter[str]) -> None:
+    model, batch = accelerated(tiny()), batch_of("right")
+    states(model, batch)
+    straight = model.encoder._pyaccel.structure.straight
+    assert all(layer.qkv is not None for layer in straight)
+    evaluation.forget(straight)
+    assert all(layer.qkv is None for layer in straight)
+    other_memory(model)
+    weight = straight[0].parameters[0]
+    weight.data = weight.data.clone()  # no longer beside the two others: a copy serves, and isn't kept
+    states(model, batch)
+    assert straight[0].qkv is None
+
+
 def test_copies_have_their_own(calls: Counter[str]) -> None:
     model, batch = accelerated(tiny()), batch_of("right")
     before = states(model, batch)
@@ -209,9 +268,9 @@ def test_copies_have_their_own(calls: Counter[str]) -> None:
 
 def test_of_a_bert_in_other_words() -> None:
     (layer, *_) = tiny(BertModel).encoder.layer
-    assert StraightLayer.of(layer) is not None
+    assert StraightLayer.of(layer, layer.attention.self) is not None
     layer.output.dense = nn.Linear(72, 32, bias=False)
-    assert StraightLayer.of(layer) is None
+    assert StraightLayer.of(layer, layer.attention.self) is None
 
 
 def test_it_takes_the_way_that_was_measured_to_be_faster(

@@ -32,10 +32,11 @@ MUTANTS = [
     Mutant("model: the padding mask is dropped", FAST_PATH, "partial(padded_attention, mask, dropout_p)", "partial(padded_attention, None, dropout_p)"),
     Mutant("model: output_attentions is ignored", FAST_PATH, 'if given.get("output_attentions", config.output_attentions):', "if False:"),
     Mutant("model: hooks of submodules are ignored", GUARD, 'return "has hooks"', "return None"),
-    Mutant("model: the straight line keeps weights that were moved", EVALUATION, "if self.qkv is None or pointers != self.pointers:", "if self.qkv is None:"),
-    Mutant("model: the straight line drops nothing in training", EVALUATION, "not any(dropout.training and dropout.p > 0.0 for dropout in self.dropouts)", "True"),
+    Mutant("model: the straight line keeps weights that were moved", EVALUATION, "if self.qkv is not None and pointers == self.pointers:", "if self.qkv is not None:"),
+    Mutant("model: the straight line drops nothing in training", EVALUATION, "if any(dropout.training and dropout.p > 0.0 for dropout in others):", "if False:"),
     Mutant("model: the straight line goes past hooks", FAST_PATH, "            or layer._forward_hooks\n", ""),
     Mutant("model: the straight line takes kept padding for keys", EVALUATION, "and tokens.key_indices is None", "and True"),
     Mutant("model: the straight line keeps an epsilon", EVALUATION, "norm.bias, norm.eps)", "norm.bias, 1e-12)"),
     Mutant("model: tokens sorted on the host, rows not", PACKING, "indices = by_length[row] * seq_len + column", "indices = row * seq_len + column"),
+    Mutant("model: the straight line asks attention's dropout, not attention, whether to drop", EVALUATION, "if self.attention.training and first.p > 0.0:", "if first.training and first.p > 0.0:"),
 ]  # fmt: skip
