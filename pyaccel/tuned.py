@@ -111,15 +111,22 @@ def nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, 
 
 
 def preferred(
-    op: str, device: torch.device, dtype: torch.dtype, size: Sequence[int], ways: Sequence[str]
+    op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], ways: tuple[str, ...]
 ) -> tuple[str | None, str]:
     """The way that was fastest at the nearest size, of those named, the usual one first, and the row that says so.
 
     (None, "") where nothing near was measured, and in a traced graph, which serves many sizes.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(type(n) is not int for n in size):
         return None, ""
-    timing = nearest(op, device, dtype, tuple(size))
+    return _preferred(op, device, dtype, size, ways)
+
+
+@functools.lru_cache(maxsize=4096)
+def _preferred(
+    op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], ways: tuple[str, ...]
+) -> tuple[str | None, str]:
+    timing = nearest(op, device, dtype, size)
     way = None if timing is None else timing.fastest(ways)
     return (None, "") if way is None else (way, str(timing))
 
@@ -215,7 +222,8 @@ def read(file: Path) -> list[dict[str, Any]]:
         fine = all(
             isinstance(table["machine"], str)
             and isinstance(getattr(torch, table["dtype"]), torch.dtype)
-            and all({"size", "us"} <= row.keys() for row in table["rows"])
+            and all(_is_row(row) for row in table["rows"])
+            and len({len(row["size"]) for row in table["rows"]}) <= 1
             for table in tables
         )
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -223,6 +231,14 @@ def read(file: Path) -> list[dict[str, Any]]:
     if not fine:
         raise ValueError(f"{file} is no table of measurements: delete it, or run `pyaccel tune` anew")
     return tables
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    return (
+        all(type(n) is int and n > 0 for n in row["size"])
+        and len(row["us"]) > 0
+        and all(isinstance(us, (int, float)) and us > 0 for us in row["us"].values())
+    )
 
 
 def write(file: Path, tables: Iterable[dict[str, Any]]) -> None:
@@ -238,5 +254,5 @@ def write(file: Path, tables: Iterable[dict[str, Any]]) -> None:
 
 def forget() -> None:
     """Read the files again at the next question."""
-    _tables.cache_clear()
-    nearest.cache_clear()
+    for cached in (_tables, nearest, _preferred):
+        cached.cache_clear()

@@ -63,20 +63,26 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
-def evaluate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """``activation(x @ weight.T + bias)`` on a CPU, where :func:`_onednn_reasons` has nothing against oneDNN.
-
-    In one primitive of it, unless a measurement of this machine prefers F.linear.
-    """
-    if _measured(x, weight, ("onednn", "plain"))[0] == "plain":
-        return reference.activation(F.linear(x, weight, bias), activation)
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """``activation(x @ weight.T + bias)`` in one primitive; :func:`_onednn_reasons` says where it can't be."""
     attribute, algorithm = ONEDNN_ACTIVATIONS[activation]
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
 
 
+def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """The same in two steps."""
+    return reference.activation(F.linear(x, weight, bias), activation)
+
+
+def evaluate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """``activation(x @ weight.T + bias)`` on a CPU where oneDNN can serve, in the way that was faster."""
+    way, _ = _measured(x, weight)
+    return (by_torch if way == "plain" else by_onednn)(x, weight, bias, activation)
+
+
 def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias + residual`` in the same way."""
-    if _measured(x, weight, ("onednn", "plain"))[0] == "plain":
+    if _measured(x, weight)[0] == "plain":
         return F.linear(x, weight, bias) + residual
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
@@ -137,12 +143,12 @@ def linear_activation(
     if way == "triton":
         return triton_backend.linear_activation(x, weight, bias, activation)
     if way == "onednn":
-        return evaluate(x, weight, bias, activation)
+        return by_onednn(x, weight, bias, activation)
     if way == "bias_gelu":
         return bias_gelu(F.linear(x, weight), bias, activation or "")
     if bias is not None and bias.dtype != x.dtype and autocast_dtype(x.device) is None:
         bias = bias.to(x.dtype)
-    return reference.activation(F.linear(x, weight, bias), activation)
+    return by_torch(x, weight, bias, activation)
 
 
 def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> str:
@@ -151,8 +157,7 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     declined = _onednn_reasons(x, weight, bias)
     if activation not in ONEDNN_ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
-    ways = ("triton", "torch") if _on_gpu(x) else ("onednn", "plain")
-    measured, row = _measured(x, weight, ways)
+    measured, row = _measured(x, weight)
     if measured == "plain" and not declined:
         declined.append(row)
     by_bias_gelu = activation is not None and _bias_gelu_serves(x, weight, bias)
@@ -170,7 +175,9 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     return "bias_gelu" if by_bias_gelu else "plain"
 
 
-def _measured(x: Tensor, weight: Tensor, ways: tuple[str, ...]) -> tuple[str | None, str]:
+def _measured(x: Tensor, weight: Tensor) -> tuple[str | None, str]:
+    """The way that was fastest near this size on this machine, and the row that says so; see :mod:`pyaccel.tuned`."""
+    ways = ("triton", "torch") if _on_gpu(x) else ("onednn", "plain")
     size = (x.shape[:-1].numel(), weight.shape[1], weight.shape[0])
     return tuned.preferred("linear_activation", x.device, x.dtype, size, ways)
 
@@ -235,9 +242,9 @@ def linear_residual_layernorm(
         and not _onednn_reasons(x, weight, bias, residual, ln_weight, ln_bias)
     )
     if fused:
-        dispatch.choose(
-            "residual_layernorm", {"torch": []}, "torch", "on the CPU; oneDNN adds bias and residual"
-        )
+        way, row = _measured(x, weight)
+        how = f"the product in F.linear, {row}" if way == "plain" else "oneDNN adds bias and residual"
+        dispatch.choose("residual_layernorm", {"torch": []}, "torch", f"on the CPU; {how}")
         total = evaluate_with_residual(x, residual, weight, bias)
         return F.layer_norm(total, (total.shape[-1],), ln_weight, ln_bias, eps)
     return residual_layernorm(
