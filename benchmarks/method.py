@@ -41,10 +41,9 @@ class Row:
     """One measurement, a line of the tall CSV.
 
     ``microseconds`` is a median over rounds, and ``low`` and ``high`` are the ends of its 95 % confidence interval;
-    ``host_microseconds`` is how long
-    the call kept the host, where the device works on its own. ``of_floor`` is ``floor_microseconds`` over
-    ``microseconds``, and ``floor_of`` says which of bytes and FLOPs bounds the case. ``peak_megabytes`` is the memory
-    of a GPU that the call held at most, its outputs among it and its inputs not.
+    ``host_microseconds`` is how long the call kept the host, where the device works on its own. ``of_floor`` is
+    ``floor_microseconds`` over ``microseconds``, and ``floor_of`` says which of bytes and FLOPs bounds the case.
+    ``peak_megabytes`` is the memory of a GPU that the call held at most, its outputs among it and its inputs not.
     """
 
     group: str
@@ -119,7 +118,7 @@ def measure(
     Args:
         rounds: in which the contenders take turns, of each size.
         seconds: after which a size has no further round, once it has had :data:`LEAST_ROUNDS`.
-        smoke: do so with little work: the case's smallest sizes.
+        smoke: with little work: the case's smallest sizes, and a small product for the ceiling.
         sizes: label -> sizes, instead of the case's full sweep.
     """
     where = provenance(device)

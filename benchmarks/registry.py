@@ -26,7 +26,6 @@ MODULES = (
     "bert",
 )  # of this package, each with CASES: a new case needs no other line
 GROUPS = ("ops", "layers", "models", "train")
-SWEEPS = ("full", "quick", "smoke")
 OURS = "pyaccel"  # what the names of our variants begin with
 
 

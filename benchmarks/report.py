@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyaccel.benchmarks.method import COPY, MATMUL, Row
-from pyaccel.benchmarks.registry import OURS
-from pyaccel.benchmarks.table import Cell, by_case, is_ours, notes, variants, verdict
+from pyaccel.benchmarks.method import Row
+from pyaccel.benchmarks.registry import OURS, cases
+from pyaccel.benchmarks.table import Cell, by_case, notes, timed_variants, verdict
 
 OUR_COLOUR = "#c2410c"
 # Distinct in print and to the colour-blind (Okabe and Ito), without the one that resembles ours.
@@ -40,7 +40,7 @@ def write(rows: Sequence[Row], folder: Path) -> Path:
         ImportError: matplotlib is missing; the message says what to install.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
+    parts, about = [], {case.name: case.about for case in cases()}
     for (case, dtype, _), cells in by_case(rows).items():
         figure = plot(cells)
         name = f"{case}-{dtype}"
@@ -49,7 +49,7 @@ def write(rows: Sequence[Row], folder: Path) -> Path:
             # Without a date in it the same rows give the same file.
             metadata = {"Date": None} if form == "svg" else None
             figure.savefig(target, format=form, dpi=150, metadata=metadata, bbox_inches="tight")
-        parts.append(_section(case, dtype, cells, svg.getvalue()))
+        parts.append(_section(case, dtype, about.get(case, ""), cells, svg.getvalue()))
     page = folder / "report.html"
     page.write_text(_page(rows, parts), encoding="utf-8")
     return page
@@ -58,20 +58,17 @@ def write(rows: Sequence[Row], folder: Path) -> Path:
 def plot(cells: Sequence[Cell]) -> Any:
     """A dot for each variant at each size: how many times as long as ours it takes, on a logarithmic scale."""
     figure_class, ticker = matplotlib_figure()
-    names = [name for name in variants(cells) if name not in (COPY, MATMUL)]
     shown = [(cell, cell.ours) for cell in cells if cell.ours is not None]
     figure = figure_class(figsize=(9, 1.6 + 0.42 * max(len(shown), 1)))
     axes = figure.subplots()
+    names = timed_variants(cell for cell, _ in shown)
     rivals = [name for name in names if not name.startswith(OURS)]
     for name in names:
         points = [
             (row.ms / ours.ms, y)
             for y, (cell, ours) in enumerate(shown)
-            for row in cell.rows
-            if row.variant == name and row.timed
+            if (row := cell.row(name)) is not None
         ]
-        if not points:
-            continue
         at = rivals.index(name) if name in rivals else 0
         own = name.startswith(OURS)
         axes.scatter(
@@ -145,43 +142,30 @@ measured in the same rounds. In plots and tables a number above 1 says how many 
 """
 
 
-def _section(case: str, dtype: str, cells: Sequence[Cell], svg: str) -> str:
-    names = [n for n in variants(cells) if any(r.variant == n and r.timed for c in cells for r in c.rows)]
+def _section(case: str, dtype: str, about: str, cells: Sequence[Cell], svg: str) -> str:
+    names = timed_variants(cells)
     head = "".join(f"<th{_ours(name)}>{html.escape(name)}</th>" for name in names)
     lines = []
     for cell in cells:
         ours = cell.ours
-        timed = [row.ms for row in cell.rows if row.timed]
-        columns = [f"<td>{html.escape(cell.first.size)}</td>"]
-        if ours is None:
-            columns.append("<td></td><td></td>")
-        else:
-            columns.append(
-                f"<td>{ours.ms:.3g} <span class=quiet>({ours.spread})"
-                f"</span></td><td>{ours.of_floor:.0%} <span class=quiet>{ours.floor_of}</span></td>"
+        own = "<td></td><td></td>"
+        if ours is not None:
+            own = (
+                f"<td>{ours.ms:.3g} <span class=quiet>({ours.spread})</span></td>"
+                f"<td>{ours.of_floor:.0%} <span class=quiet>{ours.floor_of}</span></td>"
             )
-        for name in names:
-            row = next((r for r in cell.rows if r.variant == name and r.timed), None)
-            if row is None:
-                columns.append("<td></td>")
-                continue
-            value = f"{row.ms:.3g} ms" if ours is None else f"{row.ms / ours.ms:.2f}"
-            kinds = " ".join(["ours"] * is_ours(row) + ["best"] * (row.ms == min(timed)))
-            columns.append(f'<td class="{kinds}">{value}</td>')
-        lines.append(f"<tr>{''.join(columns)}</tr>")
+        others = "".join(
+            f'<td class="{"ours " * name.startswith(OURS)}{"best" * cell.is_fastest(name)}">{cell.relative(name)}</td>'
+            for name in names
+        )
+        lines.append(f"<tr><td>{html.escape(cell.first.size)}</td>{own}{others}</tr>")
     # Neither an XML prolog nor metadata, which name other people's pages, have a place inside of this one.
     picture = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return (
-        f"<h2>{html.escape(case)}, {html.escape(dtype)}</h2><p class=quiet>{html.escape(_about(case))}</p>"
+        f"<h2>{html.escape(case)}, {html.escape(dtype)}</h2><p class=quiet>{html.escape(about)}</p>"
         f"<div class=wide>{picture}</div><div class=wide><table><tr><th>size</th><th>pyaccel, ms</th><th>of floor</th>"
         f"{head}</tr>{''.join(lines)}</table></div>"
     )
-
-
-def _about(name: str) -> str:
-    from pyaccel.benchmarks.registry import cases
-
-    return next((case.about for case in cases() if case.name == name), "")
 
 
 def _ours(name: str) -> str:

@@ -99,6 +99,22 @@ class Cell:
         """Everybody else who gave a right answer, the fastest first."""
         return sorted((row for row in self.rows if not is_ours(row) and row.timed), key=_ms)
 
+    def row(self, variant: str) -> Row | None:
+        """That of a variant, if it was timed."""
+        return next((row for row in self.rows if row.variant == variant and row.timed), None)
+
+    def relative(self, variant: str) -> str:
+        """How many times as long as ours it takes; its time where ours has none; empty where it has none."""
+        row, ours = self.row(variant), self.ours
+        if row is None:
+            return ""
+        return f"{row.ms:.3g} ms" if ours is None else f"{row.ms / ours.ms:.2f}"
+
+    def is_fastest(self, variant: str) -> bool:
+        """Whether nobody takes less."""
+        row = self.row(variant)
+        return row is not None and row.ms == min(other.ms for other in self.rows if other.timed)
+
     def speedup(self, *names: str) -> float | None:
         """How many times as fast as the fastest rival ours is, or as the fastest of these."""
         rivals = [row for row in self.rivals if not names or row.variant in names]
@@ -125,9 +141,9 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Cell]]:
     return found
 
 
-def variants(cells: Iterable[Cell]) -> list[str]:
-    """The names of the variants, in their order."""
-    return list(dict.fromkeys(row.variant for cell in cells for row in cell.rows))
+def timed_variants(cells: Iterable[Cell]) -> list[str]:
+    """The names of the variants that have a time anywhere, in their order."""
+    return list(dict.fromkeys(row.variant for cell in cells for row in cell.rows if row.timed))
 
 
 def notes(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[str]]:
@@ -199,47 +215,29 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
 def show(rows: Sequence[Row], console: Console) -> None:
     """For each case what ours takes, and how many times as long everybody else; below it why a time is missing."""
     for (case, dtype, device), of_case in by_case(rows).items():
-        shown = [name for name in variants(of_case) if any(_timed(cell, name) for cell in of_case)]
+        names = timed_variants(of_case)
+        # Not the table's own title, which is cut to its width.
         title = f"{case}, {dtype}, {device}: times as long as ours"
-        console.print(
-            title, markup=False, highlight=False, soft_wrap=True
-        )  # a table's own is cut to its width
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("size")
-        for heading in ("ours, ms", "95 %", "of floor"):
+        for heading in ("ours, ms", "95 %", "of floor", *map(escape, names)):
             table.add_column(heading, justify="right")
-        for name in shown:
-            table.add_column(escape(name), justify="right")
         for cell in of_case:
             ours = cell.ours
-            fastest = min((row for row in cell.rows if row.timed), key=_ms, default=None)
-            numbers = []
-            for name in shown:
-                row = _timed(cell, name)
-                if row is None:
-                    numbers.append("")
-                elif ours is None:
-                    numbers.append(f"{row.ms:.3g} ms")
-                else:
-                    text = f"{row.ms / ours.ms:.2f}"
-                    numbers.append(f"[bold]{text}[/]" if row is fastest else text)
-            table.add_row(
-                escape(cell.first.size),
-                *(("", "", "") if ours is None else (
-                    f"{ours.ms:.3g}", f"{ours.spread}",
-                    f"{ours.of_floor:.0%} {ours.floor_of}",
-                )),
-                *numbers,
+            own = ("", "", "")
+            if ours is not None:
+                own = (f"{ours.ms:.3g}", ours.spread, f"{ours.of_floor:.0%} {ours.floor_of}")
+            others = (
+                f"[bold]{cell.relative(name)}[/]" if cell.is_fastest(name) else cell.relative(name)
+                for name in names
             )  # fmt: skip
+            table.add_row(escape(cell.first.size), *own, *others)
         console.print(table)
     for (case, variant, note), sizes in notes(rows).items():
         text = f"{case}, {variant}: {note} ({'; '.join(sizes)})"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(verdict(rows), markup=False, highlight=False, soft_wrap=True)
-
-
-def _timed(cell: Cell, name: str) -> Row | None:
-    return next((row for row in cell.rows if row.variant == name and row.timed), None)
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -106,9 +106,17 @@ def test_candidates_are_a_step_away() -> None:
     }  # fmt: skip
 
 
+def launches() -> list[tune.Launch]:
+    return [one for one in tune.tunables(torch.device("cuda")) if isinstance(one, tune.Launch)]
+
+
+def of_layernorm() -> tune.Launch:
+    one = next(one for one in launches() if one.kernel == "residual_layernorm_forward")
+    return tune.dataclasses.replace(one, sizes=one.case.smoke)
+
+
 def test_the_table_of_a_kernel(launched: list[Any]) -> None:
-    one = next(one for one in tune.launches() if one.kernel == "residual_layernorm_forward")
-    table = tune.tune_launch(one, torch.float32, CPU, rounds=1, smoke=True)
+    table = of_layernorm().table(torch.float32, CPU, 1)
     (row,) = table["rows"]
     assert row["size"] == [64]
     assert row["us"].keys() == {"default", "best"}
@@ -122,16 +130,16 @@ def test_the_table_of_a_kernel(launched: list[Any]) -> None:
 
 
 def test_a_default_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = next(one for one in tune.launches() if one.kernel == "residual_layernorm_forward")
     monkeypatch.setattr(tune, "measure", lambda *_, **__: [])
     with pytest.raises(tune.WrongAnswerError, match="was not timed"):
-        tune.tune_launch(one, torch.float32, CPU, rounds=1, smoke=True)
+        of_layernorm().table(torch.float32, CPU, 1)
 
 
 def test_every_kernel_that_is_tuned_is_one_that_asks() -> None:
     """Each name is one of those that the ops give to `tuned.launch`."""
     source = "".join(file.read_text() for file in (Path(tuned.__file__).parent / "ops").glob("*.py"))
-    for one in tune.launches():
+    for one in launches():
         name = one.kernel.removeprefix("attention_")
         assert f'"{one.kernel}"' in source or f'_launch("{name}"' in source
         assert one.sizes
+        assert one.once == (one.kernel == "int8_matmul")  # which reads codes, whatever the layer's dtype

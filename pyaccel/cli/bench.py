@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pyaccel.cli.bench_cost import show_cost
 from pyaccel.cli.errors import BadInputError
+from pyaccel.cli.inputs import resolve_device, resolve_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +39,11 @@ def bench(
         bool, typer.Option("--quick", help="A few sizes and rounds: minutes.", rich_help_panel=MEASURING)
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; a GPU where there is one.", rich_help_panel=MEASURING)
-    ] = None,
+        str,
+        typer.Option(
+            help="cpu, cuda or cuda:0; auto takes a GPU if there is one.", rich_help_panel=MEASURING
+        ),
+    ] = "auto",
     sizes: Annotated[
         str, typer.Option(metavar="REGEX", help="Only sizes whose label matches.", rich_help_panel=MEASURING)
     ] = "",
@@ -157,31 +161,21 @@ def bench(
 def _plan(
     what: list[str] | None,
     dtype: list[str] | None,
-    device: str | None,
+    device: str,
     *,
     quick: bool,
     sizes: str,
     against: str,
 ) -> tuple[list[Job], torch.device]:
-    import torch
-
     from pyaccel.benchmarks import run
-    from pyaccel.verify.cost import DTYPES
 
-    names = dtype or (["fp32"] if quick else ["fp32", "bf16"])
-    if unknown := [name for name in names if name not in DTYPES]:
-        raise BadInputError(f"--dtype {unknown[0]}: expected one of {', '.join(DTYPES)}")
+    where = resolve_device(device)
+    dtypes = list(resolve_dtypes(dtype or (["fp32"] if quick else None), where).values())
     try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        jobs = run.plan(
-            what or None, [DTYPES[name] for name in names], where,
-            sweep="quick" if quick else "full", sizes=sizes, against=against,
-        )  # fmt: skip
-    except (ValueError, RuntimeError, ImportError) as error:  # RuntimeError: of a device that is none
+        sweep = "quick" if quick else "full"
+        return run.plan(what or None, dtypes, where, sweep=sweep, sizes=sizes, against=against), where
+    except (ValueError, ImportError) as error:
         raise BadInputError(str(error)) from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise BadInputError("--device cuda: torch sees no GPU")
-    return jobs, where
 
 
 def _measure(

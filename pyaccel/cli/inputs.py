@@ -7,7 +7,7 @@ import json
 import pydoc_data.topics
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
                 f"use --dtype fp32, or a GPU with --device cuda"
             )
     return dtype
+
+
+def resolve_dtypes(names: list[str] | None, device: torch.device) -> dict[str, torch.dtype]:
+    """Name -> dtype of those given; by default fp32 and, if the device computes in it at speed, bf16."""
+    if names:
+        return {name: resolve_dtype(name, device) for name in names}
+    found = {"fp32": resolve_dtype("fp32", device)}
+    with suppress(BadInputError):
+        found["bf16"] = resolve_dtype("bf16", device)
+    return found
 
 
 def quiet_transformers() -> ModuleType:

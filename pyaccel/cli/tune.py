@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pyaccel.cli.errors import BadInputError
+from pyaccel.cli.inputs import resolve_device, resolve_dtypes
 
 
 def tune(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops; all that have a choice by default.")] = None,
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Ops, or launch_KERNEL; all that have a choice by default.")
+    ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp32, bf16 or fp16; may be repeated. fp32 and bf16 by default.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:0; auto takes a GPU if there is one.")
+    ] = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="A folder; by default the user's, or $PYACCEL_TUNED, which dispatch reads."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="In which the ways take turns.")] = 20,
-    quick: Annotated[bool, typer.Option("--quick", help="Two sizes an op: a try.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two sizes of each: a try.")] = False,
 ) -> None:
     """Measure each way to serve an op at the sizes of real models, and let dispatch choose by it from now on.
 
     On a GPU also the launch configurations of kernels, beside their neighbours. Answers are checked before anything is
-    timed. The tables hold for this kind of machine, come before those that ship
-    with pyaccel, and are read by every process that starts; pyaccel.explain(model) shows the row that decided. Delete
-    the folder to go back. A few minutes on a CPU. Exits with 1 where a way is wrong, with 2 for bad options.
+    timed. The tables hold for this kind of machine, come before those that ship with pyaccel, and are read by every
+    process that starts; pyaccel.explain(model) shows the row that decided. Delete the folder to go back. A few minutes
+    on a CPU. Exits with 1 where a way is wrong, with 2 for bad options.
     """
-    import torch
-
     from pyaccel import tuned
-    from pyaccel.benchmarks.tune import WrongAnswerError, launches, tunables, tune_launch
-    from pyaccel.benchmarks.tune import tune as measure
-    from pyaccel.verify.cost import DTYPES
+    from pyaccel.benchmarks.tune import WrongAnswerError, tunables
 
-    names = dtype or ["fp32", "bf16"]
-    if unknown := [name for name in names if name not in DTYPES]:
-        raise BadInputError(f"--dtype {unknown[0]}: expected one of {', '.join(DTYPES)}")
+    where = resolve_device(device)
+    dtypes = resolve_dtypes(dtype, where)
     try:
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        wanted = tunables(where, ops or None, quick=quick)
-    except (ValueError, RuntimeError) as error:
+        wanted = tunables(where, what or None, quick=quick)
+    except ValueError as error:
         raise BadInputError(str(error)) from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise BadInputError("--device cuda: torch sees no GPU")
     folder = out or tuned.user_folder()
     console = Console()
     if not console.is_terminal:
@@ -59,44 +57,25 @@ def tune(
     for one in wanted:
         tables = []
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            count = len(one.sizes or one.case.sweep(where)) * sum(map(len, one.ways.values()))
-            for name in names:
-                task = progress.add_task(f"{one.op}, {name}", total=count)
+            for name, each in list(dtypes.items())[: 1 if one.once else None]:
+                task = progress.add_task(f"{one.name}, {name}", total=None)
                 try:
-                    tables.append(
-                        measure(
-                            one, DTYPES[name], where, rounds=rounds,
-                            done=lambda row, task=task: progress.advance(task),  # type: ignore[misc]
-                        )
-                    )  # fmt: skip
+                    tables.append(one.table(each, where, rounds, partial(_advance, progress, task)))
                 except WrongAnswerError as error:
-                    typer.echo(f"pyaccel tune: {error}; nothing was written for this op", err=True)
+                    typer.echo(f"pyaccel tune: {error}; nothing was written for it", err=True)
                     raise typer.Exit(1) from error
         try:
-            tuned.write(folder / f"{one.op}.json", tables)  # at once: a long run may be cut short
+            tuned.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
         except (OSError, ValueError) as error:
             raise BadInputError(f"{folder}: {error}") from error
-        console.print(_table(one.op, tables))
-    for kernel in () if where.type == "cpu" or ops else launches():
-        tables = []
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            for name in names:
-                task = progress.add_task(f"launch of {kernel.kernel}, {name}", total=None)
-                try:
-                    tables.append(
-                        tune_launch(
-                            kernel, DTYPES[name], where, rounds=rounds,
-                            done=lambda row, task=task: progress.advance(task),  # type: ignore[misc]
-                        )
-                    )  # fmt: skip
-                except WrongAnswerError as error:
-                    typer.echo(f"pyaccel tune: {error}; nothing was written for this kernel", err=True)
-                    raise typer.Exit(1) from error
-        tuned.write(folder / f"launch_{kernel.kernel}.json", tables)
-        console.print(_table(f"launch of {kernel.kernel}", tables))
+        console.print(_table(one.name, tables))
     console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
     if folder.resolve() not in (tuned.user_folder().resolve(), tuned.FOLDER.resolve()):
         console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", markup=False, highlight=False)
+
+
+def _advance(progress: Progress, task: TaskID, row: object) -> None:
+    progress.advance(task)
 
 
 def _table(op: str, tables: list[dict[str, Any]]) -> Table:

@@ -125,10 +125,10 @@ def test_a_list_measures_nothing(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["softmax"], "there is no case softmax"),
-        (["--dtype", "fp8"], "--dtype fp8: expected one of"),
+        (["--dtype", "fp8"], "unknown dtype 'fp8'"),
         (["--sizes", "("], "'(' is not a regular expression"),
         (["--sizes", "nothing has this label"], "no size is left"),
-        (["--device", "toaster"], "toaster"),
+        (["--device", "toaster"], "unknown device 'toaster'"),
         (["--compare", "nowhere.csv", "nowhere.csv"], "nowhere.csv could not be read"),
     ],
 )
