@@ -34,7 +34,10 @@ def tables(rows: Sequence[Row], figures: dict[str, Any]) -> dict[str, str]:
         "training": training(rows),
         "machine": machine(rows),
         "int8-speed": int8_speed(),
-        **{name: make(parts[name]) for name, make in MADE_OF_FIGURES.items() if name in parts},
+        "demo": demo(parts["demo"]),
+        "encode": encode(parts["encode"]),
+        "int8": int8(parts["int8"]),
+        "cost": cost(parts["cost"]),
     }
 
 
@@ -170,9 +173,6 @@ def _relative(cell: Cell | None, names: tuple[str, ...]) -> str:
     return next(
         (row.note.split(":")[0] for row in cell.rows if row.variant in names and row.note), "not measured"
     )
-
-
-MADE_OF_FIGURES = {"demo": demo, "encode": encode, "int8": int8, "cost": cost}
 
 
 def with_tables(text: str, made: dict[str, str]) -> str:
