@@ -320,16 +320,11 @@ def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | Non
 
 
 def _straight(known: Stock, layers: list[Any]) -> list[evaluation.StraightLayer]:
-    """The layers in a straight line, past whatever is in their call; none where one of them can't be run so."""
+    """The layers in a straight line, past the hooks that `unfit` let be; none where one of them can't be run so."""
     straight = []
     for layer in layers:
         seen = known.family.view(layer)
-        if (
-            is_sharded(layer)
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or seen.chunk_size_feed_forward
-        ):
+        if is_sharded(layer) or seen.chunk_size_feed_forward:
             return []
         attention = next(part for part in layer.modules() if isinstance(part, known.attention))
         one = evaluation.StraightLayer.of(seen, attention)

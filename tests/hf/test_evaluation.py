@@ -159,6 +159,16 @@ def test_what_is_out_of_the_ordinary_goes_the_long_way(
     assert calls["straight"] == 0
 
 
+def test_hooks_that_transformers_leaves_behind_cost_nothing(calls: Counter[str]) -> None:
+    model, batch = accelerated(tiny()), batch_of("right")
+    with torch.no_grad():
+        model(**batch, output_hidden_states=True)
+    assert any(layer._forward_hooks for layer in model.encoder.layer)
+    assert calls["straight"] == 0
+    states(model, batch)
+    assert calls["straight"] == LAYERS
+
+
 def test_a_static_int8_layer_or_another_activation_goes_the_long_way(calls: Counter[str]) -> None:
     model = tiny()
     quantization.quantize(model, "weight_only")

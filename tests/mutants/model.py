@@ -34,7 +34,6 @@ MUTANTS = [
     Mutant("model: hooks of submodules are ignored", GUARD, 'return "has hooks"', "return None"),
     Mutant("model: the straight line keeps weights that were moved", EVALUATION, "if self.qkv is not None and pointers == self.pointers:", "if self.qkv is not None:"),
     Mutant("model: the straight line drops nothing in training", EVALUATION, "if any(dropout.training and dropout.p > 0.0 for dropout in others):", "if False:"),
-    Mutant("model: the straight line goes past hooks", FAST_PATH, "            or layer._forward_hooks\n", ""),
     Mutant("model: the straight line takes kept padding for keys", EVALUATION, "and tokens.key_indices is None", "and True"),
     Mutant("model: the straight line keeps an epsilon", EVALUATION, "norm.bias, norm.eps)", "norm.bias, 1e-12)"),
     Mutant("model: tokens sorted on the host, rows not", PACKING, "indices = by_length[row] * seq_len + column", "indices = row * seq_len + column"),
