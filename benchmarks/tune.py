@@ -23,10 +23,11 @@ from pyaccel.benchmarks import (
     residual_layernorm,
     varlen_attention,
 )
-from pyaccel.benchmarks.attention_shapes import Shape
+from pyaccel.benchmarks.attention_shapes import Shape, results
 from pyaccel.benchmarks.method import Row, measure, provenance
 from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
+from pyaccel.ops import _attention_products as products
 from pyaccel.ops import _attention_torch as attention_on_host
 from pyaccel.ops import linear
 from pyaccel.tuned import NOISE, asked, ignored, machine, trying
@@ -216,6 +217,13 @@ def _on_cpu() -> list[Tunable]:
             _of_shape,
             ONE_SEQUENCE.sizes,
         ),
+        Tunable(
+            "varlen_attention_training",
+            TRAINING,
+            {"matmul": ("pyaccel matmul",), "sdpa": ("pyaccel SDPA",)},
+            _of_shape,
+            TRAINING.sizes,
+        ),
         Tunable("int8_matmul", int8_linear.CASE, INT8, lambda size: size, int8_linear.CASE.cpu_sizes or {}),
     ]
 
@@ -270,7 +278,7 @@ ONE_PRODUCT = dataclasses.replace(
 def _by_matmul(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outputs]:
     query, key, value = p.tensors
     scratch = query.new_empty(2, query.shape[1] * p.shape.seq**2)
-    return torch.no_grad()(lambda: (attention_on_host.matmul_attention(query, key, value, None, scratch),))
+    return torch.no_grad()(lambda: (products.evaluate(query, key, value, None, scratch),))
 
 
 def _by_sdpa(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outputs]:
@@ -278,6 +286,29 @@ def _by_sdpa(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outpu
     return torch.no_grad()(
         lambda: (attention_on_host.sdpa(query, key, value, None, None, None).transpose(1, 2).flatten(0, 1),)
     )
+
+
+def _trains(name: str, way: Callable[..., torch.Tensor]) -> Variant:
+    """Forward and backward, query, key and value being views of one product's result, as in a layer."""
+
+    def prepare(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outputs]:
+        qkv = torch.stack([t.detach() for t in p.tensors], 1).requires_grad_()
+        return lambda: results(lambda x: way(*x.unbind(1), p.shape.batch), (qkv,), p.grad)
+
+    return Variant(name, prepare, outputs=lambda p, given: (given[0], *given[1].unbind(1)))
+
+
+def _sdpa_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int) -> torch.Tensor:
+    q, k, v = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
+    return attention_on_host.sdpa(q, k, v, None, None, None).transpose(1, 2).flatten(0, 1)
+
+
+def _products_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int) -> torch.Tensor:
+    return products.attention(query, key, value, count, None, 0.0)
+
+
+def _batch(heads: int, head_dim: int, seq: int, count: int) -> Shape:
+    return Shape(heads, head_dim, seq, (seq,) * count, backward=True)
 
 
 def _sequence(heads: int, head_dim: int, seq: int) -> Shape:
@@ -295,6 +326,21 @@ ONE_SEQUENCE = dataclasses.replace(
     cpu_sizes=None,
     smoke={"2x8 9": _sequence(2, 8, 9)},
     variants=(Variant("pyaccel matmul", _by_matmul), Variant("pyaccel SDPA", _by_sdpa)),
+)
+
+TRAINING = dataclasses.replace(
+    ONE_SEQUENCE,
+    name="training",
+    sizes={
+        f"{heads}x{head_dim} {1024 // seq} of {seq}": _batch(heads, head_dim, seq, 1024 // seq)
+        for heads, head_dim in ((12, 32), (12, 64))
+        for seq in (16, 32, 64, 96, 128, 192, 256, 384, 512)
+    },
+    smoke={"2x8 3 of 9": _batch(2, 8, 9, 3)},
+    variants=(
+        _trains("pyaccel matmul", _products_of),
+        _trains("pyaccel SDPA", _sdpa_of),
+    ),
 )
 
 

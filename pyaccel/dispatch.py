@@ -205,6 +205,11 @@ def summary(choices: Iterable[Choice]) -> dict[str, Choice]:
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found without importing it
 
 
+def on_host(x: torch.Tensor) -> bool:
+    """Whether reading a value of ``x`` costs neither a device sync nor a graph break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def has_triton() -> bool:
     """Whether triton is installed."""
     return _HAS_TRITON

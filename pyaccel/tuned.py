@@ -13,6 +13,8 @@ linear_activation         rows, in_features, out_features   backends on a GPU; o
                                                             product, and ``plain``, F.linear and the activation
 varlen_attention          longest sequence, heads,          backends on a GPU; on a CPU ``matmul``, two products
                           head_dim                          and a softmax, and ``sdpa``, of each sequence
+varlen_attention_         the same                          ``matmul`` and ``sdpa``, forward and backward of 1024
+training                                                    tokens on a CPU
 scaled_dot_product_       longest sequence, heads,          backends
 attention                 head_dim
 residual_layernorm,       rows, columns                     backends

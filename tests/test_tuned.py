@@ -21,8 +21,8 @@ from pyaccel.benchmarks import tune as tuning
 from pyaccel.benchmarks.registry import Variant
 from pyaccel.cli import app
 from pyaccel.cli.errors import BadInputError
+from pyaccel.ops import _attention_products as products
 from pyaccel.ops import linear
-from pyaccel.ops._attention_torch import matmul_wins
 from tests.assertions import assert_equivalent
 from tests.hf.models import batch_of, tiny
 
@@ -74,18 +74,31 @@ def test_the_nearest_size_in_proportion() -> None:
     assert tuned.preferred("int8_matmul", CPU, torch.float32, (64, 32, 72), ("sdpa",)) == (None, "")
 
 
+def by_products(length: int, *, training: bool = False, dropout_p: float = 0.0) -> bool:
+    return products.serve(torch.zeros(length, 4, 8), length, training=training, dropout_p=dropout_p)[0]
+
+
+def test_training_has_a_table_of_its_own() -> None:
+    assert [by_products(n, training=True) for n in (128, 129)] == [True, False]  # where nothing was measured
+    write("own", "varlen_attention", {(128, 4, 8): {"matmul": 2.0, "sdpa": 1.0}})
+    assert by_products(128, training=True)
+    write("own", "varlen_attention_training", {(128, 4, 8): {"matmul": 2.0, "sdpa": 1.0}})
+    assert not by_products(128, training=True)
+    assert [by_products(n, dropout_p=0.1) for n in (1024, 1025)] == [True, False]
+
+
 def test_one_s_own_measurements_come_first_and_take_effect_at_once() -> None:
     def way() -> tuple[str | None, str]:
         return tuned.preferred("varlen_attention", CPU, torch.float32, (16, 4, 8), ("sdpa", "matmul"))
 
     assert way() == (None, "")
-    assert not matmul_wins(16, 4, 8, torch.float32)
+    assert not by_products(16)
     write("shipped", "varlen_attention", {(16, 4, 8): {"matmul": 2.0, "sdpa": 1.0}})
     assert way() == ("sdpa", "shipped at 16 x 4 x 8: sdpa 1, matmul 2 us")
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
     assert way() == ("matmul", "measured here at 16 x 4 x 8: matmul 1, sdpa 2 us")
-    assert matmul_wins(16, 4, 8, torch.float32)
-    assert not matmul_wins(1025, 4, 8, torch.float32)  # its scores would be large
+    assert by_products(16)
+    assert not by_products(1025)  # its scores would be large
     with tuned.ignored():
         assert way() == (None, "")
     assert way()[0] == "matmul"
@@ -96,8 +109,8 @@ def test_one_s_own_measurements_come_first_and_take_effect_at_once() -> None:
 def test_a_new_process_reads_them() -> None:
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
     code = (
-        "import torch; from pyaccel.ops._attention_torch import matmul_wins;"
-        "print(matmul_wins(16, 4, 8, torch.float32))"
+        "import torch; from pyaccel.ops._attention_products import serve;"
+        "print(serve(torch.zeros(16, 4, 8), 16, training=False, dropout_p=0.0)[0])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True, check=True
@@ -250,7 +263,9 @@ def test_tune_writes_what_dispatch_reads(monkeypatch: pytest.MonkeyPatch) -> Non
         assert done.exit_code == 0, done.output
     assert f"written to {tuned.user_folder()}" in done.output
     files = {file.stem: tuned.read(file) for file in tuned.user_folder().glob("*.json")}
-    assert files.keys() == {"linear_activation", "varlen_attention", "int8_matmul"}
+    assert files.keys() == {
+        "linear_activation", "varlen_attention", "varlen_attention_training", "int8_matmul"
+    }  # fmt: skip
     other, mine = files["int8_matmul"]
     assert other["machine"] == "another"
     assert {"machine", "dtype", "device", "torch", "triton", "commit", "date", "rows"} == mine.keys()
@@ -317,7 +332,9 @@ def test_every_op_of_a_card_has_something_to_measure() -> None:
 def test_what_ships_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = Path(pyaccel.__file__).parent / "kernels" / "tuned"
     files = sorted(shipped.glob("*.json"))
-    assert [file.stem for file in files] == ["int8_matmul", "linear_activation", "varlen_attention"]
+    assert [file.stem for file in files] == [
+        "int8_matmul", "linear_activation", "varlen_attention", "varlen_attention_training"
+    ]  # fmt: skip
     for file in files:
         for table in tuned.read(file):
             assert {"machine", "dtype", "device", "torch", "commit", "date", "rows"} <= table.keys()

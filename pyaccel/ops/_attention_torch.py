@@ -18,23 +18,19 @@ from torch import Tensor
 # Bound once: whoever puts our function in the place of torch.nn.functional's must not find it calling itself.
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
-from pyaccel import tuned
+from pyaccel import dispatch
+from pyaccel.ops import _attention_products as products
 from pyaccel.reference import attention as reference
 
 Window = tuple[int, int]
 
 
-def on_host(x: Tensor) -> bool:
-    """Whether reading a value of ``x`` costs neither a device sync nor a graph break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def may_hold(condition: Tensor) -> bool:
     """False only where it is known, at next to no cost, that ``condition`` holds nowhere."""
-    return not on_host(condition) or bool(condition.any())
+    return not dispatch.on_host(condition) or bool(condition.any())
 
 
-def _records(*tensors: Tensor) -> bool:
+def records(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -92,44 +88,18 @@ def sdpa(
 def _cleared(x: Tensor, idle: Tensor) -> Tensor:
     """``x`` with 0 where ``idle``; ``x`` itself where it is known to be finite and so can't leak anything."""
     # A sum is finite only if all of x is; on a CPU it takes a thirtieth (fp32) of the time of masked_fill.
-    if on_host(x) and math.isfinite(x.detach().sum().item()):
+    if dispatch.on_host(x) and math.isfinite(x.detach().sum().item()):
         return x
     return x.masked_fill(idle, 0.0)
 
 
 # --- the torch backend, packed, on the host -----------------------------------------------------------------
 
-# Lengths at which, where no table of this machine says it, two batched products and a softmax beat PyTorch's flash
-# kernel in bf16 on a CPU (two cores with AVX512_BF16, head_dim 32 and 64): 1.05 times as fast at 64, 1.5 at 96, 1.8 at
-# 128, 2 at 256, 2.2 to 2.6 at 512; 1.5 to 1.7 on a batch of 20 to 256 tokens. Below 64 they are slower (0.2 to 0.6).
-# The scores are rounded to bf16, as in Hugging Face's eager attention: twice flash's RMS error, inside the numerics
-# policy. Beyond MATMUL_LONGEST scores and weights would take over 48 MB at 12 heads. In fp32 they are 1.1 to 1.5 times
-# as fast from 64 to 224 tokens (two cores with AVX512, head_dim 32 and 64), and no faster elsewhere.
-_MATMUL_LENGTHS = {torch.bfloat16: range(96, 1025), torch.float32: range(64, 225)}
 
-
-MATMUL_LONGEST = 1024
-_CPU = torch.device("cpu")
-
-
-def matmul_wins(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether two batched products and a softmax serve a sequence of that length: where they are faster."""
-    way, _ = tuned.preferred("varlen_attention", _CPU, dtype, (length, heads, head_dim), ("sdpa", "matmul"))
-    if way is None:
-        return length in _MATMUL_LENGTHS.get(dtype, range(0))
-    return way == "matmul" and length <= MATMUL_LONGEST
-
-
-def why_on_host(query: Tensor, length: int) -> str:
+def why_on_host(query: Tensor, length: int, *, training: bool, dropout_p: float) -> str:
     """What decided how a sequence of that length is served on the CPU, for those who ask."""
-    heads, head_dim = query.shape[1:]
-    way, row = tuned.preferred(
-        "varlen_attention", _CPU, query.dtype, (length, heads, head_dim), ("sdpa", "matmul")
-    )
-    if way is None:
-        way = "matmul" if matmul_wins(length, heads, head_dim, query.dtype) else "sdpa"
-        row = "nothing near was measured on this machine: `pyaccel tune` does"
-    return f"{'two products and a softmax' if way == 'matmul' else 'SDPA'} by groups of equal lengths ({row})"
+    by_products, row = products.serve(query, length, training=training, dropout_p=dropout_p)
+    return f"{'two products and a softmax' if by_products else 'SDPA'} by groups of equal lengths ({row})"
 
 
 def varlen_by_group(
@@ -152,25 +122,31 @@ def varlen_by_group(
     *queries, rest = _split(query, rows_q)
     *keys, _ = _split(key, rows_k)
     *values, _ = _split(value, rows_k)
-    by_matmul = set()
-    plain = heads == kv_heads and dropout_p == 0.0 and not is_causal and window_size is None
-    if plain and not _records(query, key, value):
-        head_dim, dtype = query.shape[2], query.dtype
-        by_matmul = {
+    by_products = set()
+    training = records(query, key, value)
+    if heads == kv_heads and not is_causal and window_size is None:
+        by_products = {
             (len_q, len_k)
             for len_q, len_k, _ in groups
             if len_q and len_k
-            if matmul_wins(len_q, heads, head_dim, dtype) and matmul_wins(len_k, heads, head_dim, dtype)
+            if all(
+                products.serve(query, length, training=training, dropout_p=dropout_p)[0]
+                for length in {len_q, len_k}
+            )
         }
     # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in anew.
-    scratch = query.new_empty(2, heads * max((len_q * len_k for len_q, len_k in by_matmul), default=0))
+    largest = max((len_q * len_k for len_q, len_k in by_products), default=0)
+    scratch = None if training or dropout_p > 0.0 else query.new_empty(2, heads * largest)
     parts = []
     for (len_q, len_k, count), q, k, v in zip(groups, queries, keys, values, strict=True):
         if len_q == 0 or len_k == 0:
             parts.append(reference.zero_output(q, value_dim))
-        elif (len_q, len_k) in by_matmul:
-            sequences = zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True)
-            parts.extend(matmul_attention(*sequence, scale, scratch) for sequence in sequences)
+        elif (len_q, len_k) in by_products:
+            if scratch is None:
+                parts.append(products.attention(q, k, v, count, scale, dropout_p))
+            else:
+                sequences = zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True)
+                parts.extend(products.evaluate(*sequence, scale, scratch) for sequence in sequences)
         else:
             q = q.view(count, len_q, heads, -1).transpose(1, 2)
             k = k.view(count, len_k, kv_heads, -1).transpose(1, 2)
@@ -192,21 +168,6 @@ def _split(packed: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
     if rows == [packed.shape[0]]:  # one of all: next to nothing, and the most frequent for a small batch
         return packed, packed[:0]
     return packed.split([*rows, packed.shape[0] - sum(rows)])
-
-
-def matmul_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, scratch: Tensor
-) -> Tensor:
-    """Attention of one sequence, ``[seq, heads, head_dim]``, without gradient; ``scratch`` is overwritten."""
-    len_q, heads, head_dim = query.shape
-    len_k = key.shape[0]
-    scores, weights = (s[: heads * len_q * len_k].view(heads, len_q, len_k) for s in scratch)
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    q, k = query.transpose(0, 1), key.permute(1, 2, 0)
-    torch.baddbmm(scores, q, k, beta=0.0, alpha=scale, out=scores)  # beta 0: what is in scratch isn't read
-    torch.softmax(scores, -1, out=weights)
-    return torch.bmm(weights, value.transpose(0, 1)).transpose(0, 1)
 
 
 # --- the torch backend, packed, on other devices and in graphs ----------------------------------------------
@@ -286,7 +247,7 @@ def varlen_attn_reasons(
         # Its causal is aligned at the bottom right, and a key that no query sees, NaN say, may lie in a tile of
         # those that one does. With equal lengths the alignments agree and every key is seen.
         reasons.append("is_causal and window_size need keys as long as queries: one tensor as both offsets")
-    if return_lse and _records(query, key, value):
+    if return_lse and records(query, key, value):
         reasons.append("its LSE has no gradient")
     needed = {
         "scale": scale is not None,
@@ -340,7 +301,7 @@ def varlen_by_varlen_attn(
     from torch.nn.attention import varlen
 
     idle_q, idle_k = _idle_rows(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
-    if _records(query, key, value):  # gradients of idle rows aren't written either
+    if records(query, key, value):  # gradients of idle rows aren't written either
         query = query.masked_fill(idle_q[:, None, None], 0.0)
         key, value = (t.masked_fill(idle_k[:, None, None], 0.0) for t in (key, value))
     options: dict[str, Any] = {}

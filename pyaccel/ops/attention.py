@@ -77,17 +77,20 @@ def _choose(
     more_reasons: list[str] | None = None,
     *,
     seqlen: int | None = None,
+    dropout_p: float = 0.0,
 ) -> str:
     """The backend.
 
     ``more_reasons`` are those for which Triton can't serve this very call; ``seqlen`` is the longest sequence's where
-    a measurement may decide.
+    a measurement may decide, as on a CPU ``dropout_p`` does.
     """
     on_cpu = query.device.type == "cpu"
     if on_cpu and dispatch.requested(op) != "triton":  # then nobody asks for the reasons of the kernels
         why = "on the CPU"
         if op == "varlen_attention" and seqlen and dispatch.is_recording():
-            why = f"on the CPU, {torch_backend.why_on_host(query, seqlen)}"
+            training = torch_backend.records(query, key, value)
+            how = torch_backend.why_on_host(query, seqlen, training=training, dropout_p=dropout_p)
+            why = f"on the CPU, {how}"
         return dispatch.choose(op, SERVE_ALL, "torch", why).backend
     triton = triton_backend.not_supported_reasons(query, key, value) + (more_reasons or [])
     slow = triton_backend.slow_reason(query, value)
@@ -192,7 +195,7 @@ def scaled_dot_product_attention(
     attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
     backend = _choose(op, query, key, value, seqlen=query.shape[2])
     # On a CPU in eager mode the torch backend drops by PyTorch's mask: ours takes it three times the attention.
-    drops_itself = backend == "torch" and torch_backend.on_host(query) and not return_lse
+    drops_itself = backend == "torch" and dispatch.on_host(query) and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     result: Tensor | tuple[Tensor, Tensor]
     if backend == "triton":
@@ -385,8 +388,9 @@ def varlen_attention(
     Returns:
         ``[total_q, heads, value_dim]`` in query's dtype, or ``(output, lse)`` with lse ``[heads, total_q]``.
 
-    On CPUs the torch backend calls ``F.scaled_dot_product_attention`` once for each run of neighbouring
-    sequences of equal lengths (so sort a batch by length), on views of the packed tensors. On GPUs it is
+    On CPUs the torch backend serves each run of neighbouring sequences of equal lengths at once (so sort a batch by
+    length), on views of the packed tensors: by ``F.scaled_dot_product_attention``, or by two matrix products and a
+    softmax where those are faster; with dropout, they save the weights for backward. On GPUs it is
     ``torch.nn.attention.varlen.varlen_attn`` where that serves the call. Else, and on CPUs under
     ``torch.compile``, it pads to ``[batch, heads, max_seqlen, head_dim]`` on the device, with no host sync.
     """
@@ -405,8 +409,8 @@ def varlen_attention(
     )
     if reasons:
         _refuse(op, reasons, query, key, value)
-    backend = _choose(op, query, key, value, seqlen=max_seqlen_q)
-    on_host = torch_backend.on_host(query)
+    backend = _choose(op, query, key, value, seqlen=max_seqlen_q, dropout_p=dropout_p)
+    on_host = dispatch.on_host(query)
     drops_itself = backend == "torch" and on_host and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     if backend == "torch" and not on_host:

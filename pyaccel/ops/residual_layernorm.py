@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._dropout import dropout_key, dropout_reasons
+from pyaccel.ops._dropout import dropout_key, dropout_reasons, keep_mask_on_host
 from pyaccel.reference.residual_layernorm import normalise
 
 OP = "residual_layernorm"
@@ -397,7 +397,8 @@ def residual_layernorm(
 
     Triton serves float32, float16 and bfloat16 and rows of up to 16384, with int8 codes up to 8192. The Triton and
     reference backends draw the same dropout mask (:func:`pyaccel.reference.philox.keep_mask`); the torch backend
-    uses ``F.dropout``.
+    uses ``F.dropout``, and on a CPU in eager mode a mask of its own, in a third of the time, for ``dropout_p`` rounded
+    to a multiple of 2^-15.
 
     Raises:
         ValueError: naming every argument that makes no sense.
@@ -478,6 +479,12 @@ def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> 
     return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, *measured)
 
 
+def _drops_on_host(x: Tensor, residual: Tensor) -> bool:
+    """Whether dropout and sum can be one pass, by a mask that takes less time than PyTorch's."""
+    same = type(x) is type(residual) is Tensor and x.dtype == residual.dtype
+    return same and dispatch.on_host(x) and not torch._C._are_functorch_transforms_active()
+
+
 def _torch_backend(
     x: Tensor,
     residual: Tensor | None,
@@ -490,10 +497,14 @@ def _torch_backend(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     total = x if x_bias is None else x + x_bias.to(x.dtype)
-    if dropout_p > 0.0:
-        total = F.dropout(total, dropout_p)
-    if residual is not None:
-        total = total + residual
+    if residual is not None and 0.0 < dropout_p < 1.0 and _drops_on_host(total, residual):
+        keep = keep_mask_on_host(total.shape, dropout_p).to(total.dtype)
+        total = torch.addcmul(residual, total, keep, value=1.0 / (1.0 - dropout_p))
+    else:
+        if dropout_p > 0.0:
+            total = F.dropout(total, dropout_p)
+        if residual is not None:
+            total = total + residual
     return normalise(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype), total
 
 

@@ -28,7 +28,7 @@ H, D = 4, 16
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Triton, and both torch implementations: in groups on the host, and padded on the device, which runs here too."""
     if request.param == "device":
-        monkeypatch.setattr(module.torch_backend, "on_host", lambda x: False)
+        monkeypatch.setattr(dispatch, "on_host", lambda x: False)
     with dispatch.use_backend("triton" if request.param == "triton" else "torch"):
         yield request.param
 
@@ -180,7 +180,9 @@ def test_one_call_a_group_on_views_of_the_packed_buffer(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("dtype", "gradient", "matmuls"), [(BF16, False, 4), (BF16, True, 0), (F32, False, 3), (F16, False, 0)]
+    ("dtype", "gradient", "matmuls"),
+    # A sequence at a time without gradient, its scores alone by baddbmm; with one by groups, and both products.
+    [(BF16, False, 4), (F32, False, 3), (F16, False, 0), (BF16, True, 8), (F32, True, 4), (F16, True, 0)],
 )
 def test_long_sequences_take_matrix_products(
     dtype: torch.dtype, gradient: bool, matmuls: int, monkeypatch: pytest.MonkeyPatch
