@@ -28,11 +28,11 @@ from pyaccel.ops._dropout import keep_mask_on_host
 # Lengths at which, where no table of this machine says it, products beat PyTorch's flash kernel (two cores with
 # AVX512_BF16, head_dim 32 and 64). A sequence at a time without gradient, bf16: 1.05 times as fast at 64, 1.5 at 96,
 # 1.8 at 128, 2 at 256, 2.2 to 2.6 at 512, slower below 64 (0.2 to 0.6); fp32: 1.1 to 1.5 from 64 to 224, no faster
-# elsewhere. Forward and backward of 1024 tokens, bf16: 7 times at 16, 3 at 64, 2.4 at 128, 1.4 to 1.9 at 256, 1.5 at
-# 512; fp32: 2 times at 16, 1.2 at 64, none from 128 on. With dropout (nothing is made again in backward) 1.6 to 2.3
-# times at all of them, bf16 and fp32 alike.
+# elsewhere. Forward and backward of 1024 tokens, bf16: 6 times at 16, 3 to 4 at 64, 2.5 to 2.8 at 128, 1.6 at 256, 1.4
+# to 1.5 at 512; fp32: 0.7 to 0.9. With dropout, where nothing is made again in backward, 1.3 to 2.3 times at all
+# of them in both.
 _EVALUATION = {torch.bfloat16: range(96, 1025), torch.float32: range(64, 225)}
-_TRAINING = {torch.bfloat16: range(1, 1025), torch.float32: range(1, 129)}
+_TRAINING = {torch.bfloat16: range(1, 1025)}
 # Beyond, scores and weights would take over 48 MB at 12 heads.
 LONGEST = 1024
 WAYS = ("sdpa", "matmul")
@@ -50,7 +50,7 @@ def serve(query: Tensor, length: int, *, training: bool, dropout_p: float) -> tu
     if length > LONGEST:
         return False, f"longer than {LONGEST}, where products would take much memory"
     if (training or dropout_p > 0.0) and (
-        query.dtype not in _TRAINING
+        query.dtype not in _EVALUATION
         or type(query) is not Tensor
         or dropout_p == 1.0
         or torch._C._are_functorch_transforms_active()

@@ -111,9 +111,14 @@ def leaf(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def under_its_mask(
-    function: Callable[..., Any], truth: Callable[..., Any], *args: Any, dropout_p: float, **options: Any
+    function: Callable[..., Any],
+    truth: Callable[..., Any],
+    dtype: torch.dtype,
+    *args: Any,
+    dropout_p: float,
+    **options: Any,
 ) -> Callable[..., Tensor]:
-    """``truth`` under the dropout mask that ``function`` draws, where that is PyTorch's own and not ours.
+    """``truth`` under the dropout mask that ``function`` draws for that dtype, where it isn't that of the reference.
 
     With one-hot values attention gives back its weights: where they are 0 and are not without dropout, it dropped.
     """
@@ -126,17 +131,18 @@ def under_its_mask(
         return rows[:, None].expand(-1, key.shape[1], -1)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *_: Any, upcast: bool, **given: Any) -> Tensor:
-        def weights(attend: Callable[..., Tensor], **more: Any) -> Tensor:
+        def weights(attend: Callable[..., Tensor], q: Tensor, k: Tensor, **more: Any) -> Tensor:
             return attend(q, k, one_hot(k), *args, **{**options, **given, **more})
 
         with torch.no_grad():
             torch.manual_seed(5)
-            keep = weights(function, dropout_p=dropout_p) != 0
+            # Of that dtype even where the truth is computed in another, which may be served in another way.
+            keep = weights(function, q.to(dtype), k.to(dtype), dropout_p=dropout_p) != 0
             # Of the weights that there are about so many stay: a mask that drops all, or none, explains any output.
-            kept_of = keep[weights(truth, upcast=False) != 0].double()
+            kept_of = keep[weights(truth, q, k, upcast=False) != 0].double()
             spread = (dropout_p * (1 - dropout_p) / kept_of.numel()) ** 0.5
             assert abs(kept_of.mean().item() - (1 - dropout_p)) <= MEANS_DIFFER * spread
-        kept = weights(truth, upcast=upcast).to(q.dtype) * keep / (1 - dropout_p)
+        kept = weights(truth, q, k, upcast=upcast).to(q.dtype) * keep / (1 - dropout_p)
         if not args:
             return kept @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -164,7 +170,7 @@ def check(
         own_mask: whether ``function`` draws PyTorch's dropout mask.
     """
     if own_mask and "dropout_p" in options:
-        dropped = under_its_mask(function, truth, *args, **options)
+        dropped = under_its_mask(function, truth, inputs[0].dtype, *args, **options)
         truth, options_of_truth = dropped, {}
     else:
         options_of_truth = options
