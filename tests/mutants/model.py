@@ -11,11 +11,11 @@ GUARD = "pyaccel/hf/guard.py"
 EVALUATION = "pyaccel/models/evaluation.py"
 TESTS = [
     "tests/test_packing.py",
+    "tests/hf/test_evaluation.py",
     "tests/verify/test_verify.py::test_an_unharmed_model_is_right",
     "tests/hf/test_accelerate.py",
     "tests/hf/test_guard.py",
     "tests/hf/test_families.py",
-    "tests/hf/test_evaluation.py",
 ]
 
 MUTANTS = [
