@@ -266,6 +266,7 @@ STOCK = (
 )
 INFERENCE = (
     OURS,
+    contender("pyaccel, prepacked", accelerated(prepack=True), only_on_cpu),
     contender("pyaccel, padded", accelerated(packing=False)),
     graphed(contender("pyaccel, padded", accelerated(packing=False))),
     *STOCK,

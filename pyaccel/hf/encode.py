@@ -81,7 +81,7 @@ class TextEncoder:
         saved = _sentence_transformers(Path(folder))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval().to(device)
-        report = accelerate(model, strict=False)
+        report = accelerate(model, strict=False, prepack=True)
         longest = min(tokenizer.model_max_length, max_tokens(model))
         asked = max_length or saved.get("max_length") or longest
         if asked > longest:

@@ -49,6 +49,7 @@ class Acceleration:
     # Where `int8` was asked for: a module, the name of a layer in it, and that layer in floating point.
     floating: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
     int8: str | None = None
+    prepack: bool = False
 
     def use_backend(self) -> AbstractContextManager[object]:
         return nullcontext() if self.backend == "auto" else dispatch.use_backend(self.backend)
@@ -180,7 +181,9 @@ def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayo
     if straight and evaluation.serves(straight, hidden, tokens):
         for layer in straight:
             hidden = layer(hidden, tokens.lengths)
-        encoder._pyaccel.acceleration.report.fast["packed"] += len(straight)
+        report = encoder._pyaccel.acceleration.report
+        report.fast["packed"] += len(straight)
+        report.prepacked += sum(layer.prepacks for layer in straight)
         return hidden
     count = 0
     for layer in family.layers(encoder):
@@ -315,11 +318,11 @@ def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | Non
         for layer in layers:
             _share_storage(known.family, layer)
         attached.structure = Structure(known, module)
-        attached.structure.straight = _straight(known, layers)
+        attached.structure.straight = _straight(known, layers, attached.acceleration.prepack)
     return None
 
 
-def _straight(known: Stock, layers: list[Any]) -> list[evaluation.StraightLayer]:
+def _straight(known: Stock, layers: list[Any], prepack: bool) -> list[evaluation.StraightLayer]:
     """The layers in a straight line, past the hooks that `unfit` let be; none where one of them can't be run so."""
     straight = []
     for layer in layers:
@@ -327,7 +330,7 @@ def _straight(known: Stock, layers: list[Any]) -> list[evaluation.StraightLayer]
         if is_sharded(layer) or seen.chunk_size_feed_forward:
             return []
         attention = next(part for part in layer.modules() if isinstance(part, known.attention))
-        one = evaluation.StraightLayer.of(seen, attention)
+        one = evaluation.StraightLayer.of(seen, attention, prepack=prepack)
         if one is None:
             return []
         straight.append(one)

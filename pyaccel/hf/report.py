@@ -17,9 +17,10 @@ class Report:
         swapped: name of each swapped module -> its class.
         not_swapped: name of each module that was left alone -> why.
         attention: name of each model that got pyaccel's attention alone -> its class.
-        packing, backend: as given to `accelerate`.
+        packing, backend, prepack: as given to `accelerate`.
         fast: calls that the fast path served, by kind: "packed" (no padding) and "padded".
         fallbacks: calls that went to the stock layer, by reason.
+        prepacked: of those calls, the ones that ran on weights in oneDNN's order.
         not_packed: forward passes that could not drop their padding and ran layer by layer, by reason.
     """
 
@@ -28,14 +29,17 @@ class Report:
     attention: dict[str, str] = field(default_factory=dict)
     packing: bool = True
     backend: str = "auto"
+    prepack: bool = False
     fast: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     not_packed: Counter[str] = field(default_factory=Counter)
+    prepacked: int = 0
 
     def reset(self) -> None:
         """Set all counts to 0."""
         for counts in (self.fast, self.fallbacks, self.not_packed):
             counts.clear()
+        self.prepacked = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, strings and numbers, for JSON."""
@@ -52,6 +56,8 @@ class Report:
         calls = self.fast.total() + self.fallbacks.total()
         fast = ", ".join(f"{count} {kind}" for kind, count in self.fast.items()) or "0"
         lines.append(f"layer calls: {calls}; on the fast path: {fast}")
+        if self.prepack:
+            lines.append(f"  {self.prepacked} of them on weights in oneDNN's order")
         lines += [
             f"  {count} ran the stock layer: {reason}" for reason, count in self.fallbacks.most_common()
         ]

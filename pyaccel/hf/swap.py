@@ -43,6 +43,7 @@ def accelerate(
     int8: str | None = None,
     backend: str = "auto",
     strict: bool = True,
+    prepack: bool = False,
 ) -> Report:
     """See :func:`pyaccel.hf.accelerate`."""
     if backend != "auto" and backend not in dispatch.BACKENDS:
@@ -54,9 +55,15 @@ def accelerate(
             f"unknown int8 {int8!r}: expected None, 'dynamic' or 'weight_only'; with calibration it is "
             f"pyaccel.quantization.quantize(model, 'static', calibration=...)"
         )
-    acceleration = _present(model, packing, int8, backend)
+    if prepack and (int8 is not None or not packing):
+        raise ValueError(
+            "prepack=True reorders floating weights for packed batches: it takes neither int8, whose layers keep "
+            "codes, nor packing=False"
+        )
+    acceleration = _present(model, packing=packing, int8=int8, backend=backend, prepack=prepack)
     if acceleration is None:
-        acceleration = Acceleration(packing, backend, Report(packing=packing, backend=backend), int8=int8)
+        report = Report(packing=packing, backend=backend, prepack=prepack)
+        acceleration = Acceleration(packing, backend, report, int8=int8, prepack=prepack)
     report = acceleration.report
 
     candidates: dict[str, tuple[Family, Any]] = {
@@ -291,15 +298,15 @@ def _accelerations(model: nn.Module) -> list[Acceleration]:
     return list(found.values())
 
 
-def _present(model: nn.Module, packing: bool, int8: str | None, backend: str) -> Acceleration | None:
+def _present(model: nn.Module, **asked: Any) -> Acceleration | None:
     """The acceleration that is in `model` already, made with these arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"pyaccel.accelerate: expected a torch.nn.Module, got {type(model).__name__}")
     if not _swapped(model):
         return None
     found = _accelerations(model)
-    if len(found) > 1 or (found[0].packing, found[0].int8, found[0].backend) != (packing, int8, backend):
-        before = ", ".join(f"packing={a.packing}, int8={a.int8!r}, backend={a.backend!r}" for a in found)
+    if len(found) > 1 or any(getattr(found[0], name) != value for name, value in asked.items()):
+        before = ", ".join(f"{name}={getattr(a, name)!r}" for a in found for name in asked)
         raise RuntimeError(
             f"pyaccel.accelerate: parts of this {type(model).__name__} are accelerated already ({before}); "
             f"pyaccel.restore(model) first"

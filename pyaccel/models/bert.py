@@ -622,7 +622,8 @@ def share_qkv_storage(attention_self: nn.Module) -> None:
 
     In place: the Parameters stay the same objects with the same values, so optimizers, state dicts and edits
     of `.data` work as before, and `fused_qkv` needs no copy in evaluation. Moving, casting or copying the
-    module gives each Parameter its own storage again, which costs only the copy.
+    module gives each Parameter its own storage again, which costs only the copy. Parameters made in inference mode stay
+    where they are: once they are given other memory, torch can't take views of them.
 
     Raises ValueError when the three differ in dtype or device.
     """
@@ -645,7 +646,11 @@ def unshare_qkv_storage(attention_self: nn.Module) -> None:
 def _qkv_parameters(attention_self: Any) -> list[list[nn.Parameter]]:
     projections = (attention_self.query, attention_self.key, attention_self.value)
     columns = [[p.weight for p in projections], [p.bias for p in projections]]
-    return [parameters for parameters in columns if all(p is not None for p in parameters)]
+    return [
+        parameters
+        for parameters in columns
+        if all(p is not None and not p.is_inference() for p in parameters)
+    ]
 
 
 def _concatenated(tensors: list[Tensor]) -> Tensor:

@@ -5,8 +5,10 @@ parameters, to ask whether arguments make sense and who serves them. :class:`Str
 runs what :mod:`pyaccel.ops` would run there: oneDNN's products with bias, GELU and residual in their epilogues, and
 attention by groups of equal lengths.
 
-It holds parameters, never copies of their values: what is changed in place is used, and what is put in another's place
-is for its owner to notice (:class:`pyaccel.hf.guard.Structure`). Moving or casting a module in place is noticed here.
+It holds parameters, and unless it is asked to no copies of their values: what is changed in place is used, and what is
+put in another's place is for its owner to notice (:class:`pyaccel.hf.guard.Structure`). Moving or casting a module in
+place is noticed here. With ``prepack`` it holds weights in oneDNN's order, and makes them anew where the memory of a
+weight is another one or torch has counted a change in it.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class StraightLayer:
         inner: weight and bias of the product between, ``activation`` the module that follows it.
         dropouts: attention's, and those of either half.
         parameters: all of them, weight and bias in turn, first those of the projections.
+        prepack: whether to keep weights in the order in which oneDNN multiplies.
     """
 
     attention: nn.Module
@@ -52,12 +55,16 @@ class StraightLayer:
     second: tuple[Tensor, Tensor, Any]
     dropouts: tuple[Any, Any, Any]
     parameters: list[Tensor]
+    prepack: bool = False
     # Weight and bias of the one product for query, key and value; where the six parameters were when it was made.
     qkv: tuple[Tensor, Tensor | None] | None = None
     pointers: list[int] = field(default_factory=list)
+    # The four products' weights and the first one's bias; where all parameters were then, and at which version.
+    packed: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None = None
+    state: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, layer: Any, attention: nn.Module) -> StraightLayer | None:
+    def of(cls, layer: Any, attention: nn.Module, *, prepack: bool = False) -> StraightLayer | None:
         """Of a layer with BERT's names (see :func:`pyaccel.models.bert.encoder_layer`); None if it is of another kind.
 
         Its products must be plain nn.Linear with bias, its norms plain LayerNorm.
@@ -83,6 +90,7 @@ class StraightLayer:
             second=(second.dense.weight, second.dense.bias, second.LayerNorm),
             dropouts=(heads.dropout, first.dropout, second.dropout),
             parameters=parameters,
+            prepack=prepack and linear.can_prepack(),
         )
 
     def ready(self, dtype: torch.dtype) -> bool:
@@ -100,14 +108,31 @@ class StraightLayer:
 
     def __call__(self, hidden: Tensor, lengths: list[int]) -> Tensor:
         """Packed hidden states ``[total_tokens, hidden_size]`` of sequences of these lengths, without gradient."""
-        weight, bias = self._fused()
-        qkv = linear.evaluate(hidden, weight, bias)
+        qkv_weight, qkv_bias, first_weight, inner_weight, second_weight = self._weights()
+        qkv = linear.evaluate(hidden, qkv_weight, qkv_bias)
         q, k, v = qkv.view(-1, 3, *self.heads).unbind(1)
         context = varlen_by_group(q, k, v, lengths, lengths, False, None, None, 0.0).flatten(1)
-        hidden = _residual_layernorm(context, hidden, *self.first)
-        weight, bias = self.inner
-        inner = linear.evaluate(hidden, weight, bias, activation_name(self.activation))
-        return _residual_layernorm(inner, hidden, *self.second)
+        hidden = _residual_layernorm(context, hidden, first_weight, *self.first[1:])
+        inner = linear.evaluate(hidden, inner_weight, self.inner[1], activation_name(self.activation))
+        return _residual_layernorm(inner, hidden, second_weight, *self.second[1:])
+
+    @property
+    def prepacks(self) -> bool:
+        """Whether it runs on reordered weights: it was asked to, and torch counts the changes of its parameters."""
+        return self.prepack and not any(p.is_inference() for p in self.parameters)
+
+    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Of the four products, and the bias of the first."""
+        if not self.prepacks:
+            return *self._fused(), self.first[0], self.inner[0], self.second[0]
+        state = [(p.data_ptr(), p._version) for p in self.parameters]
+        if self.packed is None or state != self.state:
+            weight, bias = fused_qkv(self.projections)
+            rest = (self.first[0], self.inner[0], self.second[0])
+            first, inner, second = map(linear.prepacked, rest)
+            bias = None if bias is None else bias.detach().clone()
+            self.packed, self.state = (linear.prepacked(weight), bias, first, inner, second), state
+        return self.packed
 
     def _fused(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the one product, as long as the three layers' lie where they lay.
@@ -130,9 +155,9 @@ def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
 
 
 def forget(layers: Sequence[StraightLayer]) -> None:
-    """Let go of views, which hold memory that a model which has moved to another device has left."""
+    """Let go of views and copies, which hold memory that a model which has moved to another device has left."""
     for layer in layers:
-        layer.qkv = None
+        layer.qkv = layer.packed = None
 
 
 def serves(layers: Sequence[StraightLayer], hidden: Tensor, tokens: PackedLayout) -> bool:

@@ -561,7 +561,8 @@ def test_twice() -> None:
     assert pyaccel.accelerate(model) is report
     assert classes(model) == kinds
     with pytest.raises(
-        RuntimeError, match=r"accelerated already \(packing=True, int8=None, backend='auto'\).*restore"
+        RuntimeError,
+        match=r"accelerated already \(packing=True, int8=None, backend='auto', prepack=False\).*restore",
     ):
         pyaccel.accelerate(model, packing=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ import pyaccel
 from pyaccel import dispatch, quantization, tuned
 from pyaccel.models import evaluation
 from pyaccel.models.evaluation import StraightLayer
+from pyaccel.ops import linear
 from tests.assertions import assert_bits_equal
 from tests.hf.models import MASKS, VOCAB, Truth, batch_of, randomise, read, tiny
 
@@ -214,6 +216,102 @@ def test_changed_weights_are_used(change: Callable[[Any], None], calls: Counter[
     judge(stock, model, batch)
     assert not torch.equal(states(model, batch), before)
     assert calls["straight"] >= 3 * LAYERS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gelu", "relu", "distilbert", "albert"])
+def test_prepacked_weights_give_the_same_answers(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+    model, batch = family(name).to(dtype), batch_of("right")
+    batch.pop("token_type_ids", None)
+    fast = accelerated(model, prepack=True)
+    judge(model, fast, batch)
+    report = pyaccel.explain(fast).report
+    assert report.prepacked == calls["straight"] >= LAYERS
+    assert f"{report.prepacked} of them on weights in oneDNN's order" in str(report)
+
+
+def counted_changes(model: Any) -> None:
+    """Each of a kind that torch counts, or of memory that is another one, in weights of every product and a bias."""
+    layer = model.encoder.layer[0]
+    with torch.no_grad():
+        layer.attention.self.value.weight.mul_(-1)
+        layer.attention.self.key.bias.add_(1)
+        layer.intermediate.dense.weight.copy_(-layer.intermediate.dense.weight)
+        layer.intermediate.dense.bias.add_(1)
+    layer.output.dense.weight.data = -layer.output.dense.weight.data
+
+
+def one_step(model: Any) -> None:
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    for p in model.parameters():
+        p.grad = p.detach().sin()
+    sgd.step()
+    sgd.zero_grad()
+
+
+def reloaded(model: Any) -> None:
+    model.load_state_dict({name: -0.5 * x for name, x in model.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "change", [counted_changes, one_step, reloaded, other_memory, other_parameter, there_and_back, loaded]
+)
+def test_prepacked_weights_follow_their_originals(change: Callable[[Any], None], calls: Counter[str]) -> None:
+    stock, batch = tiny(), batch_of("right")
+    model = accelerated(stock, prepack=True)
+    before = states(model, batch)
+    change(stock), change(model)
+    judge(stock, model, batch)
+    assert not torch.equal(states(model, batch), before)
+    assert pyaccel.explain(model).report.prepacked == calls["straight"] >= 3 * LAYERS
+
+
+def test_prepacked_weights_are_made_once(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Counter[str]()
+    reorder = linear.prepacked
+
+    def counting(weight: Tensor) -> Tensor:
+        made["weights"] += 1
+        return reorder(weight)
+
+    monkeypatch.setattr(linear, "prepacked", counting)
+    model, batch = accelerated(tiny(), prepack=True), batch_of("right")
+    for _ in range(3):
+        states(model, batch)
+        with torch.inference_mode():
+            model(**batch)
+    assert made["weights"] == 4 * LAYERS
+    copied = pickle.loads(pickle.dumps(model))
+    assert_bits_equal(states(copied, batch), states(model, batch))
+    assert made["weights"] == 8 * LAYERS
+    evaluation.forget(model.encoder._pyaccel.structure.straight)
+    assert model.encoder._pyaccel.structure.straight[0].packed is None
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_a_model_made_in_inference_mode(name: str, prepack: bool, calls: Counter[str]) -> None:
+    """torch counts no changes of its weights, so none are kept in another order."""
+    stock, batch = tiny(hidden_act=name), batch_of("right")
+    with torch.inference_mode():
+        model = tiny(hidden_act=name)
+        model.load_state_dict(stock.state_dict())
+        pyaccel.accelerate(model, prepack=prepack)
+        inside = states(model, batch)
+    assert_bits_equal(states(model, batch), inside)
+    judge(stock, model, batch)
+    assert (calls["straight"] > 0) == (name == "gelu")
+    assert pyaccel.explain(model).report.prepacked == 0
+    pyaccel.restore(model)
+    states(model, batch)
+
+
+@pytest.mark.parametrize("options", [{"int8": "dynamic"}, {"packing": False}])
+def test_prepack_with_what_it_does_not_go_with(options: dict[str, Any]) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="prepack=True reorders floating weights"):
+        pyaccel.accelerate(model, prepack=True, **options)
+    assert "_pyaccel" not in model.encoder.__dict__
 
 
 def test_a_change_of_the_layers_options_is_seen(calls: Counter[str]) -> None:

@@ -38,4 +38,7 @@ MUTANTS = [
     Mutant("model: the straight line keeps an epsilon", EVALUATION, "norm.bias, norm.eps)", "norm.bias, 1e-12)"),
     Mutant("model: tokens sorted on the host, rows not", PACKING, "indices = by_length[row] * seq_len + column", "indices = row * seq_len + column"),
     Mutant("model: the straight line asks attention's dropout, not attention, whether to drop", EVALUATION, "if self.attention.training and first.p > 0.0:", "if first.training and first.p > 0.0:"),
+    Mutant("model: prepacked weights don't follow changes in place", EVALUATION, "(p.data_ptr(), p._version) for p", "(p.data_ptr(), 0) for p"),
+    Mutant("model: prepacked weights don't follow other memory", EVALUATION, "(p.data_ptr(), p._version) for p", "(0, p._version) for p"),
+    Mutant("model: prepacked weights are made each time", EVALUATION, "if self.packed is None or state != self.state:", "if True:"),
 ]  # fmt: skip
