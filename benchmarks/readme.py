@@ -7,6 +7,7 @@ makes it again and compares. What is not in the CSV is not in the README.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 from pyaccel.benchmarks.figures import FILE
 from pyaccel.benchmarks.method import ROOT, Row
+from pyaccel.benchmarks.registry import OURS
 from pyaccel.benchmarks.table import Cell, cells, read
 from pyaccel.tuned import FOLDER as TUNED
 from pyaccel.tuned import read as read_tables
@@ -24,6 +26,13 @@ README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 STOCK, COMPILED = ("stock, SDPA",), ("torch.compile", "torch.compile, frozen", "torch.compile, max-autotune")
+RIVALS = {
+    "SDPA": STOCK,
+    "compile": COMPILED,
+    "ONNX Runtime": ("ONNX Runtime",),
+    "OpenVINO": ("OpenVINO",),
+}
+PREPACKED = "pyaccel, prepacked"
 
 
 def tables(rows: Sequence[Row], figures: dict[str, Any]) -> dict[str, str]:
@@ -31,6 +40,7 @@ def tables(rows: Sequence[Row], figures: dict[str, Any]) -> dict[str, str]:
     parts = {name: figures[name]["figures"] for name in figures}
     return {
         "models": models(rows),
+        "prepacked": prepacked(rows),
         "training": training(rows),
         "machine": machine(rows),
         "int8-speed": int8_speed(),
@@ -43,18 +53,25 @@ def tables(rows: Sequence[Row], figures: dict[str, Any]) -> dict[str, str]:
 
 def models(rows: Sequence[Row]) -> str:
     """Inference: for each model and batch, and each dtype, our time and how many times as long the others take."""
-    rivals = {
-        "SDPA": STOCK,
-        "compile": COMPILED,
-        "ONNX Runtime": ("ONNX Runtime",),
-        "OpenVINO": ("OpenVINO",),
-    }
-    return _table([row for row in rows if row.case == "bert"], rivals)
+    return _table([row for row in rows if row.case == "bert"], RIVALS)
+
+
+def prepacked(rows: Sequence[Row]) -> str:
+    """The same with weights in oneDNN's order, where that was measured; what is done by default is a rival of it."""
+    measured = [cell for cell in cells(row for row in rows if row.case == "bert") if cell.row(PREPACKED)]
+    names = {PREPACKED: OURS, OURS: "default"}
+    renamed = [
+        dataclasses.replace(row, variant=names.get(row.variant, row.variant))
+        for cell in measured
+        for row in cell.rows
+    ]
+    return _table(renamed, {"by default": ("default",), **RIVALS})
 
 
 def training(rows: Sequence[Row]) -> str:
     """The same of a training step."""
-    return _table([row for row in rows if row.case == "bert_training"], {"SDPA": STOCK, "compile": COMPILED})
+    rivals = {"SDPA": STOCK, "eager": ("stock, eager",), "compile": COMPILED}
+    return _table([row for row in rows if row.case == "bert_training"], rivals)
 
 
 def machine(rows: Sequence[Row]) -> str:

@@ -218,7 +218,7 @@ def test_the_readme_s_figures_are_those_measured() -> None:
     assert made == [readme.README.read_text(encoding="utf-8")]
     names = set(readme.MARKED.findall(made[0]))
     assert {name for _, name, _ in names} == {
-        "models", "training", "machine", "demo", "encode", "int8", "int8-speed", "cost"
+        "models", "prepacked", "training", "machine", "demo", "encode", "int8", "int8-speed", "cost"
     }  # fmt: skip
 
 
