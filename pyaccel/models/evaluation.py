@@ -59,9 +59,11 @@ class StraightLayer:
     # Weight and bias of the one product for query, key and value; where the six parameters were when it was made.
     qkv: tuple[Tensor, Tensor | None] | None = None
     pointers: list[int] = field(default_factory=list)
-    # The four products' weights and the first one's bias; where all parameters were then, and at which version.
+    # The four products' weights and the first one's bias; where all parameters were then, at which version, and views
+    # that keep that memory in use.
     packed: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None = None
     state: list[tuple[int, int]] = field(default_factory=list)
+    held: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, layer: Any, attention: nn.Module, *, prepack: bool = False) -> StraightLayer | None:
@@ -122,7 +124,11 @@ class StraightLayer:
         return self.prepack and not any(p.is_inference() for p in self.parameters)
 
     def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Of the four products, and the bias of the first."""
+        """Of the four products, and the bias of the first.
+
+        What is held of the parameters that were reordered keeps others from lying where those did: as long as they
+        lie there and torch has counted no change, they are those.
+        """
         if not self.prepacks:
             return *self._fused(), self.first[0], self.inner[0], self.second[0]
         state = [(p.data_ptr(), p._version) for p in self.parameters]
@@ -132,6 +138,7 @@ class StraightLayer:
             first, inner, second = map(linear.prepacked, rest)
             bias = None if bias is None else bias.detach().clone()
             self.packed, self.state = (linear.prepacked(weight), bias, first, inner, second), state
+            self.held = [p.detach() for p in self.parameters]
         return self.packed
 
     def _fused(self) -> tuple[Tensor, Tensor | None]:
@@ -158,6 +165,7 @@ def forget(layers: Sequence[StraightLayer]) -> None:
     """Let go of views and copies, which hold memory that a model which has moved to another device has left."""
     for layer in layers:
         layer.qkv = layer.packed = None
+        layer.held = []
 
 
 def serves(layers: Sequence[StraightLayer], hidden: Tensor, tokens: PackedLayout) -> bool:

@@ -266,6 +266,24 @@ def test_prepacked_weights_follow_their_originals(change: Callable[[Any], None],
     assert pyaccel.explain(model).report.prepacked == calls["straight"] >= 3 * LAYERS
 
 
+def test_memory_that_was_given_back_is_not_taken_for_what_was_in_it(calls: Counter[str]) -> None:
+    """New weights lie where the old ones did as soon as nothing keeps that memory, and torch has counted nothing."""
+    stock = tiny()
+    model = accelerated(stock, prepack=True)
+    states(model, batch_of("right"))
+    for each in (stock, model):
+        weight = each.encoder.layer[0].intermediate.dense.weight
+        shape = weight.shape
+        for _ in range(3):
+            weight.data = torch.empty(0)
+            weight.data = torch.full(shape, 0.25)
+            if each is model:
+                states(model, batch_of("right"))
+        weight.data = torch.empty(0)
+        weight.data = torch.full(shape, -0.5)
+    judge(stock, model, batch_of("right"))
+
+
 def test_prepacked_weights_are_made_once(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = Counter[str]()
     reorder = linear.prepacked
@@ -285,7 +303,8 @@ def test_prepacked_weights_are_made_once(calls: Counter[str], monkeypatch: pytes
     assert_bits_equal(states(copied, batch), states(model, batch))
     assert made["weights"] == 8 * LAYERS
     evaluation.forget(model.encoder._pyaccel.structure.straight)
-    assert model.encoder._pyaccel.structure.straight[0].packed is None
+    first = model.encoder._pyaccel.structure.straight[0]
+    assert (first.packed, first.held) == (None, [])
 
 
 @pytest.mark.parametrize("prepack", [False, True])

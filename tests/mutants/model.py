@@ -40,5 +40,6 @@ MUTANTS = [
     Mutant("model: the straight line asks attention's dropout, not attention, whether to drop", EVALUATION, "if self.attention.training and first.p > 0.0:", "if first.training and first.p > 0.0:"),
     Mutant("model: prepacked weights don't follow changes in place", EVALUATION, "(p.data_ptr(), p._version) for p", "(p.data_ptr(), 0) for p"),
     Mutant("model: prepacked weights don't follow other memory", EVALUATION, "(p.data_ptr(), p._version) for p", "(0, p._version) for p"),
+    Mutant("model: memory of prepacked weights is given back", EVALUATION, "self.held = [p.detach() for p in self.parameters]", "self.held = []"),
     Mutant("model: prepacked weights are made each time", EVALUATION, "if self.packed is None or state != self.state:", "if True:"),
 ]  # fmt: skip
