@@ -89,6 +89,7 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path) -> None:
                 name,
                 {
                     "pyaccel",
+                    "pyaccel, prepacked",
                     "pyaccel, padded",
                     *STOCK,
                     "torch.compile, frozen",
