@@ -183,7 +183,7 @@ def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayo
             hidden = layer(hidden, tokens.lengths)
         report = encoder._pyaccel.acceleration.report
         report.fast["packed"] += len(straight)
-        report.prepacked += sum(layer.prepacks for layer in straight)
+        report.prepacked += sum(layer.packed is not None for layer in straight)
         return hidden
     count = 0
     for layer in family.layers(encoder):

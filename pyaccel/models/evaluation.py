@@ -118,18 +118,16 @@ class StraightLayer:
         inner = linear.evaluate(hidden, inner_weight, self.inner[1], activation_name(self.activation))
         return _residual_layernorm(inner, hidden, second_weight, *self.second[1:])
 
-    @property
-    def prepacks(self) -> bool:
-        """Whether it runs on reordered weights: it was asked to, and torch counts the changes of its parameters."""
-        return self.prepack and not any(p.is_inference() for p in self.parameters)
-
     def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """Of the four products, and the bias of the first.
 
         What is held of the parameters that were reordered keeps others from lying where those did: as long as they
         lie there and torch has counted no change, they are those.
         """
-        if not self.prepacks:
+        if not self.prepack or any(
+            p.is_inference() for p in self.parameters
+        ):  # torch counts no changes of these
+            self.packed = None
             return *self._fused(), self.first[0], self.inner[0], self.second[0]
         state = [(p.data_ptr(), p._version) for p in self.parameters]
         if self.packed is None or state != self.state:

@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *saved = ctx.saved_tensors
-        dquery, dkey, dvalue = (torch.empty_like(x, memory_format=_ROWS) for x in (query, key, value))
+        dquery, dkey, dvalue = (x.new_empty(x.shape) for x in (query, key, value))
         chunks = _chunks(ctx.size, ctx.seqs, query, key, value, grad, dquery, dkey, dvalue)
         for i, (q, k, v, do, dq, dk, dv) in enumerate(chunks):
             weights = saved[i] if saved else _weights(q, k, ctx.scale)
@@ -136,9 +136,6 @@ class _Attention(torch.autograd.Function):
             _put(dq, _product(dscores, k, ctx.scale))
             _put(dk, _product(dscores.transpose(1, 2), q, ctx.scale))
         return dquery, dkey, dvalue, None, None, None
-
-
-_ROWS = torch.contiguous_format
 
 
 def _chunks(size: int, seqs: tuple[int, int], *packed: Tensor) -> Any:
