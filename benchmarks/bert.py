@@ -23,6 +23,7 @@ from torch import Tensor
 
 import pyaccel
 from pyaccel.benchmarks.registry import Case, Variant, graphed
+from pyaccel.hf.graphs import graphable
 from pyaccel.verify.model_cost import bert_config, length_mix
 
 Outputs = tuple[Tensor, ...]
@@ -167,6 +168,13 @@ def only_on_cpu(p: Problem) -> str | None:
     return None if p.device.type == "cpu" else "an engine, or a way to compile, for CPUs"
 
 
+def not_graphed(p: Problem) -> str | None:
+    if p.device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    batch, seq = p.batch["input_ids"].shape
+    return None if graphable(batch, seq) else "its batches are small ones"
+
+
 def no_engine(module: str, *others: str) -> Callable[[Problem], str | None]:
     def missing(p: Problem) -> str | None:
         absent = [name for name in (module, *others) if importlib.util.find_spec(name) is None]
@@ -267,6 +275,7 @@ STOCK = (
 INFERENCE = (
     OURS,
     contender("pyaccel, prepacked", accelerated(prepack=True), only_on_cpu),
+    contender("pyaccel, CUDA graphs", accelerated(cuda_graphs=True), not_graphed),
     contender("pyaccel, padded", accelerated(packing=False)),
     graphed(contender("pyaccel, padded", accelerated(packing=False))),
     *STOCK,

@@ -94,6 +94,11 @@ def requested(op: str) -> str:
     return _requested.get(op, _requested.get("", "auto"))
 
 
+def requests() -> tuple[tuple[str, str], ...]:
+    """All that :func:`use_backend` asks for now: equal where the same is asked for."""
+    return tuple(sorted(_requested.items()))
+
+
 def is_recording() -> bool:
     """Whether somebody collects what is chosen, and why."""
     return _recorder is not None and not torch.compiler.is_compiling()

@@ -29,6 +29,7 @@ def accelerate(
     backend: str = "auto",
     strict: bool = True,
     prepack: bool = False,
+    cuda_graphs: bool = False,
 ) -> Report:
     """Make a Hugging Face model of the BERT family faster, in place, at the same answers; :func:`restore` undoes it.
 
@@ -67,6 +68,12 @@ def accelerate(
             change in it: an optimizer's step, ``load_state_dict``, any operation in place. What is written through
             ``weight.data`` torch doesn't count, and it is not seen: don't ask for this where somebody does that. The
             report counts the calls that ran on them. Not with ``int8`` or ``packing=False``.
+        cuda_graphs: on a GPU, in evaluation without gradient (``torch.inference_mode()``), run all layers of a small
+            batch (up to 4096 positions, padding too) in one launch. Graphs are captured at the first batch of a
+            size, which takes a second; sizes are rounded up to 1, 2, 3, 4, 6, 8, 12 ..., and up to 64 graphs are kept
+            for each encoder. The padding is not dropped in them, only cleared at the end. Weights may be changed in
+            place; what moves is captured anew. Larger batches, autocast and training go their usual ways, and
+            ``Report.not_graphed`` counts them.
 
     Returns:
         what was swapped and what not, with reasons; it goes on counting calls. A second call with the same
@@ -76,10 +83,17 @@ def accelerate(
         ImportError: transformers is not installed.
         ValueError: nothing could be swapped (and ``strict``), or unknown arguments.
         RuntimeError: the model is accelerated with other arguments; restore it first.
-        pyaccel.dispatch.NotSupportedError: ``backend`` can't serve this model here; it names every reason.
+        pyaccel.dispatch.NotSupportedError: ``backend`` can't serve this model here; it names every reason. Or
+            ``cuda_graphs`` without a GPU.
     """
     return _swap().accelerate(
-        model, packing=packing, int8=int8, backend=backend, strict=strict, prepack=prepack
+        model,
+        packing=packing,
+        int8=int8,
+        backend=backend,
+        strict=strict,
+        prepack=prepack,
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -24,9 +24,9 @@ from transformers import modeling_outputs
 from transformers.utils import output_capturing
 
 from pyaccel import dispatch, ops
-from pyaccel.hf import attention
+from pyaccel.hf import attention, graphs
 from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
-from pyaccel.hf.guard import Structure, global_hooks_matter, is_sharded, unfit
+from pyaccel.hf.guard import Structure, global_hooks_matter, has_opaque, is_sharded, unfit
 from pyaccel.hf.report import Report
 from pyaccel.models import evaluation
 from pyaccel.models.bert import encoder_layer, packed_attention, share_qkv_storage
@@ -50,6 +50,7 @@ class Acceleration:
     floating: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
     int8: str | None = None
     prepack: bool = False
+    cuda_graphs: bool = False
 
     def use_backend(self) -> AbstractContextManager[object]:
         return nullcontext() if self.backend == "auto" else dispatch.use_backend(self.backend)
@@ -146,7 +147,14 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
     ) -> Any:
         acceleration = self._pyaccel.acceleration
         with acceleration.use_backend():
-            if not acceleration.packing or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
+            if acceleration.cuda_graphs:
+                reason = _not_graphed(known, self, hidden_states, attention_mask, args, kwargs)
+                if reason is None:
+                    return output(last_hidden_state=_by_graph(self, family, hidden_states, attention_mask))
+                acceleration.report.not_graphed[reason] += 1
+            if not acceleration.packing:
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
             reason = (
                 self._pyaccel.keeps_padding
@@ -196,6 +204,28 @@ def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayo
         count += 1
     encoder._pyaccel.acceleration.report.fast["packed"] += count
     return hidden
+
+
+def _by_graph(encoder: Any, family: Family, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """All layers on the padded batch, in one CUDA graph; zeros in the padding where packing would leave them."""
+    attached = encoder._pyaccel
+    layers = list(family.layers(encoder))
+    clears = attached.acceleration.packing and attached.keeps_padding is None
+
+    def run(hidden: Tensor, mask: Tensor) -> Tensor:
+        for layer in layers:
+            hidden = run_layer(family, layer, hidden, mask)
+        if clears:
+            read = mask.clone()
+            read[:, 0] = True
+            hidden = hidden.masked_fill(~read.unsqueeze(-1), 0.0)
+        return hidden
+
+    out, is_new = attached.structure.graphs(family.enter(encoder, hidden), mask, run)
+    report = attached.acceleration.report
+    report.fast["by a graph"] += len(layers)
+    report.captured += is_new
+    return out
 
 
 def _layer_forward(known: Stock) -> Callable[..., Any]:
@@ -293,6 +323,8 @@ def _call_reason(
 
 def _not_packable(hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this call must keep its padding: the packed layout depends on the mask's values, sizes included."""
+    if not hidden.is_cpu and graphs.is_capturing():
+        return "a CUDA graph is captured, in which nothing may wait for the device"
     if output_capturing._active_collector.get():
         return "hidden states or attentions are captured"
     if torch._C._are_functorch_transforms_active():
@@ -304,6 +336,37 @@ def _not_packable(hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -
     if hidden.shape[0] != 1 or mask is not None or kwargs.get("max_length_q") is None:
         return "input packed by the caller, other than one row with max_length_q and no mask"
     return None
+
+
+def _not_graphed(
+    known: Stock,
+    encoder: Any,
+    hidden: Tensor,
+    mask: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this call can't be served by a CUDA graph; None if it can."""
+    layers = list(known.family.layers(encoder))
+    reason = (
+        graphs.why_not(hidden)
+        or _not_packable(hidden, mask, kwargs)
+        or _call_reason(encoder, hidden, mask, args, kwargs)
+        or _structure_reason(known, encoder, layers)
+    )
+    if reason is not None:
+        return reason
+    if any(_drops(known.family.view(layer)) for layer in layers):
+        return "dropout"
+    if encoder._pyaccel.structure.graphs is None:
+        return "parts of the layers are called as they are, or watched, or sharded"
+    return None
+
+
+def _drops(layer: Any) -> bool:
+    heads = layer.attention.self
+    dropouts = (layer.attention.output.dropout, layer.output.dropout)
+    return (heads.training and heads.dropout.p > 0.0) or any(d.training and d.p > 0.0 for d in dropouts)
 
 
 def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | None:
@@ -319,6 +382,8 @@ def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | Non
             _share_storage(known.family, layer)
         attached.structure = Structure(known, module)
         attached.structure.straight = _straight(known, layers, attached.acceleration.prepack)
+        if attached.acceleration.cuda_graphs and not any(is_sharded(x) or has_opaque(x) for x in layers):
+            attached.structure.graphs = graphs.Graphs(attached.structure.modules)
     return None
 
 

@@ -81,6 +81,11 @@ def _is_opaque(module: nn.Module) -> bool:
     return f"{type(module).__module__}.{type(module).__qualname__}" in _OPAQUE
 
 
+def has_opaque(layer: nn.Module) -> bool:
+    """Whether something in it is called as it is, or does more than compute."""
+    return any(_is_opaque(part) or type(part) is ObservedLinear for part in layer.modules())
+
+
 def is_layer(family: Family, layer: nn.Module) -> bool:
     """Whether it is the family's own layer, stock or ours, or ours as FSDP2 makes it one of its own."""
     if is_sharded(layer):  # called with packed hidden states, which a stock layer doesn't know
@@ -166,7 +171,9 @@ class Structure:
     """
 
     def __init__(self, stock: Stock, around: nn.Module) -> None:
-        self.straight: list[Any] = []  # for the fast path: made when this is, and good as long
+        # For the fast path: made when this is, and good as long.
+        self.straight: list[Any] = []
+        self.graphs: Any = None
         self.modules = [part for part in around.modules() if part is not around]
         self.classes = list(map(type, self.modules))
         self.attributes = [part.__dict__ for part in self.modules]

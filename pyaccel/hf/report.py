@@ -17,10 +17,12 @@ class Report:
         swapped: name of each swapped module -> its class.
         not_swapped: name of each module that was left alone -> why.
         attention: name of each model that got pyaccel's attention alone -> its class.
-        packing, backend, prepack: as given to `accelerate`.
-        fast: calls that the fast path served, by kind: "packed" (no padding) and "padded".
+        packing, backend, prepack, cuda_graphs: as given to `accelerate`.
+        fast: calls that the fast path served, by kind: "packed" (no padding), "padded" and "by a graph".
         fallbacks: calls that went to the stock layer, by reason.
         prepacked: of those calls, the ones that ran on weights in oneDNN's order.
+        captured: CUDA graphs that were captured.
+        not_graphed: forward passes that no CUDA graph could serve, by reason, where they were asked for.
         not_packed: forward passes that could not drop their padding and ran layer by layer, by reason.
     """
 
@@ -30,16 +32,19 @@ class Report:
     packing: bool = True
     backend: str = "auto"
     prepack: bool = False
+    cuda_graphs: bool = False
     fast: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     not_packed: Counter[str] = field(default_factory=Counter)
+    not_graphed: Counter[str] = field(default_factory=Counter)
     prepacked: int = 0
+    captured: int = 0
 
     def reset(self) -> None:
         """Set all counts to 0."""
-        for counts in (self.fast, self.fallbacks, self.not_packed):
+        for counts in (self.fast, self.fallbacks, self.not_packed, self.not_graphed):
             counts.clear()
-        self.prepacked = 0
+        self.prepacked = self.captured = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, strings and numbers, for JSON."""
@@ -58,12 +63,18 @@ class Report:
         lines.append(f"layer calls: {calls}; on the fast path: {fast}")
         if self.prepack:
             lines.append(f"  {self.prepacked} of them on weights in oneDNN's order")
+        if self.cuda_graphs:
+            lines.append(f"  {self.captured} CUDA graphs captured")
         lines += [
             f"  {count} ran the stock layer: {reason}" for reason, count in self.fallbacks.most_common()
         ]
         lines += [
             f"  {count} forward passes kept their padding: {reason}"
             for reason, count in self.not_packed.most_common()
+        ]
+        lines += [
+            f"  {count} forward passes by no CUDA graph: {reason}"
+            for reason, count in self.not_graphed.most_common()
         ]
         return "\n".join(lines)
 

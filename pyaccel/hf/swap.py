@@ -44,6 +44,7 @@ def accelerate(
     backend: str = "auto",
     strict: bool = True,
     prepack: bool = False,
+    cuda_graphs: bool = False,
 ) -> Report:
     """See :func:`pyaccel.hf.accelerate`."""
     if backend != "auto" and backend not in dispatch.BACKENDS:
@@ -60,10 +61,22 @@ def accelerate(
             "prepack=True reorders floating weights for packed batches: it takes neither int8, whose layers keep "
             "codes, nor packing=False"
         )
-    acceleration = _present(model, packing=packing, int8=int8, backend=backend, prepack=prepack)
+    if cuda_graphs and not torch.cuda.is_available():
+        raise dispatch.NotSupportedError(
+            "cuda_graphs=True needs a CUDA or ROCm device, and torch sees none here: leave it out, or install a "
+            "build of torch that sees your GPU"
+        )
+    asked: dict[str, Any] = {
+        "packing": packing,
+        "int8": int8,
+        "backend": backend,
+        "prepack": prepack,
+        "cuda_graphs": cuda_graphs,
+    }
+    acceleration = _present(model, **asked)
     if acceleration is None:
-        report = Report(packing=packing, backend=backend, prepack=prepack)
-        acceleration = Acceleration(packing, backend, report, int8=int8, prepack=prepack)
+        report = Report(packing=packing, backend=backend, prepack=prepack, cuda_graphs=cuda_graphs)
+        acceleration = Acceleration(report=report, **asked)
     report = acceleration.report
 
     candidates: dict[str, tuple[Family, Any]] = {
