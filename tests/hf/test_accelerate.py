@@ -562,7 +562,8 @@ def test_twice() -> None:
     assert classes(model) == kinds
     with pytest.raises(
         RuntimeError,
-        match=r"accelerated already \(packing=True, int8=None, backend='auto', prepack=False, cuda_graphs=False\).*restore",
+        match=r"accelerated already \(packing=True, int8=None, backend='auto', prepack=False, "
+        r"cuda_graphs=False\).*restore",
     ):
         pyaccel.accelerate(model, packing=False)
 
