@@ -40,7 +40,7 @@ def bucket(size: int, least: int = 1) -> int:
 
 def graphable(batch: int, seq: int) -> bool:
     """Whether a batch of that size counts as small, as the one of its bucket."""
-    return 0 < bucket(batch) * bucket(seq, _LEAST_SEQ) <= MOST_TOKENS
+    return bucket(batch) * bucket(seq, _LEAST_SEQ) <= MOST_TOKENS
 
 
 @dataclass(eq=False)
@@ -197,7 +197,8 @@ def capture(
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a DataLoader's, say) may go on allocating meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # On a stream of this device: torch's own is one of the device that captured first. Other threads (a
+        # DataLoader's, say) may go on allocating meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             out = run()
     return out, graph.replay
