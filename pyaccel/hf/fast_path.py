@@ -323,7 +323,7 @@ def _call_reason(
 
 def _not_packable(hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     """Why this call must keep its padding: the packed layout depends on the mask's values, sizes included."""
-    if not hidden.is_cpu and graphs.is_capturing():
+    if graphs.on_gpu(hidden) and graphs.is_capturing():
         return "a CUDA graph is captured, in which nothing may wait for the device"
     if output_capturing._active_collector.get():
         return "hidden states or attentions are captured"

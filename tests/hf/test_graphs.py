@@ -366,6 +366,8 @@ def test_what_goes_its_usual_way(device: torch.device, monkeypatch: pytest.Monke
         assert ran(model, report, {"input_ids": torch.ones(0, 4, dtype=torch.int64)}) == {"an empty batch": 1}
         monkeypatch.setattr(graphs, "is_capturing", lambda: True)
         assert "captures" in next(iter(ran(model, report, batch)))
+        assert report.fast == {"padded": LAYERS}  # packing would wait for the device, which a capture forbids
+        assert "nothing may wait" in next(iter(report.not_packed))
     text = str(report)
     assert "1 forward passes by no CUDA graph: the caller captures" in text
     assert "0 CUDA graphs captured" in text

@@ -28,4 +28,5 @@ MUTANTS = [
     Mutant("graphs: first positions are cleared", PATH, "            read[:, 0] = True\n", ""),
     Mutant("graphs: without dropout in training", PATH, "    if any(_drops(known.family.view(layer)) for layer in layers):\n        return \"dropout\"\n", ""),
     Mutant("graphs: a watched layer is called once", PATH, "any(is_sharded(x) or has_opaque(x) for x in layers)", "any(is_sharded(x) for x in layers)"),
+    Mutant("packing waits for the device in a capture", PATH, "if graphs.on_gpu(hidden) and graphs.is_capturing():", "if False:"),
 ]  # fmt: skip
