@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,21 +66,14 @@ class Graph:
         return self.out[:batch, :seq].clone()
 
 
-@dataclass(eq=False)
 class Graphs:
-    """The graphs of one encoder, as its modules are now.
+    """The graphs of one encoder, as its modules are now: these, whose parameters and buffers the graphs read."""
 
-    Attributes:
-        modules: whose parameters and buffers the graphs read.
-        captured: those that there are, by what they depend on, the last one used last.
-    """
-
-    modules: Iterable[nn.Module]
-    captured: OrderedDict[tuple[Any, ...], Graph] = field(default_factory=OrderedDict)
-
-    def __post_init__(self) -> None:
-        self._tensors = [d for part in self.modules for d in (part._parameters, part._buffers) if d]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._tensors = [d for part in modules for d in (part._parameters, part._buffers) if d]
         self._addresses: list[int] = []
+        # By what they depend on, the last one used last.
+        self._captured: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         # Memory that graphs of one stream share: they never run at the same time.
         self._pools: dict[Any, Any] = {}
 
@@ -100,19 +93,19 @@ class Graphs:
         addresses = [t.data_ptr() for tensors in self._tensors for t in tensors.values() if t is not None]
         with _lock, torch.no_grad():
             if addresses != self._addresses:
-                self.captured.clear()
+                self._captured.clear()
                 self._addresses = addresses
             stream = stream_of(hidden.device)
             shape = (bucket(hidden.shape[0]), bucket(hidden.shape[1], _LEAST_SEQ))
             key = (*shape, hidden.dtype, stream, *_settings())
-            graph = self.captured.get(key)
+            graph = self._captured.get(key)
             is_new = graph is None
             if graph is None:
                 graph = self._capture(shape, hidden, stream, run)
-                self.captured[key] = graph
-                if len(self.captured) > MOST_GRAPHS:
-                    self.captured.popitem(last=False)
-            self.captured.move_to_end(key)
+                self._captured[key] = graph
+                if len(self._captured) > MOST_GRAPHS:
+                    self._captured.popitem(last=False)
+            self._captured.move_to_end(key)
             return graph(hidden, mask), is_new
 
     def _capture(
@@ -178,8 +171,8 @@ def stream_of(device: torch.device) -> Any:
 
 
 def is_capturing() -> bool:
-    """Whether what is launched now becomes part of a graph, in which nothing may wait for the device."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether what is launched now becomes part of a graph, in which nothing may wait for the device. On a GPU."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 def new_pool() -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from tests.assertions import assert_close_to_truth
 
@@ -48,6 +48,20 @@ def randomise(model: nn.Module) -> nn.Module:
             else:
                 parameter.normal_(0.0, 0.15)
     return model
+
+
+def of_family(name: str) -> Any:
+    """A small DistilBERT or ALBERT, or a BERT with the activation of that name, in evaluation."""
+    if name == "distilbert":
+        config = DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=3, n_heads=4, hidden_dim=72)
+        return randomise(DistilBertModel(config)).eval()
+    if name == "albert":
+        config = AlbertConfig(
+            vocab_size=VOCAB, embedding_size=16, hidden_size=32, num_hidden_layers=3,
+            num_attention_heads=4, intermediate_size=72,
+        )  # fmt: skip
+        return randomise(AlbertModel(config)).eval()
+    return tiny(hidden_act=name)
 
 
 def mask_of(kind: str) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel, BertModel, DistilBertConfig, DistilBertModel
+from transformers import BertModel
 
 import pyaccel
 from pyaccel import dispatch, quantization, tuned
@@ -20,7 +20,7 @@ from pyaccel.models import evaluation
 from pyaccel.models.evaluation import StraightLayer
 from pyaccel.ops import linear
 from tests.assertions import assert_bits_equal
-from tests.hf.models import MASKS, VOCAB, Truth, batch_of, randomise, read, tiny
+from tests.hf.models import MASKS, Truth, batch_of, of_family, read, tiny
 
 DTYPES = [torch.float32, torch.bfloat16]
 LAYERS = 3
@@ -56,19 +56,6 @@ def judge(stock: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> None:
     Truth(stock).check(model, batch, ["last_hidden_state"], read(batch["attention_mask"]))
 
 
-def family(name: str) -> nn.Module:
-    if name == "distilbert":
-        config = DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=72)
-        return randomise(DistilBertModel(config)).eval()
-    if name == "albert":
-        config = AlbertConfig(
-            vocab_size=VOCAB, embedding_size=16, hidden_size=32, num_hidden_layers=LAYERS,
-            num_attention_heads=4, intermediate_size=72,
-        )  # fmt: skip
-        return randomise(AlbertModel(config)).eval()
-    return tiny(hidden_act=name)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MASKS)
 def test_every_mask(kind: str, dtype: torch.dtype, calls: Counter[str]) -> None:
@@ -81,7 +68,7 @@ def test_every_mask(kind: str, dtype: torch.dtype, calls: Counter[str]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "distilbert", "albert"])
 def test_every_kind_of_layer(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
-    model, batch = family(name).to(dtype), batch_of("right")
+    model, batch = of_family(name).to(dtype), batch_of("right")
     batch.pop("token_type_ids", None)
     judge(model, accelerated(model), batch)
     assert calls["straight"] >= LAYERS
@@ -221,7 +208,7 @@ def test_changed_weights_are_used(change: Callable[[Any], None], calls: Counter[
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["gelu", "relu", "distilbert", "albert"])
 def test_prepacked_weights_give_the_same_answers(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
-    model, batch = family(name).to(dtype), batch_of("right")
+    model, batch = of_family(name).to(dtype), batch_of("right")
     batch.pop("token_type_ids", None)
     fast = accelerated(model, prepack=True)
     judge(model, fast, batch)

@@ -9,28 +9,23 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import (
-    AlbertConfig,
-    AlbertModel,
-    BertForQuestionAnswering,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-)
+from transformers import BertForQuestionAnswering, BertModel
 
 import pyaccel
 from pyaccel import dispatch
 from pyaccel.hf import graphs
 from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.conftest import COMPILED
-from tests.hf.models import DTYPES, MASKS, VOCAB, Truth, batch_of, randomise, read, tiny
+from tests.hf.models import DTYPES, MASKS, VOCAB, Truth, batch_of, of_family, read, tiny
 
 LAYERS = 3
 
@@ -51,7 +46,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     if not COMPILED:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
-        monkeypatch.setattr(graphs, "stream_of", lambda device: threading.get_ident())
+        monkeypatch.setattr(graphs, "stream_of", lambda device: 0)
         monkeypatch.setattr(graphs, "is_capturing", lambda: False)
         monkeypatch.setattr(graphs, "new_pool", lambda: None)
         monkeypatch.setattr(graphs, "capture", traced)
@@ -124,18 +119,7 @@ def test_a_head_that_reads_the_padding_gets_it(device: torch.device) -> None:
 
 @pytest.mark.parametrize("family", ["distilbert", "albert"])
 def test_other_families(family: str, device: torch.device) -> None:
-    if family == "distilbert":
-        stock: Any = DistilBertModel(
-            DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=72)
-        )
-    else:
-        stock = AlbertModel(
-            AlbertConfig(
-                vocab_size=VOCAB, embedding_size=16, hidden_size=32, num_hidden_layers=LAYERS,
-                num_attention_heads=4, intermediate_size=72,
-            )
-        )  # fmt: skip
-    stock = randomise(stock).eval()
+    stock = of_family(family)
     model, report = accelerated(stock, device)
     batch = batch_of("left")
     del batch["token_type_ids"]
@@ -162,25 +146,8 @@ def test_int8_layers_and_scales_elsewhere(device: torch.device) -> None:
 
 
 def test_buckets() -> None:
-    assert [graphs.bucket(n) for n in range(1, 18)] == [
-        1,
-        2,
-        3,
-        4,
-        6,
-        6,
-        8,
-        8,
-        12,
-        12,
-        12,
-        12,
-        16,
-        16,
-        16,
-        16,
-        24,
-    ]
+    sizes = {graphs.bucket(n): n for n in range(1, 26)}  # and the largest of each
+    assert sizes == {1: 1, 2: 2, 3: 3, 4: 4, 6: 6, 8: 8, 12: 12, 16: 16, 24: 24, 32: 25}
     assert [graphs.bucket(n, 16) for n in (1, 16, 17, 128, 129, 384, 385)] == [16, 16, 24, 128, 192, 384, 512]
 
 
@@ -197,12 +164,13 @@ def test_batches_share_the_graphs_of_their_bucket(device: torch.device) -> None:
 def test_nothing_of_a_batch_is_left_for_the_next(device: torch.device) -> None:
     stock = tiny()
     model, _ = accelerated(stock, device)
-    poisoned = copy.deepcopy(stock.embeddings.word_embeddings.weight.data)
+    embeddings = model.embeddings.word_embeddings.weight
     full = {"input_ids": torch.randint(1, VOCAB, (6, 16))}
     with torch.no_grad():
-        model.embeddings.word_embeddings.weight.fill_(float("nan"))
+        before = embeddings.clone()
+        embeddings.fill_(float("nan"))
         assert states(model, full).isnan().all()
-        model.embeddings.word_embeddings.weight.copy_(poisoned)
+        embeddings.copy_(before)
     judge(stock, model, batch_of("right"))
 
 
@@ -304,17 +272,23 @@ def test_copies_pickles_and_restore(device: torch.device) -> None:
     assert type(model.encoder) is type(stock.encoder)
 
 
-def test_threads(device: torch.device) -> None:
-    stock = tiny()
-    model, _ = accelerated(stock, device)
+def test_threads_wait_for_each_other(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between copying in and copying out another thread of the same stream would put its own batch in."""
+    launch = graphs.capture
+
+    def slow(*args: Any) -> tuple[Tensor, Callable[[], object]]:
+        out, replay = launch(*args)
+        return out, lambda: (time.sleep(0.01), replay(), time.sleep(0.01))
+
+    monkeypatch.setattr(graphs, "capture", slow)
+    model, _ = accelerated(tiny(), device)
     batches = [batch_of(kind) for kind in ("right", "left", "holes", "right")]
     expected = [states(model, batch) for batch in batches]
     wrong = []
 
     def serve(index: int) -> None:
         for _ in range(5):
-            out = states(model, batches[index])
-            if not torch.equal(out, expected[index]):
+            if not torch.equal(states(model, batches[index]), expected[index]):
                 wrong.append(index)
 
     threads = [threading.Thread(target=serve, args=(index,)) for index in range(len(batches))]
@@ -325,15 +299,24 @@ def test_threads(device: torch.device) -> None:
     assert not wrong
 
 
-@pytest.mark.gpu
-def test_each_stream_has_graphs_of_its_own(device: torch.device) -> None:
+def test_each_stream_has_graphs_of_its_own(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = []
+    launch = graphs.capture
+
+    def noting(run: Any, pool: Any, device: torch.device) -> Any:
+        pools.append(pool)
+        return launch(run, pool, device)
+
+    monkeypatch.setattr(graphs, "new_pool", object if not COMPILED else graphs.new_pool)
+    monkeypatch.setattr(graphs, "capture", noting)
     stock, batch = tiny(), batch_of("right")
     model, report = accelerated(stock, device)
-    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
-        with torch.cuda.stream(stream):
+    for stream in (1, 2, 1):
+        with torch.cuda.stream(torch.cuda.Stream()) if COMPILED else nullcontext():
+            if not COMPILED:
+                monkeypatch.setattr(graphs, "stream_of", lambda device, stream=stream: stream)
             judge(stock, model, batch)
-        stream.synchronize()
-    assert report.captured == 2
+    assert report.captured == len(pools) == len(set(pools)) == (3 if COMPILED else 2)
 
 
 # ---- what they don't serve ----
