@@ -103,7 +103,7 @@ def loading(source: object, hint: str = "") -> Iterator[None]:
     """What transformers raises for a model that it can't load, as one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: 5.17's, of a config.json that is no object
         first = str(error).strip().splitlines()[0]
         raise BadInputError(f"{source} could not be loaded: {first}{hint}") from None
 

@@ -67,7 +67,7 @@ def bert_config(model: str) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: 5.17's, of JSON that is no object
         raise ValueError(f"{folder} could not be read: {str(error).strip().splitlines()[0]}") from None
     if config.model_type != "bert":
         raise ValueError(f"{folder} is of a {config.model_type!r} model: give a 'bert'")

@@ -81,7 +81,11 @@ def test_bad_input_is_one_line(
 
 
 def test_folders(tiny_bert: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text("[]")
     for folder, out, message in (
+        (odd, tmp_path / "out", "could not be loaded"),
         (tmp_path, tmp_path / "out", "has no config.json"),
         (tiny_bert, tmp_path, "exists already"),
     ):
