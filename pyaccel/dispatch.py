@@ -210,9 +210,25 @@ def summary(choices: Iterable[Choice]) -> dict[str, Choice]:
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found without importing it
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
 def on_host(x: torch.Tensor) -> bool:
-    """Whether reading a value of ``x`` costs neither a device sync nor a graph break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a value of ``x`` may be read: it costs no device sync, and nothing records or transforms the call.
+
+    False in a graph (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx``), which would keep what the
+    value was; under a ``torch.func`` transform, and for fake tensors and other subclasses, which may hold no value.
+    """
+    return x.is_cpu and not torch.compiler.is_compiling() and type(x) in _PLAIN and not _recorded()
+
+
+def _recorded() -> bool:
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
 def has_triton() -> bool:
