@@ -127,10 +127,12 @@ def dkey_dvalue_kernel(
                     if SKIP_MASKED:
                         live = tl.max(tl.max(bias, axis=1), axis=0) > float("-inf")
                 if live:
-                    lse, lse_error = load_lse(
-                        lse_ptr, lse_error_ptr, base_lse + first_q + o_m, m_m
-                    )  # [BLOCK_M]
-                    delta = tl.load(delta_ptr + base_lse + first_q + o_m, mask=m_m, other=0.0)
+                    offset_lse = base_lse + first_q + o_m
+                    lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]
+                    lse_error = (
+                        None if lse_error_ptr is None else tl.load(lse_error_ptr + offset_lse, m_m, 0.0)
+                    )
+                    delta = tl.load(delta_ptr + offset_lse, mask=m_m, other=0.0)
                     if IDLE_ROWS:
                         m_m &= lse < float("inf")
                     offset_q = base_q + (first_q + o_m) * stride_q[2]

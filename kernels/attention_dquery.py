@@ -69,7 +69,8 @@ def dquery_kernel(
     offset_do = batch * stride_do[0] + head * stride_do[1] + row * stride_do[2]
     offset_out = batch * stride_out[0] + head * stride_out[1] + row * stride_out[2]
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + row
-    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, offset_lse, m_m)  # [BLOCK_M]
+    lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]
+    lse_error = None if lse_error_ptr is None else tl.load(lse_error_ptr + offset_lse, mask=m_m, other=0.0)
     m_read = m_m & (lse < float("inf"))  # a row without keys may hold anything, and so may its gradient
     q = load_rows(q_ptr, offset_q, stride_q[3], m_read, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do = load_rows(do_ptr, offset_do, stride_do[3], m_read, VALUE_DIM, BLOCK_V)  # [BLOCK_M, BLOCK_V]

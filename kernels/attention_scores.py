@@ -52,7 +52,8 @@ def _probs(
         m_n &= tl.load(key_mask_ptr + offset, mask=m_n, other=0) != 0
     s = mask_scores(s, bias, m_n[None, :], o_m[:, None], o_n[None, :], low, high, BANDED)
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + o_m
-    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, offset_lse, m_m)
+    lse = load_lse(lse_ptr, offset_lse, m_m)
+    lse_error = None if lse_error_ptr is None else tl.load(lse_error_ptr + offset_lse, mask=m_m, other=0.0)
     return tl.where(
         lse[:, None] == float("inf"), 0.0, probs_tile(s, lse, lse_error, 1)
     )  # they may hold anything

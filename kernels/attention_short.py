@@ -53,7 +53,7 @@ def _masks(
         )
         m_n &= tl.load(key_mask_ptr + offset, mask=m_n, other=0) != 0
     if mask_ptr is None:
-        return m_n, None
+        return m_n, m_n  # before Triton 3.7 a helper can't return None in a tuple: the caller drops it
     else:
         row_offset = o_m.to(tl.int64)[:, None] * stride_mask[2] if MASK_ROWS else tl.zeros((1, 1), tl.int64)
         m_tile = (m_m[:, None] & m_n[None, :]) if MASK_ROWS else m_n[None, :]
@@ -104,6 +104,8 @@ def forward_short_kernel(
             key_mask_ptr, mask_ptr, stride_key_mask, stride_mask, batch, head, o_m, m_m, o_n,
             start_m, len_q, len_k, low, high, MASK_ROWS, IS_CAUSAL or HAS_WINDOW, BLOCK_M,
         )  # fmt: skip
+        if mask_ptr is None:
+            bias = None
         offset_q = batch * stride_q[0] + head * stride_q[1] + (first_q + o_m) * stride_q[2]
         offset_k = batch * stride_k[0] + kv_head * stride_k[1] + (first_k + o_n) * stride_k[2]
         offset_v = batch * stride_v[0] + kv_head * stride_v[1] + (first_k + o_n) * stride_v[2]
@@ -164,7 +166,8 @@ def backward_short_kernel(
     row = first_q + o_m
     m_m = o_m < len_q
     offset_lse = batch * stride_lse[0] + head * stride_lse[1] + row
-    lse, lse_error = load_lse(lse_ptr, lse_error_ptr, offset_lse, m_m)  # [BLOCK_M]
+    lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]
+    lse_error = None if lse_error_ptr is None else tl.load(lse_error_ptr + offset_lse, mask=m_m, other=0.0)
     m_read = (m_m & (lse < float("inf"))) if IDLE_ROWS else m_m
     offset_q = batch * stride_q[0] + head * stride_q[1] + row * stride_q[2]
     offset_do = batch * stride_do[0] + head * stride_do[1] + row * stride_do[2]
@@ -182,6 +185,8 @@ def backward_short_kernel(
             key_mask_ptr, mask_ptr, stride_key_mask, stride_mask, batch, head, o_m, m_m, o_n,
             0, len_q, len_k, low, high, MASK_ROWS, IS_CAUSAL or HAS_WINDOW, BLOCK_M,
         )  # fmt: skip
+        if mask_ptr is None:
+            bias = None
         offset_k = batch * stride_k[0] + head * stride_k[1] + (first_k + o_n) * stride_k[2]
         offset_v = batch * stride_v[0] + head * stride_v[1] + (first_k + o_n) * stride_v[2]
         k = load_rows(k_ptr, offset_k, stride_k[3], m_n, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]

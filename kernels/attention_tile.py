@@ -156,15 +156,10 @@ def probs_tile(s, lse, lse_error, AXIS: tl.constexpr):
 
 
 @triton.jit
-def load_lse(lse_ptr, lse_error_ptr, offset, m_row):
-    """LSE of some rows and its error, if there is one, for :func:`probs_tile`: +inf for rows that don't exist or
-    have no key."""
+def load_lse(lse_ptr, offset, m_row):
+    """LSE of some rows, for :func:`probs_tile`: +inf for rows that don't exist or have no key."""
     lse = tl.load(lse_ptr + offset, mask=m_row, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    if lse_error_ptr is None:
-        return lse, None
-    else:
-        return lse, tl.load(lse_error_ptr + offset, mask=m_row, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit

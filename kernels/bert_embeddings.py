@@ -122,7 +122,9 @@ def forward_kernel(
     if bias_ptr is not None:
         out += tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     if key_ptr is not None:
-        out = dropout_tile(out, key_ptr, o_row, 0, tl.to_tensor(0), threshold, scale, BLOCK_ROWS, BLOCK_N)
+        out = dropout_tile(
+            out, key_ptr, o_row, 0, tl.full((), 0, tl.int32), threshold, scale, BLOCK_ROWS, BLOCK_N
+        )
     tl.store(out_ptr + o_row[:, None] * n_cols + o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 

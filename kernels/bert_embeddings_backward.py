@@ -30,7 +30,7 @@ def _gradient_tile(
     dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if key_ptr is not None:
         dy = dropout_tile(
-            dy, key_ptr, o_row, first_col, tl.to_tensor(0), threshold, scale, BLOCK_ROWS, BLOCK_N
+            dy, key_ptr, o_row, first_col, tl.full((), 0, tl.int32), threshold, scale, BLOCK_ROWS, BLOCK_N
         )
     wdy = dy
     if weight_ptr is not None:

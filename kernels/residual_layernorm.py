@@ -38,7 +38,9 @@ def forward_kernel(
     if x_bias_ptr is not None:
         x += tl.load(x_bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     if key_ptr is not None:
-        x = dropout_tile(x, key_ptr, o_row, 0, tl.to_tensor(0), threshold, scale, BLOCK_ROWS, BLOCK_N)
+        x = dropout_tile(
+            x, key_ptr, o_row, 0, tl.full((), 0, tl.int32), threshold, scale, BLOCK_ROWS, BLOCK_N
+        )
     if residual_ptr is not None:
         offset = row * stride_residual_row + col.to(tl.int64) * stride_residual_col
         x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)

@@ -46,7 +46,7 @@ def _store_tile(
         tl.store(dresidual_ptr + row * n_cols + col, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if key_ptr is not None:
         dz = dropout_tile(
-            dz, key_ptr, o_row, first_col, tl.to_tensor(0), threshold, scale, BLOCK_ROWS, BLOCK_N
+            dz, key_ptr, o_row, first_col, tl.full((), 0, tl.int32), threshold, scale, BLOCK_ROWS, BLOCK_N
         )
     if dx_ptr is not None:
         tl.store(dx_ptr + row * n_cols + col, dz.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -117,10 +117,10 @@ def backward_kernel(
 
 
 @triton.jit
-def _add_partial(partial_ptr, o_partial, tile, m_col, first):
-    """Add a tile's column sums to this program's row of partial sums; its first tile starts the row."""
+def _add_partial(partial_ptr, o_partial, tile, m_col, m_before):
+    """Add a tile's column sums to this program's row of partial sums, which starts at 0 where not m_before."""
     tl.debug_barrier()  # what other threads of this program stored here for the rows before
-    before = tl.load(partial_ptr + o_partial, mask=m_col & (first == 0), other=0.0)
+    before = tl.load(partial_ptr + o_partial, mask=m_before, other=0.0)
     tl.store(partial_ptr + o_partial, before + tl.sum(tile, axis=0), mask=m_col)
 
 
@@ -193,13 +193,14 @@ def backward_tiled_kernel(
                 stride_dsum_row, stride_dsum_col, n_cols, threshold, scale, BLOCK_ROWS, BLOCK_N,
             )  # fmt: skip
             o_partial = pid.to(tl.int64) * n_cols + o_col
-            first = block == pid
+            # Triton 3.9's interpreter compares two scalars to a Python bool, which is no mask.
+            m_before = m_col & (block + tl.zeros((BLOCK_N,), tl.int32) > pid)
             if dweight_ptr is not None:
-                _add_partial(dweight_ptr, o_partial, dy * x_hat, m_col, first)
+                _add_partial(dweight_ptr, o_partial, dy * x_hat, m_col, m_before)
             if dbias_ptr is not None:
-                _add_partial(dbias_ptr, o_partial, dy, m_col, first)
+                _add_partial(dbias_ptr, o_partial, dy, m_col, m_before)
             if dx_bias_ptr is not None:
-                _add_partial(dx_bias_ptr, o_partial, dx, m_col, first)
+                _add_partial(dx_bias_ptr, o_partial, dx, m_col, m_before)
 
 
 def backward(
