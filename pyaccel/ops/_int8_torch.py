@@ -50,7 +50,7 @@ def quantize_per_token_with_offset(x: Tensor, factor: Tensor | None = None) -> t
         return reference.quantize_per_token_with_offset(x)
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(rows.shape, dtype=torch.int8)
-    scale, offset = torch.empty(2, len(rows))
+    scale, offset = torch.empty(len(rows)), torch.empty(len(rows))
     for block in blocks(*rows.shape):
         part = reference.scaled(rows[block], factor)
         high, low, middle = part.amax(-1), part.amin(-1), offset[block]

@@ -98,15 +98,11 @@ class FeedForwardFunction(torch.autograd.Function):
         found: list[Tensor | None] = [None] * 5
         if want_layernorm and dhidden is not None:
             dx, dresidual, *column = (d if n else None for d, n in zip(ctx.dtypes, needed[:5], strict=True))
-            same = key is None and dx is not None and dx == dresidual
             found = list(
                 layernorm_backward(
-                    dhidden, None, total, mean, rstd, ln_weight, key, dropout_p,
-                    dx, None if same else dresidual, *column,
+                    dhidden, None, total, mean, rstd, ln_weight, key, dropout_p, dx, dresidual, *column
                 )
-            )  # fmt: skip
-            if same:
-                found[1] = found[0]
+            )
         gradients = (*found, dweight1, dbias1, dweight2)
         return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None,) * 6
 

@@ -10,6 +10,7 @@ for (:func:`prepacked`, for ``accelerate(model, prepack=True)``).
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops import _linear_activation_triton as triton_backend
 from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops._modes import runs_now
 from pyaccel.ops.bias_gelu import bias_gelu
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
@@ -25,7 +27,7 @@ ONEDNN_ACTIVATIONS = {
     None: ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
+    "relu": ("none", ""),  # oneDNN's is max(0, x), which makes 0 of NaN: applied to the product instead
 }
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
 
@@ -46,6 +48,8 @@ def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
     """Why oneDNN's fused linear can't serve this call; empty if it can."""
     if torch.compiler.is_compiling():
         return ["the graph is traced"]
+    if not runs_now(*tensors):
+        return ["the call is traced or transformed, or a tensor is of a subclass"]
     given = [t for t in tensors if t is not None]
     x = given[0]
     if not x.is_cpu:
@@ -73,14 +77,40 @@ def can_prepack() -> bool:
 @torch.inference_mode(False)
 def prepacked(weight: Tensor) -> Tensor:
     """A copy of ``weight`` in the order in which oneDNN multiplies, opaque but to :func:`by_onednn`."""
-    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
     return reordered
 
 
-def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """``activation(x @ weight.T + bias)`` in one primitive; :func:`_onednn_reasons` says where it can't be."""
+def by_onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(x @ weight.T + bias) + residual`` in one primitive; :func:`_onednn_reasons` says where it can't be.
+
+    The only caller of oneDNN's private products, which read memory by its address: operands of other strides or of
+    another dtype than x's are copied first, and a weight that isn't row-major is multiplied by :func:`by_torch`.
+    Activation and residual exclude each other.
+    """
+    if not weight.is_mkldnn and not (weight.dtype is x.dtype and weight.is_contiguous()):
+        out = by_torch(x, weight, bias, activation)
+        return out if residual is None else out + residual
+    dtype = x.dtype
+    x = _dense(x, dtype)
+    if bias is not None:
+        bias = _dense(bias, dtype)
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, _dense(residual, dtype), weight, bias, "add")
     attribute, algorithm = ONEDNN_ACTIVATIONS[activation]
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
+    out = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
+    return out.relu_() if activation == "relu" else out
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, or a contiguous copy of it in that dtype."""
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
@@ -98,7 +128,7 @@ def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Te
     """``x @ weight.T + bias + residual`` in the same way."""
     if not weight.is_mkldnn and _measured(x, weight)[0] == "plain":
         return F.linear(x, weight, bias) + residual
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return by_onednn(x, weight, bias, residual=residual)
 
 
 def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
@@ -192,7 +222,7 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 def _measured(x: Tensor, weight: Tensor) -> tuple[str | None, str]:
     """The way that was fastest near this size on this machine, and the row that says so; see :mod:`pyaccel.tuned`."""
     ways = ("triton", "torch") if _on_gpu(x) else ("onednn", "plain")
-    size = (x.shape[:-1].numel(), weight.shape[1], weight.shape[0])
+    size = (math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0])
     return tuned.preferred("linear_activation", x.device, x.dtype, size, ways)
 
 

@@ -93,7 +93,7 @@ def quantize_per_tensor(
         factor: fp32 ``[features]``, by which x is multiplied first, as of :func:`quantize_per_token_with_offset`.
 
     Returns:
-        int8 codes of x's shape, and the scale.
+        int8 codes of x's shape, and the scale, a copy of the given one.
 
     Raises:
         ValueError: ``x`` isn't floating point, ``scale`` isn't an fp32 scalar, or ``factor`` doesn't fit x.
@@ -106,7 +106,7 @@ def quantize_per_tensor(
     if _choose("quantize_per_tensor", on_gpu.tensor_reasons(x, factor)) == "triton":
         if scale is None:
             scale = reference.tensor_scale(reference.scaled(x, factor))
-        return on_gpu.quantize_per_tensor(x, scale, factor), scale
+        return on_gpu.quantize_per_tensor(x, scale, factor), scale.clone()
     return reference.quantize_per_tensor(x, scale, factor=factor)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key, dropout_reasons, keep_mask_on_host
+from pyaccel.ops._modes import own_gradient, runs_now
 from pyaccel.reference.residual_layernorm import normalise
 
 OP = "residual_layernorm"
@@ -284,15 +285,9 @@ class ResidualLayerNormFunction(torch.autograd.Function):
             dy = total.new_zeros(()).expand_as(total)
         needed = ctx.needs_input_grad[:5]
         dx, dresidual, *column = (d if n else None for d, n in zip(ctx.dtypes, needed, strict=True))
-        # Without dropout the two gradients are one and the same, and one write of it is enough.
-        same = key is None and dx is not None and dx == dresidual
-        out = backward_op(
-            dy, dsum, total, mean, rstd, weight, key, ctx.dropout_p, dx, None if same else dresidual, *column
-        )
-        wanted = [g if n else None for g, n in zip(out, needed, strict=True)]
-        if same:
-            wanted[1] = wanted[0]
-        return *wanted, *(None,) * 6
+        # Two writes even where both gradients are equal: whoever accumulates into one must not change the other.
+        out = backward_op(dy, dsum, total, mean, rstd, weight, key, ctx.dropout_p, dx, dresidual, *column)
+        return *(g if n else None for g, n in zip(out, needed, strict=True)), *(None,) * 6
 
 
 # --- the public function --------------------------------------------------------------------------------------
@@ -421,6 +416,8 @@ def residual_layernorm(
         # Codes are of the output in fp32, before it is rounded to its dtype.
         dtype = torch.promote_types(out_dtype, torch.float32) if quantize_output else out_dtype
         out, total = run(x, residual, weight, bias, eps, dropout_p, x_bias, rms_norm, dtype)
+        if return_sum and total is x:  # nothing was added: the sum is a tensor of its own all the same
+            total = x.clone()
         codes = reference.quantize_per_token(out.detach()) if quantize_output else (out, out)
         results = (out.to(out_dtype), total, *codes)
     given = tuple(t for t, want in zip(results, wanted, strict=True) if want)
@@ -481,8 +478,7 @@ def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> 
 
 def _drops_on_host(x: Tensor, residual: Tensor) -> bool:
     """Whether dropout and sum can be one pass, by a mask that takes less time than PyTorch's."""
-    same = type(x) is type(residual) is Tensor and x.dtype == residual.dtype
-    return same and dispatch.on_host(x) and not torch._C._are_functorch_transforms_active()
+    return x.dtype == residual.dtype and dispatch.on_host(x) and runs_now(x, residual)
 
 
 def _torch_backend(
@@ -504,7 +500,7 @@ def _torch_backend(
         if dropout_p > 0.0:
             total = F.dropout(total, dropout_p)
         if residual is not None:
-            total = total + residual
+            total = total + own_gradient(residual, total)
     return normalise(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype), total
 
 
@@ -521,7 +517,7 @@ def _reference_backend(
 ) -> tuple[Tensor, Tensor]:
     result = reference.residual_layernorm(
         x,
-        residual,
+        None if residual is None else own_gradient(residual, x),
         weight,
         bias,
         eps=eps,

@@ -51,8 +51,7 @@ def quantize_per_tensor(
 ) -> tuple[Tensor, Tensor]:
     """One scale for all of ``x * factor``: the given (static) fp32 scalar, or amax / 127; the rest is clamped."""
     x = scaled(x, factor)
-    if scale is None:
-        scale = tensor_scale(x)
+    scale = tensor_scale(x) if scale is None else scale.clone()  # a result is no input
     return encode(x, scale), scale
 
 

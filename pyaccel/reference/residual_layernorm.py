@@ -63,6 +63,8 @@ def residual_layernorm(
             raise ValueError("residual_layernorm: dropout_p > 0 needs a dropout_key to replay")
         branch = dropout(branch.reshape(-1, x.shape[-1]), dropout_key, dropout_p).reshape(branch.shape)
     total = branch if residual is None else branch + residual
+    if total is x:
+        total = x.clone()  # a result is no input
     output = normalise(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype or total.dtype)
     stats = total.to(torch.float64 if upcast else torch.float32)
     variance, mean = torch.var_mean(stats, dim=-1, correction=0)

@@ -76,6 +76,6 @@ MUTANTS = [
     Mutant("backward, tiled: partial sums start over at every block", BACKWARD, "first = block == pid", "first = block >= pid"),
     Mutant("column sum: the last partial sums left out", COLUMN_SUM, "range(0, n_partials, BLOCK_P)", "range(0, n_partials - BLOCK_P + 1, BLOCK_P)"),
     Mutant("column sum: two gradients exchanged", COLUMN_SUM, "_sum_columns(out1_ptr, partial1_ptr", "_sum_columns(out1_ptr, partial0_ptr"),
-    Mutant("one gradient for x and residual although their dtypes differ", OP, "same = key is None and dx is not None and dx == dresidual", "same = key is None and dx is not None"),
-    Mutant("one gradient for x and residual although x is dropped", OP, "same = key is None and dx is not None and dx == dresidual", "same = dx is not None and dx == dresidual"),
+    Mutant("x's gradient is the residual's too", OP, "*column)\n        return *(g if n", "*column)\n        out = (out[0], out[0] if key is None and out[1].numel() else out[1], *out[2:])\n        return *(g if n"),
+    Mutant("torch: x's gradient is the residual's too", "pyaccel/ops/_modes.py", "return grad.clone()", "return grad"),
 ]  # fmt: skip
