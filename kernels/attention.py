@@ -6,9 +6,9 @@ arXiv:1805.02867 (2018). A program holds BLOCK_M queries of one head and walks t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +29,7 @@ from pyaccel.kernels.attention_tile import (
     store_lse,
     store_rows,
 )
-from pyaccel.kernels.device import device_guard
+from pyaccel.kernels.device import device_guard, launch
 from pyaccel.kernels.philox import keep_tile
 
 
@@ -172,11 +172,10 @@ def forward(
     it is wanted, what rounding took from that."""
     n_blocks = triton.cdiv(call.seq_q, config.block_m)
     arguments = forward_arguments(out, lse, lse_error, call, config)
-    if arguments["TMA"]:  # its descriptors are made by the kernel, in memory that Triton asks for
-        triton.set_allocator(_allocate)
+    grid = (call.n_streams * n_blocks + call.tail_programs,)
     with device_guard(out):
-        forward_kernel[(call.n_streams * n_blocks + call.tail_programs,)](
-            **arguments, **config.launch_options
+        launch(
+            partial(forward_kernel[grid], **arguments, **config.launch_options), allocates=arguments["TMA"]
         )
 
 
@@ -197,7 +196,3 @@ def forward_arguments(
         "FOLD_SCALE": call.fold_scale,
         "TMA": config.tma and call.tma_can_read(call.key, call.value),
     }
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")

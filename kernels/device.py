@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,23 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[obje
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def launch(run: Callable[[], object], *, allocates: bool) -> None:
+    """Launch a kernel that, where it ``allocates``, makes tensor descriptors itself, in memory that Triton asks for.
+
+    Triton's allocator is a context variable. It is set in a copy of the context: the caller's own stays what it was.
+    """
+    if not allocates:
+        run()
+        return
+
+    def with_allocator() -> None:
+        triton.set_allocator(_allocate)
+        run()
+
+    contextvars.copy_context().run(with_allocator)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

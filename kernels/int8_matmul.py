@@ -10,14 +10,14 @@ rows of tiles, which share the weight's tiles in the L2 cache. No atomics.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyaccel.kernels.device import device_guard, device_info
+from pyaccel.kernels.device import device_guard, device_info, launch
 from pyaccel.kernels.int8_epilogue import Epilogue, epilogue_tile
 from pyaccel.kernels.int8_matmul_config import Int8MatmulConfig
 from pyaccel.kernels.tile_order import tile_of_program
@@ -124,11 +124,13 @@ def matmul(out: Tensor, a: Tensor, b: Tensor, epilogue: Epilogue | None, config:
     arguments = matmul_arguments(out, a, b, epilogue, config)
     n_tiles = triton.cdiv(a.shape[0], config.block_m) * triton.cdiv(b.shape[0], config.block_n)
     splits = 1 if epilogue is not None else out.shape[0]
-    if arguments["TMA"]:  # its descriptors are made by the kernel, in memory that Triton asks for
-        triton.set_allocator(_allocate)
+    if arguments["TMA"]:
         n_tiles = min(n_tiles, device_info(a.device).num_sms)
     with device_guard(a):
-        matmul_kernel[(n_tiles, splits)](**arguments, **config.launch_options, enable_fp_fusion=False)
+        run = partial(
+            matmul_kernel[(n_tiles, splits)], **arguments, **config.launch_options, enable_fp_fusion=False
+        )
+        launch(run, allocates=arguments["TMA"])
 
 
 def aligned(x: Tensor) -> bool:
@@ -173,7 +175,3 @@ def matmul_arguments(
         "TMA": config.tma,
         **config.blocks,
     }
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyaccel import dispatch, hf, models, nn, ops, packing, quantization, reference, verify
-    from pyaccel.dispatch import use_backend
+    from pyaccel.dispatch import set_backend, use_backend
     from pyaccel.hf import accelerate, explain, restore
 
 # The one place for the version: pyproject.toml reads it from here, so a checkout that is not installed, or
@@ -38,6 +38,7 @@ __all__ = [
     "quantization",
     "reference",
     "restore",
+    "set_backend",
     "use_backend",
     "verify",
 ]
@@ -47,6 +48,7 @@ _HOMES = {
     "accelerate": "pyaccel.hf",
     "explain": "pyaccel.hf",
     "restore": "pyaccel.hf",
+    "set_backend": "pyaccel.dispatch",
     "use_backend": "pyaccel.dispatch",
 }
 

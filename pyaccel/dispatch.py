@@ -9,17 +9,22 @@ Every op of :mod:`pyaccel.ops` has up to three backends:
 ``"reference"``
     the plain definition in :mod:`pyaccel.reference`; never chosen unless it is asked for.
 
-By default the fastest backend that can serve a call does. :func:`use_backend` asks for one by name, and then
-it is used or :class:`NotSupportedError` says why it can't be. :func:`record` shows what was chosen.
+By default the fastest backend that can serve a call does. :func:`use_backend` asks for one by name in a ``with`` block
+of this thread or asyncio task, :func:`set_backend` for the whole process; then it is used or :class:`NotSupportedError`
+says why it can't be. :func:`record` shows what was chosen.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,19 +52,38 @@ class Choice:
     reason: str
 
 
-# Process-wide, as torch.backends' flags are: op name -> backend, and "" -> the backend of every other op.
+# What `set_backend` asks for, process-wide: op name -> backend, and "" -> the backend of every other op.
 _requested: dict[str, str] = {}
-_recorder: list[Choice] | None = None
+# The `use_backend` blocks that this thread or asyncio task is in, the innermost last.
+_scopes: ContextVar[tuple[use_backend, ...]] = ContextVar("pyaccel_backend", default=())
+_recorders: ContextVar[tuple[list[Choice], ...]] = ContextVar("pyaccel_recorders", default=())
+
+# TorchDynamo can't trace a ContextVar. Blocks entered in a function that it traces are noted here while it traces, and
+# what is asked for around that function it reads as an attribute of this module, which `__getattr__` makes: so the
+# compiled function is guarded by its value, and compiled again when another backend is asked for.
+_traced: tuple[use_backend, ...] = ()
+_this: Any = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "_around_the_trace":
+        return requests()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class use_backend:
-    """Ask for one backend by name, at once and process-wide; as a context manager, until its end.
+    """Ask for one backend by name inside a ``with`` block, in this thread or asyncio task alone.
+
+    Blocks nest, and the innermost that names an op decides. Outside of a ``with`` statement this changes nothing:
+    :func:`set_backend` is for the whole process.
 
     Args:
         backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``"auto"`` for pyaccel's own choice.
         ops: names of the ops it is for, such as ``["residual_layernorm"]``; every op by default.
 
-    A later request for every op replaces earlier ones for single ops.
+    Raises:
+        ValueError: an unknown backend or op.
+        TypeError: ``ops`` is a string.
 
     Example::
 
@@ -67,48 +91,121 @@ class use_backend:
             expected = model(**batch)
     """
 
+    _unused = False
+
     def __init__(self, backend: str, *, ops: Iterable[str] | None = None) -> None:
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(BACKENDS)}")
-        if isinstance(ops, str):
-            raise TypeError(f"ops must be a list of op names, not the string {ops!r}: write ops=[{ops!r}]")
-        names = [""] if ops is None else list(ops)
-        unknown = sorted(set(names) - {""} - set(op_names()))
-        if unknown:
-            raise ValueError(f"unknown ops {unknown}: expected some of {list(op_names())}")
-        self._previous = dict(_requested)
-        if ops is None:
-            _requested.clear()
-        _requested.update(dict.fromkeys(names, backend))
+        self.asked = _checked(backend, ops)
+        self._unused = True
 
     def __enter__(self) -> use_backend:
+        self._unused = False
+        if torch.compiler.is_dynamo_compiling():
+            global _traced
+            _traced = (*_traced, self)
+        else:
+            _scopes.set((*_scopes.get(), self))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _requested.clear()
-        _requested.update(self._previous)
+        if torch.compiler.is_dynamo_compiling():
+            global _traced
+            _traced = _traced[:-1]
+        else:
+            _scopes.set(_without(self, _scopes.get()))
+
+    def __del__(self) -> None:
+        if self._unused:
+            warnings.warn(
+                "a pyaccel.use_backend(...) was never entered and had no effect: write "
+                "`with pyaccel.use_backend(...):`, or pyaccel.set_backend(...) for the whole process",
+                stacklevel=2,
+            )
+
+
+def _without(scope: use_backend, scopes: tuple[use_backend, ...]) -> tuple[use_backend, ...]:
+    """Its innermost entry removed, whichever blocks were entered since; none where it was entered elsewhere."""
+    for i in reversed(range(len(scopes))):
+        if scopes[i] is scope:
+            return scopes[:i] + scopes[i + 1 :]
+    return scopes
+
+
+def set_backend(backend: str, *, ops: Iterable[str] | None = None) -> None:
+    """Ask for one backend by name, for the whole process and until the next call; ``use_backend`` blocks override it.
+
+    A request for every op replaces earlier ones for single ops. Arguments and errors are those of :func:`use_backend`.
+    """
+    global _requested
+    asked = _checked(backend, ops)
+    _requested = asked if ops is None else {**_requested, **asked}
+
+
+def _checked(backend: str, ops: Iterable[str] | None) -> dict[str, str]:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected 'auto' or one of {', '.join(BACKENDS)}")
+    if ops is None:
+        return {"": backend}
+    if isinstance(ops, str):
+        raise TypeError(f"ops must be a list of op names, not the string {ops!r}: write ops=[{ops!r}]")
+    names = list(ops)
+    unknown = sorted(set(names) - set(op_names()))
+    if unknown:
+        raise ValueError(f"unknown ops {unknown}: expected some of {list(op_names())}")
+    return dict.fromkeys(names, backend)
 
 
 def requested(op: str) -> str:
-    """The backend asked for by :func:`use_backend` for ``op``, or ``"auto"``."""
-    return _requested.get(op, _requested.get("", "auto"))
+    """The backend asked for by :func:`use_backend` or :func:`set_backend` for ``op``, or ``"auto"``."""
+    if torch.compiler.is_dynamo_compiling():
+        scopes, rest = _traced, dict(_this._around_the_trace)
+    else:
+        scopes, rest = _scopes.get(), _requested
+    for scope in reversed(scopes):
+        found = scope.asked.get(op, scope.asked.get(""))
+        if found is not None:
+            return found
+    return rest.get(op, rest.get("", "auto"))
 
 
 def requests() -> tuple[tuple[str, str], ...]:
-    """All that :func:`use_backend` asks for now: equal where the same is asked for."""
-    return tuple(sorted(_requested.items()))
+    """All that is asked for now, as sorted pairs of op and backend; "" stands for every other op.
+
+    Equal where the same is asked for, and empty where nothing is. :class:`use_requests` asks for the same elsewhere.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        scopes, asked = _traced, dict(_this._around_the_trace)
+    else:
+        scopes, asked = _scopes.get(), _requested
+    for scope in scopes:
+        asked = scope.asked if "" in scope.asked else {**asked, **scope.asked}
+    rest = asked.get("", "auto")
+    return tuple(sorted((op, name) for op, name in asked.items() if name != (rest if op else "auto")))
+
+
+class use_requests(use_backend):
+    """Ask inside a ``with`` block for what :func:`requests` gave, and for nothing else.
+
+    For a backward: autograd runs it in another thread on a GPU, and perhaps long after the block around the forward
+    has ended. ``ctx.requests = dispatch.requests()`` in the forward, ``with dispatch.use_requests(ctx.requests):`` in
+    the backward.
+    """
+
+    def __init__(self, asked: Iterable[tuple[str, str]]) -> None:
+        self.asked = {"": "auto", **dict(asked)}
 
 
 def is_recording() -> bool:
-    """Whether somebody collects what is chosen, and why."""
-    return _recorder is not None and not torch.compiler.is_compiling()
+    """Whether the choices of this thread or asyncio task are recorded."""
+    return not torch.compiler.is_compiling() and bool(_recorders.get())
 
 
 def nobody_asks(ops: Iterable[str]) -> bool:
     """Whether, on a CPU, each of these ops is served as by default, and nobody records by whom."""
-    if _recorder is not None or interpreting():
+    if interpreting() or is_recording():
         return False
-    return not _requested or all(requested(op) in ("auto", "torch") for op in ops)
+    if not _requested and not _scopes.get():
+        return True
+    return all(requested(op) in ("auto", "torch") for op in ops)
 
 
 def op_names() -> tuple[str, ...]:
@@ -156,9 +253,9 @@ def choose(
         if reasons[name]:
             raise NotSupportedError(
                 f"pyaccel.ops.{op}: backend {name!r} was asked for, but {'; '.join(reasons[name])}. "
-                f"Change that, or let pyaccel choose: pyaccel.use_backend('auto')."
+                f"Change that, or let pyaccel choose: `with pyaccel.use_backend('auto'):`."
             )
-        return _note(Choice(op, name, "asked for by use_backend"))
+        return _note(Choice(op, name, "asked for by use_backend or set_backend"))
     if preferred is not None and preferred in reasons and not reasons[preferred]:
         return _note(Choice(op, preferred, why))
     passed_over = []
@@ -174,22 +271,27 @@ def choose(
 
 def _note(choice: Choice) -> Choice:
     # A compiled graph chooses once, while it is traced; appending there would be a side effect in the graph.
-    if _recorder is not None and not torch.compiler.is_compiling():
-        _recorder.append(choice)
+    if not torch.compiler.is_compiling():
+        for recorder in _recorders.get():
+            recorder.append(choice)
     return choice
 
 
 @contextmanager
 def record() -> Iterator[list[Choice]]:
-    """Collect the :class:`Choice` of every call made inside, in order."""
-    global _recorder
-    outer, _recorder = _recorder, []
+    """Collect the :class:`Choice` of every call made inside, in order, by this thread or asyncio task.
+
+    A backward on a GPU runs in a thread of autograd's and is not recorded, nor is a compiled function.
+    """
+    choices: list[Choice] = []
+    if torch.compiler.is_dynamo_compiling():
+        yield choices
+        return
+    _recorders.set((*_recorders.get(), choices))
     try:
-        yield _recorder
+        yield choices
     finally:
-        if outer is not None:
-            outer.extend(_recorder)
-        _recorder = outer
+        _recorders.set(tuple(each for each in _recorders.get() if each is not choices))
 
 
 def summary(choices: Iterable[Choice]) -> dict[str, Choice]:

@@ -34,6 +34,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,19 +97,29 @@ def machine(device: torch.device) -> str:
 
 def timings(op: str, device: torch.device, dtype: torch.dtype) -> list[Timing]:
     """Every size that was measured on this kind of machine with inputs of ``dtype``; empty if none was."""
-    return list(_tables().get((op, machine(device), dtype), ()))
+    if _ignored.get():
+        return []
+    return list(_measured(op, device, dtype))
+
+
+def _measured(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Timing, ...]:
+    return _tables().get((op, machine(device), dtype), ())
+
+
+def nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> Timing | None:
+    """The nearest size that was measured, by the logarithms of its numbers; None if there is none near."""
+    return None if _ignored.get() else _nearest(op, device, dtype, size)
 
 
 @functools.lru_cache(maxsize=4096)
-def nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> Timing | None:
-    """The nearest size that was measured, by the logarithms of its numbers; None if there is none near."""
+def _nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> Timing | None:
     if not all(size):
         return None
 
     def distance(timing: Timing) -> float:
         return sum(abs(math.log(a / b)) for a, b in zip(timing.size, size, strict=True))
 
-    found = min(timings(op, device, dtype), key=distance, default=None)
+    found = min(_measured(op, device, dtype), key=distance, default=None)
     return found if found is not None and distance(found) <= math.log(FARTHEST) else None
 
 
@@ -119,7 +130,7 @@ def preferred(
 
     (None, "") where nothing near was measured, and in a traced graph, which serves many sizes.
     """
-    if torch.compiler.is_compiling() or any(type(n) is not int for n in size):
+    if torch.compiler.is_compiling() or any(type(n) is not int for n in size) or _ignored.get():
         return None, ""
     return _preferred(op, device, dtype, size, ways)
 
@@ -128,7 +139,7 @@ def preferred(
 def _preferred(
     op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], ways: tuple[str, ...]
 ) -> tuple[str | None, str]:
-    timing = nearest(op, device, dtype, size)
+    timing = _nearest(op, device, dtype, size)
     way = None if timing is None else timing.fastest(ways)
     return (None, "") if way is None else (way, str(timing))
 
@@ -136,8 +147,11 @@ def _preferred(
 # ---- launch configurations ----
 
 Config = TypeVar("Config")
-_trying: dict[str, Any] = {}
-_asked: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+# Of this thread or asyncio task. Kernel -> the configuration to launch; kernel -> where to note what is launched.
+_trying: ContextVar[dict[str, Any]] = ContextVar("pyaccel_trying", default={})  # noqa: B039  never written to
+_asked: ContextVar[dict[str, list[tuple[tuple[int, ...], Any]]]] = ContextVar("pyaccel_asked", default={})  # noqa: B039
+_ignored: ContextVar[bool] = ContextVar("pyaccel_ignored", default=False)
 
 
 def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config, *, exactly: bool) -> Config:
@@ -150,10 +164,10 @@ def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config,
 
     It is data, read once: two runs launch the same programs.
     """
-    if kernel in _asked:
-        _asked[kernel] = (size, default)
-    if kernel in _trying:
-        return _trying[kernel]
+    if kernel in (asked := _asked.get()):
+        asked[kernel].append((size, default))
+    if kernel in (trying := _trying.get()):
+        return trying[kernel]
     found = nearest(f"launch_{kernel}", x.device, x.dtype, size)
     if found is None or not found.config or (exactly and found.size != size):
         return default
@@ -162,45 +176,38 @@ def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config,
 
 @contextmanager
 def trying(kernel: str, config: Any) -> Iterator[None]:
-    """Launch the kernel with this configuration inside."""
-    _trying[kernel] = config
+    """Launch the kernel with this configuration inside, in this thread."""
+    token = _trying.set({**_trying.get(), kernel: config})
     try:
         yield
     finally:
-        del _trying[kernel]
+        _trying.reset(token)
 
 
 def asked(kernel: str, call: Callable[[], object]) -> tuple[tuple[int, ...], Any] | None:
     """The size and the default configuration with which ``call`` launches the kernel; None if it doesn't."""
-    _asked[kernel] = ((), None)
+    launches: list[tuple[tuple[int, ...], Any]] = []
+    token = _asked.set({**_asked.get(), kernel: launches})
     try:
         call()
     finally:
-        size, default = _asked.pop(kernel)
-    return None if default is None else (size, default)
+        _asked.reset(token)
+    return launches[-1] if launches else None
 
 
 @contextmanager
 def ignored() -> Iterator[None]:
-    """Nothing is known inside, as on a machine that nobody has measured."""
-    global _ignored
-    before, _ignored = _ignored, True
-    forget()
+    """Use no measurement inside, in this thread."""
+    token = _ignored.set(True)
     try:
         yield
     finally:
-        _ignored = before
-        forget()
-
-
-_ignored = False
+        _ignored.reset(token)
 
 
 @functools.cache
 def _tables() -> dict[tuple[str, str, torch.dtype], tuple[Timing, ...]]:
     tables: dict[tuple[str, str, torch.dtype], tuple[Timing, ...]] = {}
-    if _ignored:
-        return tables
     for folder, source in ((FOLDER, "shipped"), (user_folder(), "measured here")):
         for file in sorted(folder.glob("*.json")):
             for table in read(file):
@@ -256,5 +263,5 @@ def write(file: Path, tables: Iterable[dict[str, Any]]) -> None:
 
 def forget() -> None:
     """Read the files again at the next question."""
-    for cached in (_tables, nearest, _preferred):
+    for cached in (_tables, _nearest, _preferred):
         cached.cache_clear()
