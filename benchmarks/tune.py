@@ -30,7 +30,7 @@ from pyaccel.benchmarks.table import bad
 from pyaccel.ops import _attention_products as products
 from pyaccel.ops import _attention_torch as attention_on_host
 from pyaccel.ops import linear
-from pyaccel.tuned import NOISE, asked, ignored, machine, trying
+from pyaccel.tuned import NOISE, asked, ignored, machine, ranges, trying
 
 BACKENDS = {"triton": ("pyaccel triton",), "torch": ("pyaccel torch",)}
 INT8 = {**BACKENDS, "floating": ("floating", "floating, torch.compile")}
@@ -367,13 +367,8 @@ def _launches() -> list[Launch]:
 def candidates(default: Any) -> list[Any]:
     """Configurations one step away: half or twice of one field. What a launch can't do, or does wrong, is out later."""
     found = []
-    for name, least, most in (
-        ("block_rows", 1, 64), ("block_m", 16, 256), ("block_n", 16, 256), ("block_k", 32, 256),
-        ("num_warps", 1, 16), ("num_stages", 1, 6), ("programs_per_sm", 1, 16),
-    ):  # fmt: skip
-        value = getattr(default, name, 0)
-        if not value or (name == "block_n" and hasattr(default, "block_rows")):
-            continue  # there is none; or a row's width, which is what it is
+    for name, (least, most) in ranges(default).items():
+        value = getattr(default, name)
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         found += [dataclasses.replace(default, **{name: step}) for step in steps if least <= step <= most]
     return found

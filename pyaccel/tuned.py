@@ -4,6 +4,9 @@ A table is a JSON file named like an op, with the microseconds of each way to se
 ``kernels/tuned/``; ``pyaccel tune`` measures a user's own machine into :func:`user_folder`, and those come first. Times
 are of one run on one machine: their ratios are what counts.
 
+They are hints. A file that can't be read or isn't a table, and a folder that isn't there, leave dispatch at its
+defaults, with one warning; no call fails for them.
+
 ========================  ================================  ==================================================
 op                        size                              ways
 ========================  ================================  ==================================================
@@ -32,6 +35,8 @@ import json
 import math
 import os
 import platform
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -47,11 +52,26 @@ FARTHEST = 16.0
 NOISE = 1.05
 
 
+MOST_BYTES = 16 * 2**20  # of a file: ours have some thousands
+FORMAT = 1
+
+
 def user_folder() -> Path:
-    """Where ``pyaccel tune`` writes: ``$PYACCEL_TUNED``, or ``pyaccel/tuned`` in the user's data directory."""
+    """Where ``pyaccel tune`` writes: ``$PYACCEL_TUNED``, or ``pyaccel/tuned`` in the user's data directory.
+
+    Raises:
+        RuntimeError: there is no home directory, and neither variable is set.
+    """
     given = os.environ.get("PYACCEL_TUNED")
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(given) if given else Path(data) / "pyaccel" / "tuned"
+    if given:
+        return Path(given)
+    data = os.environ.get("XDG_DATA_HOME")
+    try:
+        return (Path(data) if data else Path.home() / ".local" / "share") / "pyaccel" / "tuned"
+    except (RuntimeError, KeyError, OSError) as error:
+        raise RuntimeError(
+            f"no folder for measurements ({error}): set PYACCEL_TUNED, XDG_DATA_HOME or HOME to one"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -115,11 +135,15 @@ def nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, 
 def _nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> Timing | None:
     if not all(size):
         return None
+    measured = _measured(op, device, dtype)
+    if any(len(timing.size) != len(size) for timing in measured):
+        _warn(f"measurements of {op} have sizes of other than {len(size)} numbers and are not used")
+        return None
 
     def distance(timing: Timing) -> float:
         return sum(abs(math.log(a / b)) for a, b in zip(timing.size, size, strict=True))
 
-    found = min(_measured(op, device, dtype), key=distance, default=None)
+    found = min(measured, key=distance, default=None)
     return found if found is not None and distance(found) <= math.log(FARTHEST) else None
 
 
@@ -140,8 +164,13 @@ def _preferred(
     op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], ways: tuple[str, ...]
 ) -> tuple[str | None, str]:
     timing = _nearest(op, device, dtype, size)
-    way = None if timing is None else timing.fastest(ways)
-    return (None, "") if way is None else (way, str(timing))
+    if timing is None:
+        return None, ""
+    way = timing.fastest(ways)
+    if way is None:
+        _warn(f"measurements of {op} are of {', '.join(timing.us)}, which are none of its implementations")
+        return None, ""
+    return way, str(timing)
 
 
 # ---- launch configurations ----
@@ -171,7 +200,31 @@ def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config,
     found = nearest(f"launch_{kernel}", x.device, x.dtype, size)
     if found is None or not found.config or (exactly and found.size != size):
         return default
-    return replace(default, **found.config)  # type: ignore[type-var]
+    return _measured_config(kernel, default, tuple(found.config.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured_config(kernel: str, default: Any, changes: tuple[tuple[str, Any], ...]) -> Any:
+    """The default with these fields changed, where that can't make a result wrong."""
+    allowed = ranges(default)
+    for name, value in changes:
+        least, most = allowed.get(name, (1, 0))
+        whole = type(value) is int and (name == "num_stages" or value.bit_count() == 1)
+        if not (whole and least <= value <= most):
+            _warn(f"{kernel} can't be launched with {name}={value!r}, as a measurement says")
+            return default
+    return replace(default, **dict(changes))
+
+
+def ranges(config: Any) -> dict[str, tuple[int, int]]:
+    """The least and the most of each field of a launch configuration that is measured; powers of two but the stages."""
+    found = {
+        "block_rows": (1, 64), "block_m": (16, 256), "block_n": (16, 256), "block_k": (32, 256),
+        "num_warps": (1, 16), "num_stages": (1, 6), "programs_per_sm": (1, 16),
+    }  # fmt: skip
+    if hasattr(config, "block_rows"):
+        del found["block_n"]  # a row's width, which is what it is
+    return {name: limits for name, limits in found.items() if getattr(config, name, 0)}
 
 
 @contextmanager
@@ -205,17 +258,56 @@ def ignored() -> Iterator[None]:
         _ignored.reset(token)
 
 
-@functools.cache
-def _tables() -> dict[tuple[str, str, torch.dtype], tuple[Timing, ...]]:
-    tables: dict[tuple[str, str, torch.dtype], tuple[Timing, ...]] = {}
-    for folder, source in ((FOLDER, "shipped"), (user_folder(), "measured here")):
-        for file in sorted(folder.glob("*.json")):
-            for table in read(file):
-                rows = tuple(
-                    Timing(tuple(row["size"]), row["us"], source, row.get("config")) for row in table["rows"]
-                )
-                tables[file.stem, table["machine"], getattr(torch, table["dtype"])] = rows
+_Tables = dict[tuple[str, str, torch.dtype], tuple[Timing, ...]]
+_loaded: _Tables | None = None
+_warned: set[str] = set()
+_lock = threading.Lock()
+
+
+def _tables() -> _Tables:
+    global _loaded
+    tables = _loaded
+    if tables is not None:
+        return tables
+    with _lock:  # one thread reads, and warns
+        if _loaded is not None:
+            return _loaded
+        tables, problems = _load()
+        _loaded = tables  # before the warning, which may be an error: then of the first call alone
+    if problems:
+        _warn("; ".join(problems))
     return tables
+
+
+def _load() -> tuple[_Tables, list[str]]:
+    tables: _Tables = {}
+    problems = []
+    for folder, source in ((lambda: FOLDER, "shipped"), (user_folder, "measured here")):
+        try:
+            files = sorted(file for file in folder().iterdir() if file.suffix == ".json")
+        except FileNotFoundError:
+            continue  # nothing was measured
+        except (OSError, RuntimeError) as error:
+            problems.append(str(error))
+            continue
+        for file in files:
+            try:
+                for table in read(file):
+                    key = file.stem, table["machine"], getattr(torch, table["dtype"])
+                    tables[key] = tuple(
+                        Timing(tuple(row["size"]), row["us"], source, row.get("config"))
+                        for row in table["rows"]
+                    )
+            except (OSError, ValueError, MemoryError) as error:
+                problems.append(str(error) or f"{file}: {type(error).__name__}")
+    return tables, problems
+
+
+def _warn(problem: str) -> None:
+    """Warn of each problem once in a process, or since :func:`forget`."""
+    if problem not in _warned:
+        _warned.add(problem)
+        warnings.warn(f"pyaccel goes on without these measurements: {problem}", stacklevel=2)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -223,45 +315,81 @@ def read(file: Path) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: it isn't such a file.
+        OSError: it can't be read.
     """
     if not file.exists():
         return []
-    try:
-        tables: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["tables"]
-        fine = all(
-            isinstance(table["machine"], str)
-            and isinstance(getattr(torch, table["dtype"]), torch.dtype)
-            and all(_is_row(row) for row in table["rows"])
-            and len({len(row["size"]) for row in table["rows"]}) <= 1
-            for table in tables
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fine = False
-    if not fine:
-        raise ValueError(f"{file} is no table of measurements: delete it, or run `pyaccel tune` anew")
-    return tables
+    why = "it isn't a file" if not file.is_file() else ""
+    if not why and file.stat().st_size > MOST_BYTES:
+        why = f"it has more than {MOST_BYTES} bytes"
+    if not why:
+        try:
+            content = json.loads(file.read_bytes().decode("utf-8"))
+            if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+                why = f"it is of format {content['format']!r}, and this version reads {FORMAT}"
+            elif all(_is_table(table) for table in content["tables"]):
+                tables: list[dict[str, Any]] = content["tables"]
+                return tables
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
+    raise ValueError(
+        f"{file} is not a valid tuning table{f' ({why})' if why else ''}: delete it or run `pyaccel tune` again"
+    )
+
+
+def _is_table(table: dict[str, Any]) -> bool:
+    return (
+        isinstance(table["machine"], str)
+        and isinstance(getattr(torch, table["dtype"]), torch.dtype)
+        and all(_is_row(row) for row in table["rows"])
+        and len({len(row["size"]) for row in table["rows"]}) <= 1
+    )
 
 
 def _is_row(row: dict[str, Any]) -> bool:
+    config = row.get("config")
     return (
-        all(type(n) is int and n > 0 for n in row["size"])
+        isinstance(row["size"], list)
+        and len(row["size"]) > 0
+        and all(type(n) is int and 0 < n < 2**63 for n in row["size"])
         and len(row["us"]) > 0
-        and all(isinstance(us, (int, float)) and us > 0 for us in row["us"].values())
+        and all(type(us) in (int, float) and 0 < us < 1e18 for us in row["us"].values())  # NaN isn't
+        and (config is None or all(type(value) in (int, bool) for value in config.values()))
     )
 
 
 def write(file: Path, tables: Iterable[dict[str, Any]]) -> None:
-    """Put tables into the file, each in the place of one of the same machine and dtype, and use them from now on."""
+    """Put tables into the file, each in the place of one of the same machine and dtype, and use them from now on.
+
+    A file that isn't a table is kept beside it, under a name that ends in ``.broken``, with a warning: minutes of
+    measuring aren't lost for it.
+
+    Raises:
+        OSError: it can't be written.
+    """
     new = {(table["machine"], table["dtype"]): table for table in tables}
-    kept = [table for table in read(file) if (table["machine"], table["dtype"]) not in new]
+    try:
+        kept = [table for table in read(file) if (table["machine"], table["dtype"]) not in new]
+    except ValueError as error:
+        broken = file.with_name(f"{file.name}.broken")
+        file.replace(broken)
+        warnings.warn(f"{error}. It is now {broken.name}, and a new table takes its place", stacklevel=2)
+        kept = []
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")  # whoever reads now sees the old file or the new one
-    part.write_text(json.dumps({"tables": [*kept, *new.values()]}, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    part = file.with_suffix(f".{os.getpid()}.part")  # whoever reads now sees the old file or the new one
+    try:
+        part.write_text(json.dumps({"tables": [*kept, *new.values()]}, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
     forget()
 
 
 def forget() -> None:
     """Read the files again at the next question."""
-    for cached in (_tables, _nearest, _preferred):
+    global _loaded
+    with _lock:
+        _loaded = None
+        _warned.clear()
+    for cached in (_nearest, _preferred, _measured_config):
         cached.cache_clear()

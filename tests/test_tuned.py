@@ -6,7 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +150,259 @@ def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_a_broken_table_says_so(text: str, folders: Path) -> None:
     (folders / "own").mkdir()
     (folders / "own" / "bias_gelu.json").write_text(text)
-    with pytest.raises(ValueError, match=r"bias_gelu.json is no table of measurements: .*pyaccel tune"):
-        tuned.timings("bias_gelu", CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"bias_gelu.json is not a valid tuning table: .*pyaccel tune"):
+        tuned.read(folders / "own" / "bias_gelu.json")
+    with pytest.warns(UserWarning, match=r"bias_gelu.json is not a valid tuning table"):
+        assert tuned.timings("bias_gelu", CPU, torch.float32) == []
+
+
+def test_shipped_tables_are_fine() -> None:
+    files = sorted((Path(tuned.__file__).parent / "kernels" / "tuned").glob("*.json"))
+    assert files
+    assert all(tuned.read(file) for file in files)
+
+
+def _table(**changes: Any) -> bytes:
+    row = {"size": [16, 8, 32], "us": {"plain": 1.0, "onednn": 9.0}}
+    table = {"machine": tuned.machine(CPU), "dtype": "float32", "rows": [row]}
+    for name, value in changes.items():
+        (row if name in ("size", "us", "config") else table)[name] = value
+    return json.dumps({"tables": [table]}).encode()
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut short": _table()[:-9],
+    "garbage": b"garbage{",
+    "not UTF-8": b"\xff\xfe{}",
+    "null": b"null",
+    "a list": b"[1]",
+    "a string": b'"tables"',
+    "tables by name": b'{"tables": {"a": 1}}',
+    "tables of numbers": b'{"tables": [1, 2]}',
+    "no tables": b"{}",
+    "nested too deep": b"[" * 100_000,
+    "a number too long": b'{"tables": [{"machine": ' + b"9" * 5000 + b"}]}",
+    "a newer format": b'{"format": 2, "tables": []}',
+    "a machine that is a number": _table(machine=1),
+    "no rows": _table(rows=None),
+    "a row that is a number": _table(rows=[1]),
+    "no such dtype": _table(dtype="float31"),
+    "a dtype that is none": _table(dtype="nn"),
+    "a dtype that is a number": _table(dtype=32),
+    "NaN": _table(us={"plain": float("nan")}),
+    "infinity": _table(us={"plain": float("inf")}),
+    "negative": _table(us={"plain": -1.0, "onednn": 2.0}),
+    "a time that is true": _table(us={"plain": True}),
+    "a time that is text": _table(us={"plain": "1"}),
+    "a time too large": _table(us={"plain": 10**400, "onednn": 1.0}),
+    "times in a list": _table(us=[1.0]),
+    "no times": _table(us={}),
+    "a size too large": _table(size=[10**400, 8, 32]),
+    "a size of zero": _table(size=[0, 8, 32]),
+    "a size that is fractional": _table(size=[16.5, 8, 32]),
+    "a size that is a number": _table(size=16),
+    "no size": _table(size=[]),
+    "too few sizes": _table(size=[16, 8]),
+    "too many sizes": _table(size=[16, 8, 32, 1]),
+    "ways of another version": _table(us={"amx": 1.0}),
+    "a configuration that is text": _table(config="fast"),
+    "a configuration of texts": _table(config={"block_m": "64"}),
+}
+
+
+def _call() -> tuple[str, str]:
+    """What decides which way serves, asked twice, as in two forwards."""
+    x, weight = torch.randn(16, 8), torch.randn(32, 8)
+    with torch.inference_mode():
+        for _ in range(2):
+            ops.linear_activation(x, weight)
+    found = tuned.preferred("linear_activation", CPU, torch.float32, (16, 8, 32), ("plain", "onednn"))
+    assert found == tuned.preferred("linear_activation", CPU, torch.float32, (16, 8, 32), ("plain", "onednn"))
+    return found
+
+
+def _one_warning(matches: str) -> None:
+    with pytest.warns(UserWarning, match=matches) as caught:
+        assert _call() == (None, "")
+    (warning,) = caught
+    assert "without these measurements" in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _call() == (None, "")
+
+
+@pytest.fixture
+def own(folders: Path) -> Path:
+    (folders / "own").mkdir()
+    return folders / "own" / "linear_activation.json"
+
+
+def test_the_table_that_damage_is_done_to_is_used(own: Path) -> None:
+    own.write_bytes(_table())
+    assert _call()[0] == "plain"
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_file_is_one_warning_and_the_default(own: Path, content: bytes) -> None:
+    own.write_bytes(content)
+    _one_warning("linear_activation")
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_file_spoils_no_other(own: Path, content: bytes) -> None:
+    own.write_bytes(_table())
+    own.with_name("bias_gelu.json").write_bytes(content)
+    own.with_name("zzz.json").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert _call()[0] == "plain"
+
+
+def test_things_that_are_no_files(own: Path) -> None:
+    own.mkdir()
+    _one_warning("it isn't a file")
+    own.rmdir()
+    os.mkfifo(own)  # reading would wait for a writer
+    tuned.forget()
+    _one_warning("it isn't a file")
+
+
+def test_a_huge_file_is_not_read(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.write_bytes(_table())
+    monkeypatch.setattr(tuned, "MOST_BYTES", own.stat().st_size - 1)
+    _one_warning("more than .* bytes")
+
+
+def test_what_may_not_be_read(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.write_bytes(_table())
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned.Path, "read_bytes", refuse)
+        _one_warning("Permission denied.*linear_activation")
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned.Path, "iterdir", refuse)
+        tuned.forget()
+        _one_warning("Permission denied.*own")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no home"), KeyError("uid"), OSError("no passwd")])
+def test_no_home(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def no_home() -> Path:
+        raise error
+
+    monkeypatch.delenv("PYACCEL_TUNED")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(tuned.Path, "home", no_home)
+    _one_warning("no folder for measurements.*set PYACCEL_TUNED, XDG_DATA_HOME or HOME")
+    done = CliRunner().invoke(app, ["tune", "int8_matmul", "--quick", "--device", "cpu"])
+    assert isinstance(done.exception, BadInputError)
+    assert "or pass --out" in str(done.exception)
+
+
+def test_odd_environments(own: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own.write_bytes(_table())
+    monkeypatch.setenv("PYACCEL_TUNED", str(own))  # a file
+    tuned.forget()
+    _one_warning("Not a directory")
+    monkeypatch.chdir(own.parent.parent)
+    monkeypatch.setenv("PYACCEL_TUNED", "own")
+    tuned.forget()
+    assert _call()[0] == "plain"
+    monkeypatch.setenv("PYACCEL_TUNED", "")  # as if it weren't set
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert tuned.user_folder() == tmp_path / "data" / "pyaccel" / "tuned"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for missing in ("", str(tmp_path / "missing")):
+            monkeypatch.setenv("PYACCEL_TUNED", missing)
+            tuned.forget()
+            assert _call() == (None, "")
+
+
+def test_all_that_is_wrong_is_one_warning(own: Path) -> None:
+    own.write_text("")
+    own.with_name("bias_gelu.json").write_text("")
+    _one_warning("bias_gelu.json is.*linear_activation.json is")
+
+
+def test_warnings_that_are_errors_stop_one_call_alone(own: Path) -> None:
+    own.write_text("")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="not a valid tuning table"):
+            _call()
+        assert _call() == (None, "")
+
+
+def test_threads_read_the_files_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.write_text("")
+    reads, real = [], tuned.read
+    monkeypatch.setattr(tuned, "read", lambda file: (reads.append(file), time.sleep(0.05), real(file))[-1])
+    barrier = threading.Barrier(8)
+
+    def work(_: int) -> Any:
+        barrier.wait()
+        return tuned.nearest("linear_activation", CPU, torch.float32, (16, 8, 32))
+
+    with pytest.warns(UserWarning, match="valid tuning table") as caught, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [None] * 8
+    assert len(reads) == len(caught) == 1
+
+
+def test_trials_are_a_thread_s_own() -> None:
+    x = torch.empty(1)
+
+    def elsewhere() -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: tuned.launch("kernel", x, (1,), "default", exactly=True)).result()
+
+    write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
+    with tuned.trying("kernel", "tried"), tuned.ignored():
+        assert tuned.launch("kernel", x, (1,), "default", exactly=True) == "tried"
+        assert elsewhere() == "default"
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(tuned.nearest, "varlen_attention", CPU, torch.float32, (16, 4, 8)).result()
+        assert found is not None, "what one thread ignores another uses"
+        assert tuned.nearest("varlen_attention", CPU, torch.float32, (16, 4, 8)) is None
+    assert tuned.asked("kernel", elsewhere) is None
+    assert tuned.asked("kernel", lambda: tuned.launch("kernel", x, (1,), "default", exactly=True)) == (
+        (1,),
+        "default",
+    )
+
+
+def test_a_broken_file_makes_room_for_what_was_measured(own: Path) -> None:
+    own.write_text("broken")
+    with pytest.warns(
+        UserWarning, match="now linear_activation.json.broken, and a new table takes its place"
+    ):
+        write("own", "linear_activation", {(16, 8, 32): {"plain": 1.0, "onednn": 9.0}})
+    assert own.with_name("linear_activation.json.broken").read_text() == "broken"
+    assert _call()[0] == "plain"
+    own.unlink()
+    own.mkdir()
+    with pytest.warns(UserWarning, match="it isn't a file"):
+        write("own", "linear_activation", {(16, 8, 32): {"plain": 1.0, "onednn": 9.0}})
+    assert _call()[0] == "plain"
+
+
+def test_a_write_that_fails_leaves_nothing_behind(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.write_bytes(_table())
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        self.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned.Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            write("own", "linear_activation", {(16, 8, 32): {"plain": 9.0, "onednn": 1.0}})
+    assert [file.name for file in own.parent.iterdir()] == [own.name]
+    assert _call()[0] == "plain"
 
 
 # ---- dispatch listens ----

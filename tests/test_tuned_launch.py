@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,38 @@ def test_any_size_will_do_where_any_configuration_is_right() -> None:
     for exactly, expected in ((True, default), (False, tune.dataclasses.replace(default, num_warps=8))):
         assert tuned.launch("residual_layernorm_forward", x, (100,), default, exactly=exactly) == expected
     assert tuned.launch("another", x, (64,), default, exactly=False) is default
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_wraps": 8},
+        {"num_warps": 6},
+        {"num_warps": 64},
+        {"num_warps": 0},
+        {"num_warps": -4},
+        {"num_warps": True},
+        {"block_rows": 2**20},
+        {"block_n": 32},  # the row would be cut
+        {"tiled": True},
+        {"label": 1},
+        {"__class__": 1},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_no_launch_can_have_is_one_warning_and_the_default(
+    config: dict[str, Any],
+) -> None:
+    write([64], config)
+
+    def launch() -> Any:
+        return tuned.launch("residual_layernorm_forward", torch.empty(1), (64,), _default(), exactly=True)
+
+    with pytest.warns(UserWarning, match="residual_layernorm_forward can't be launched with"):
+        assert launch() == _default()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launch() == _default()
 
 
 def _default() -> Any:

@@ -49,7 +49,13 @@ def tune(
         wanted = tunables(where, what or None, quick=quick)
     except ValueError as error:
         raise BadInputError(str(error)) from error
-    folder = out or tuned.user_folder()
+    try:
+        own = tuned.user_folder()
+    except RuntimeError as error:
+        if out is None:
+            raise BadInputError(f"{error}, or pass --out") from error
+        own = tuned.FOLDER
+    folder = out or own
     console = Console()
     if not console.is_terminal:
         console.width = 140  # a pipe has no width to fit
@@ -66,11 +72,11 @@ def tune(
                     raise typer.Exit(1) from error
         try:
             tuned.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise BadInputError(f"{folder}: {error}") from error
         console.print(_table(one.name, tables))
     console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
-    if folder.resolve() not in (tuned.user_folder().resolve(), tuned.FOLDER.resolve()):
+    if folder.resolve() not in (own.resolve(), tuned.FOLDER.resolve()):
         console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", markup=False, highlight=False)
 
 
