@@ -44,8 +44,8 @@ def _masks(
     m_n = (
         (o_n >= start_m + low)
         & (o_n < tl.minimum(start_m + BLOCK_M, len_q) + high)
-        & (o_n < len_k)
-        & (start_m < len_q)
+        # None without queries. A scalar condition is no mask to Triton 3.9's interpreter.
+        & (o_n < tl.where(start_m < len_q, len_k, 0))
     )
     if key_mask_ptr is not None:
         offset = (

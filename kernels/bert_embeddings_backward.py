@@ -139,11 +139,11 @@ def backward_tiled_kernel(
                         offset = o_row[:, None] * n_cols + o_col[None, :]
                         tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=mask)
                     o_partial = pid.to(tl.int64) * n_cols + o_col
-                    first = block == pid
+                    m_before = m_col & (block + tl.zeros((BLOCK_N,), tl.int32) > pid)
                     if dweight_ptr is not None:
-                        _add_partial(dweight_ptr, o_partial, dy * x_hat, m_col, first)
+                        _add_partial(dweight_ptr, o_partial, dy * x_hat, m_col, m_before)
                     if dbias_ptr is not None:
-                        _add_partial(dbias_ptr, o_partial, dy, m_col, first)
+                        _add_partial(dbias_ptr, o_partial, dy, m_col, m_before)
             if walk == 0:
                 mean_wdy = tl.sum(b_wdy, axis=1) / n_cols  # [BLOCK_ROWS]
                 mean_wdy_x_hat = tl.sum(b_wdy_x_hat, axis=1) / n_cols
