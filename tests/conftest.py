@@ -12,6 +12,7 @@ only are marked ``gpu`` or ``interpreter`` and are deselected in the other.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -71,7 +72,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header() -> str:
     how = f"compiled, on {torch.cuda.get_device_name()}" if COMPILED else "interpreted, on the CPU"
-    return f"kernels: {how}; torch {torch.__version__}"
+    others = ", ".join(f"{name} {_version(name)}" for name in ("triton", "transformers", "numpy"))
+    return f"kernels: {how}; torch {torch.__version__}, {others}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 @pytest.fixture(scope="session")

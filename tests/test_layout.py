@@ -75,6 +75,7 @@ def test_nothing_is_imported_as_kernels():
         "pyproject.toml",
         "setup.py",
         "constraints.txt",
+        "constraints-newest.txt",
         "Makefile",
         "README.md",
         "CONTRIBUTING.md",
