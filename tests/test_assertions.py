@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyaccel.verify.policy import judge
+from pyaccel.verify.policy import judge, same_bits
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic
 
 
@@ -55,3 +55,12 @@ def test_statistics_and_bits() -> None:
     assert_bits_equal(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
     with pytest.raises(AssertionError, match="1 of 2 elements"):
         assert_bits_equal(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]))
+
+
+def test_bits_of_one_element_of_any_stride() -> None:
+    one = torch.tensor([1.0, 2.0, 3.0])[::2][:1]
+    assert one.stride() == (2,)
+    assert same_bits(one, torch.ones(1))
+    assert not same_bits(one, torch.zeros(1))
+    assert same_bits(torch.arange(6.0)[::2], torch.tensor([0.0, 2.0, 4.0]))
+    assert not same_bits(torch.arange(6.0)[::2], torch.arange(3.0))

@@ -153,4 +153,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal dtype, shape and bits; NaNs with equal bits are equal."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(*(x.detach().reshape(-1).contiguous().view(torch.uint8) for x in (a, b)))
+    # A copy: one element is contiguous whatever its stride, and only a stride of 1 can be viewed as bytes.
+    copies = (x.detach().reshape(-1).clone(memory_format=torch.contiguous_format) for x in (a, b))
+    return torch.equal(*(x.view(torch.uint8) for x in copies))

@@ -25,16 +25,18 @@ LANES = ("ops", "models", "cli")
 
 def lane(name: str) -> Callable[[int, int], Tried]:
     """The function that tries one case of a lane. Imports what it needs, and corrects the interpreter."""
+    if name == "cli":
+        from tests.fuzz.cli_fuzz import try_case
+
+        return try_case
     from tests import interpreter
 
     warnings.filterwarnings("ignore", module="triton.runtime.interpreter")  # numpy's, of NaN and infinities
     interpreter.install()
     if name == "ops":
         from tests.fuzz.op_fuzz import try_case
-    elif name == "models":
-        from tests.fuzz.model_fuzz import try_case
     else:
-        from tests.fuzz.cli_fuzz import try_case
+        from tests.fuzz.model_fuzz import try_case
     return try_case
 
 
