@@ -221,7 +221,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("size")
-        for heading in ("ours, ms", "95 %", "of floor", *map(Text, names)):
+        for heading in [Text(name) for name in ("ours, ms", "95 %", "of floor", *names)]:
             table.add_column(heading, justify="right")
         for cell in of_case:
             ours = cell.ours

@@ -71,5 +71,5 @@ def _failed(said: str, code: int) -> int:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
         forget_output()
-    typer.echo(f"pyaccel: {said}", err=True)
+    print(f"pyaccel: {said}", file=sys.stderr)
     return code

@@ -70,11 +70,11 @@ def tune(
                 except WrongAnswerError as error:
                     typer.echo(f"pyaccel tune: {error}; nothing was written for it", err=True)
                     raise typer.Exit(1) from error
+        console.print(_table(one.name, tables))
         try:
             tuned.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
         except OSError as error:
             raise BadInputError(f"{folder}: {error}") from error
-        console.print(_table(one.name, tables))
     console.print(f"written to {folder}", soft_wrap=True)
     if folder.resolve() not in (own.resolve(), tuned.FOLDER.resolve()):
         console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", soft_wrap=True)
