@@ -29,7 +29,7 @@ from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
 from pyaccel.hf.guard import Structure, global_hooks_matter, has_opaque, is_sharded, unfit
 from pyaccel.hf.report import Report
 from pyaccel.models import evaluation
-from pyaccel.models.bert import encoder_layer, packed_attention, share_qkv_storage
+from pyaccel.models.bert import encoder_layer, packed_attention
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 # An accelerated model's config says attn_implementation="pyaccel". Unpickled in a new process, such a
@@ -191,7 +191,7 @@ def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayo
             hidden = layer(hidden, tokens.lengths)
         report = encoder._pyaccel.acceleration.report
         report.fast["packed"] += len(straight)
-        report.prepacked += sum(layer.packed is not None for layer in straight)
+        report.prepacked += sum(layer.reordered is not None for layer in straight)
         return hidden
     count = 0
     for layer in family.layers(encoder):
@@ -378,8 +378,6 @@ def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | Non
         attached.structure = None
         if reason := unfit(known, layers, around=module):
             return reason
-        for layer in layers:
-            _share_storage(known.family, layer)
         attached.structure = Structure(known, module)
         attached.structure.straight = _straight(known, layers, attached.acceleration.prepack)
         if attached.acceleration.cuda_graphs and not any(is_sharded(x) or has_opaque(x) for x in layers):
@@ -400,26 +398,6 @@ def _straight(known: Stock, layers: list[Any], prepack: bool) -> list[evaluation
             return []
         straight.append(one)
     return straight
-
-
-def _share_storage(family: Family, layer: Any) -> None:
-    """Put the weights of query, key and value into one buffer, so that one product serves them without a copy.
-
-    Not where others count on the storage that a weight has: FSDP, other processes, flat buffers of parameters.
-    """
-    heads = family.view(layer).attention.self
-    linears = (heads.query, heads.key, heads.value)
-    if is_sharded(layer) or any(type(linear) is not nn.Linear for linear in linears):
-        return
-    if all(_owns_its_storage(p) for linear in linears for p in linear.parameters()):
-        with torch.inference_mode(False):
-            share_qkv_storage(heads)
-
-
-def _owns_its_storage(parameter: Tensor) -> bool:
-    storage = parameter.untyped_storage()
-    alone = storage.nbytes() == parameter.numel() * parameter.element_size()
-    return alone and not (parameter.is_cpu and storage.is_shared())
 
 
 def layers_of(family: Family, module: Any) -> list[Any]:

@@ -29,7 +29,6 @@ from pyaccel.hf.fast_path import (
 )
 from pyaccel.hf.guard import unfit
 from pyaccel.hf.report import Explanation, Report
-from pyaccel.models.bert import unshare_qkv_storage
 from pyaccel.nn import Int8Linear
 from pyaccel.packing import layout
 
@@ -186,8 +185,6 @@ def restore(model: nn.Module) -> nn.Module:
     for module in swapped:
         del module._pyaccel
         module.__class__ = type(module).__mro__[1]
-        if family_of(module) is not None and not is_encoder(module):
-            unshare_qkv_storage(_family(module).view(module).attention.self)
     for module in _swapped(model):  # those whose attention alone was changed
         del module._pyaccel
     for acceleration in accelerations:

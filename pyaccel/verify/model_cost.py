@@ -178,8 +178,6 @@ def _stock(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
 
 
 def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
-    from pyaccel.models.bert import share_qkv_storage
-
     batch, seq, total = len(lengths), max(lengths), sum(lengths)
     run = _Run(training, lengths)
     hidden = run.embeddings(model, batch, seq)
@@ -192,7 +190,6 @@ def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[
         run("packing", nn.Module(), lambda x: pack(x, tokens), hidden)
         inside = torch.empty(total, hidden.shape[-1], dtype=hidden.dtype, device="meta")
     for i, layer in enumerate(model.encoder.layer):
-        share_qkv_storage(layer.attention.self)
         run(f"layer {i}", layer, _layer(layer, tokens), inside)
     if tokens is not None:
         run("unpacking", nn.Module(), lambda x: unpack(x, tokens), inside)
