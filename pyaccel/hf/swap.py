@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pyaccel import dispatch, ops, quantization, tuned
 from pyaccel.hf import fast_path, masked_lm
-from pyaccel.hf.attention import NAME, register
+from pyaccel.hf.attention import NAMES, name_for, register
 from pyaccel.hf.families import FAMILIES, Family, stock
 from pyaccel.hf.fast_path import (
     Acceleration,
@@ -122,9 +122,10 @@ def accelerate(
 
 
 def _set_attention(acceleration: Acceleration, config: Any) -> None:
-    if config._attn_implementation != NAME:
-        acceleration.configs.append((config, config._attn_implementation))
-        config._attn_implementation = NAME
+    before = config._attn_implementation
+    if before not in NAMES:
+        acceleration.configs.append((config, before))
+        config._attn_implementation = name_for(before)
 
 
 def _attention_alone(model: nn.Module, swapped: set[Any]) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def restore(model: nn.Module) -> nn.Module:
         if acceleration.floating:
             _forget_int8(model)
         for config, implementation in acceleration.configs:
-            if config._attn_implementation == NAME:  # else it was set to something else since
+            if config._attn_implementation in NAMES:  # else it was set to something else since
                 config._attn_implementation = implementation
     return model
 
@@ -210,6 +211,10 @@ def _forget_int8(model: nn.Module) -> None:
 def explain(model: nn.Module) -> Explanation:
     """See :func:`pyaccel.hf.explain`."""
     accelerations = _accelerations(model)
+    # A layer that was copied, and put beside the one that it is a copy of, brought an acceleration of its own.
+    within = {id(part) for module in _swapped(model) for part in module.modules() if part is not module}
+    outermost = [module for module in _swapped(model) if id(module) not in within]
+    accelerations = list({id(m._pyaccel.acceleration): m._pyaccel.acceleration for m in outermost}.values())
     if len(accelerations) > 1:
         raise ValueError(
             f"pyaccel.explain: {len(accelerations)} models accelerated apart are in this; pass one of them"
@@ -279,7 +284,8 @@ def _read_in_the_padding(model: nn.Module) -> dict[nn.Module, str]:
         encoder: f"{type(head).__name__} reads every position, padding too"
         for head in model.modules()
         # Its loss, and the best answer, are over the logits of all positions.
-        if type(head).__name__.endswith("ForQuestionAnswering")
+        if any(kind.__name__.endswith("ForQuestionAnswering") for kind in type(head).__mro__)
+        or isinstance(getattr(head, "qa_outputs", None), nn.Module)
         for encoder in head.modules()
         if is_encoder(encoder)
     }
