@@ -222,20 +222,26 @@ def explain(model: nn.Module) -> Explanation:
     first = next(module for module in _swapped(model) if type(module) is not masked_lm.Linear)
     with dispatch.record() as choices:
         if isinstance(first, PreTrainedModel):
-            weight, int8 = next(first.parameters()), {}
+            weight, int8, unfit_because = next(first.parameters()), {}, None
             _dry_run_of_attention(first.config, weight)
         else:
             family = _family(first)
             layer = layers_of(family, first)[0]
             weight = family.view(layer).output.LayerNorm.weight
             int8 = _int8_speedups(layer, weight.dtype)
-            _dry_run(family, layer, accelerations[0])
+            unfit_because = unfit(stock(family), [layer], around=layer)
+            if unfit_because is None:
+                _dry_run(family, layer, accelerations[0])
     summary = dispatch.summary(choices)
+    backends = {op: choice.backend for op, choice in summary.items()}
+    reasons = {op: choice.reason for op, choice in summary.items()}
+    if unfit_because is not None:
+        backends, reasons = {"layer": "stock"}, {"layer": unfit_because}
     return Explanation(
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
-        backends={op: choice.backend for op, choice in summary.items()},
-        reasons={op: choice.reason for op, choice in summary.items()},
+        backends=backends,
+        reasons=reasons,
         report=accelerations[0].report,
         int8=int8,
     )

@@ -6,8 +6,8 @@ runs what :mod:`pyaccel.ops` would run there: oneDNN's products with bias, GELU 
 attention by groups of equal lengths.
 
 It holds parameters, and unless it is asked to no copies of their values: what is changed in place is used, and what is
-put in another's place is for its owner to notice (:class:`pyaccel.hf.guard.Structure`). Moving, casting or restriding a
-parameter in place is noticed here. With ``prepack`` it holds copies of the weights in oneDNN's order, those of query,
+put in another's place is for its owner to notice (:class:`pyaccel.hf.guard.Structure`). Moving or casting a module in
+place is noticed here. With ``prepack`` it holds copies of the weights in oneDNN's order, those of query,
 key and value as one, and rebuilds them when the memory of a parameter is another one or torch has counted a change
 in it.
 """
@@ -106,8 +106,8 @@ class StraightLayer:
         )
 
     def ready(self, dtype: torch.dtype) -> bool:
-        """Whether all of it is dense, on the CPU and in that dtype, nothing drops, and oneDNN fuses the activation."""
-        if any(p.dtype is not dtype or not p.is_cpu or not p.is_contiguous() for p in self.parameters):
+        """Whether all of it is on the CPU and in that dtype, nothing drops, and oneDNN has the activation fused."""
+        if any(p.dtype is not dtype or not p.is_cpu for p in self.parameters):
             return False
         first, *others = self.dropouts
         # As transformers has it: attention asks its own module whether to drop, not the dropout's.
