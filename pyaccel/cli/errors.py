@@ -1,4 +1,4 @@
-"""What the command line says when it can't start, or go on."""
+"""What the command line says when it can't start."""
 
 from __future__ import annotations
 
