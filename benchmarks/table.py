@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pyaccel.benchmarks.method import Row
 from pyaccel.benchmarks.registry import OURS
@@ -221,7 +221,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("size")
-        for heading in ("ours, ms", "95 %", "of floor", *map(escape, names)):
+        for heading in [Text(name) for name in ("ours, ms", "95 %", "of floor", *names)]:
             table.add_column(heading, justify="right")
         for cell in of_case:
             ours = cell.ours
@@ -229,10 +229,10 @@ def show(rows: Sequence[Row], console: Console) -> None:
             if ours is not None:
                 own = (f"{ours.ms:.3g}", ours.spread, f"{ours.of_floor:.0%} {ours.floor_of}")
             others = (
-                f"[bold]{cell.relative(name)}[/]" if cell.is_fastest(name) else cell.relative(name)
+                Text(cell.relative(name), "bold" if cell.is_fastest(name) else "")
                 for name in names
             )  # fmt: skip
-            table.add_row(escape(cell.first.size), *own, *others)
+            table.add_row(Text(cell.first.size), *own, *others)
         console.print(table)
     for (case, variant, note), sizes in notes(rows).items():
         text = f"{case}, {variant}: {note} ({'; '.join(sizes)})"
@@ -263,7 +263,7 @@ def show_changes(found: Sequence[Change], console: Console) -> None:
         table.add_column(heading, justify="right")
     for change in found:
         table.add_row(
-            escape(change.what), f"{change.before.ms:.3g}", f"{change.after.ms:.3g}",
+            Text(change.what), f"{change.before.ms:.3g}", f"{change.after.ms:.3g}",
             f"{change.speedup:.2f}", f"{change.of_machine:.2f}", f"{change.own:.2f}",
         )  # fmt: skip
     console.print(table)

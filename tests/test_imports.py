@@ -49,13 +49,14 @@ RULES = {
     "models": Rule(
         ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
     ),
+    "checkpoints": Rule(("models",), ("torch",), ("transformers", "huggingface_hub")),
     "hf": Rule(
-        ("reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "quantization"),
+        ("checkpoints", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "quantization"),
         ("torch", "transformers", "huggingface_hub"),
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),
     "verify": Rule(
-        ("kernels", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
+        ("checkpoints", "kernels", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
         packages=("torch", "pytest"),  # pytest: of its plugin
         lazily=("triton", "transformers"),
     ),

@@ -10,6 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyaccel.cli.bench_cost import show_cost
+from pyaccel.cli.console import (
+    LARGEST,
+    check_folder_writable,
+    check_writable,
+    file_error,
+    output,
+    progress_output,
+)
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import resolve_device, resolve_dtypes
 
@@ -51,7 +59,8 @@ def bench(
         str, typer.Option(metavar="REGEX", help="Only rivals whose name matches.", rich_help_panel=MEASURING)
     ] = "",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="20, or 10 with --quick.", rich_help_panel=MEASURING)
+        int | None,
+        typer.Option(min=1, max=LARGEST, help="20, or 10 with --quick.", rich_help_panel=MEASURING),
     ] = None,
     out: Annotated[
         Path,
@@ -92,9 +101,9 @@ def bench(
             rich_help_panel=COUNTING,
         ),
     ] = "bert-base",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.", rich_help_panel=COUNTING)] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=LARGEST, help="Sequences.", rich_help_panel=COUNTING)] = 32,
     seq_len: Annotated[
-        int, typer.Option(min=1, help="What sequences are padded to.", rich_help_panel=COUNTING)
+        int, typer.Option(min=1, max=LARGEST, help="What sequences are padded to.", rich_help_panel=COUNTING)
     ] = 512,
     lengths: Annotated[
         str,
@@ -143,9 +152,7 @@ def bench(
             training=training, backend=backend, by_op=by_op, plot=plot, as_json=as_json,
         )  # fmt: skip
         return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width to fit
+    console = output(width=200)
     if compare is not None:
         raise typer.Exit(_compare(*compare, fail_if_slower, console))
     jobs, where = _plan(what, dtype, device, quick=quick, sizes=sizes, against=against)
@@ -193,25 +200,34 @@ def _measure(
         report.matplotlib_figure()  # before an hour of measuring, not after it
     except ImportError as error:
         raise BadInputError(str(error)) from error
+    check_folder_writable(out, "--out")
+    if out.is_dir():
+        check_writable(out / "results.csv", "--out")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Row] = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=progress_output(), transient=True) as progress:
         task = progress.add_task("", total=sum(job.count for job in jobs))
 
         def advance(row: Row) -> None:
             progress.update(task, advance=1, description=f"{row.case}, {row.size}, {row.dtype}")
 
+        lost: OSError | None = None
         try:
             for row in run.run(
                 jobs, device, sweep="quick" if quick else "full", rounds=rounds, file=out / "results.csv",
                 done=advance,
             ):  # fmt: skip
                 rows.append(row)
-            page = report.write(rows, out)
         except OSError as error:
-            raise BadInputError(f"--out {out}: {error}") from error
+            lost = error
     table.show(rows, console)
-    console.print(f"{page} has this with plots.", markup=False, highlight=False, soft_wrap=True)
+    try:
+        if lost is not None:
+            raise lost
+        page = report.write(rows, out)
+    except OSError as error:
+        raise BadInputError(f"--out {out} could not be written: {file_error(error)}") from error
+    console.print(f"{page} has this with plots.", soft_wrap=True)
     found = [f"{row.case}, {row.size}, {row.variant}: {row.note}" for row in rows if table.bad(row)]
     if fail_if_slower is not None:
         found += table.slower(rows, fail_if_slower)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from pyaccel.cli.console import check_writable, output
 from pyaccel.cli.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def show_cost(
 
     if dtype not in lane.DTYPES:
         raise BadInputError(f"--dtype {dtype}: expected one of {', '.join(lane.DTYPES)}")
+    check_writable(plot, "--plot")
     try:
         config = model_cost.bert_config(model)
         mix = model_cost.length_mix(lengths, batch, seq_len)
@@ -55,14 +56,18 @@ def show_cost(
     cards = {**lane.CARDS, CPU: measured_card(lane.DTYPES[dtype])}
     mode = "training" if training else "evaluation"
     title = f"{model}, {batch} x {seq_len} ({lengths}: {sum(mix)} tokens), {dtype}, {mode}"
-    if plot is not None:
-        draw(title, costs, cards, plot)
     if as_json:
         typer.echo(json.dumps({side: _as_dict(parts, cards) for side, parts in costs.items()}, indent=1))
-        return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140  # a pipe has no width to fit
+    else:
+        _print(title, costs, cards, backend, by_op)
+    if plot is not None:
+        draw(title, costs, cards, plot)
+
+
+def _print(
+    title: str, costs: dict[str, list[Part]], cards: dict[str, Card], backend: str, by_op: bool
+) -> None:
+    console = output(width=140)
     console.print(_parts_table(title, costs, backend))
     if by_op:
         console.print(_ops_table(costs))

@@ -7,20 +7,20 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from pyaccel.cli.console import LARGEST, output
 from pyaccel.cli.errors import BadInputError
 
 COLUMNS = ("launches", "backward", "moved MB", "of stock", "saved MB", "of stock", "least µs")
 
 
 def cost(
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 16,
-    seq_len: Annotated[int, typer.Option(help="Tokens a sequence; none is padding.")] = 128,
-    hidden_size: Annotated[int, typer.Option(help="As in config.json.")] = 768,
-    num_attention_heads: Annotated[int, typer.Option(help="As in config.json.")] = 12,
-    intermediate_size: Annotated[int, typer.Option(help="As in config.json.")] = 3072,
+    batch: Annotated[int, typer.Option(max=LARGEST, help="Sequences.")] = 16,
+    seq_len: Annotated[int, typer.Option(max=LARGEST, help="Tokens a sequence; none is padding.")] = 128,
+    hidden_size: Annotated[int, typer.Option(max=LARGEST, help="As in config.json.")] = 768,
+    num_attention_heads: Annotated[int, typer.Option(max=LARGEST, help="As in config.json.")] = 12,
+    intermediate_size: Annotated[int, typer.Option(max=LARGEST, help="As in config.json.")] = 3072,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     card: Annotated[str, typer.Option(help="For the least time: A100, H100 or H200.")] = "H200",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -83,7 +83,4 @@ def cost(
         f"mode with SDPA; least: bytes and FLOPs at the datasheet rates of one {card}, without launches. "
         "Fused product: bias and GELU in the matrix product, which is on request until it has been measured."
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140  # a pipe has no width to fit
-    console.print(table)
+    output(width=140).print(table)

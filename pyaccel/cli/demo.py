@@ -7,7 +7,6 @@ import json
 import platform
 import shutil
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +18,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from pyaccel.cli.console import LARGEST, check_writable, output, progress_output
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import load_model, read_passages, real_passages, resolve_device, resolve_dtype
 
@@ -172,11 +173,13 @@ def demo(
         bool,
         typer.Option(help="Quantise the accelerated model's encoder: dynamic int8, a scale for each token."),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Passages a batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, help="Passages a batch.")] = 16,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
     ] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds over all batches; medians count.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Timed rounds over all batches; medians count.")
+    ] = 3,
     against_compile: Annotated[
         bool, typer.Option(help="Time torch.compile of the stock model too; compiling takes a minute.")
     ] = False,
@@ -188,7 +191,8 @@ def demo(
 
     Exits with 1 where the accelerated answers are outside the numerics policy, with 2 for bad input.
     """
-    console = Console()
+    console = output(width=120)
+    check_writable(json_file, "--json")
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
     passages = None if text is None else read_passages(text)
@@ -197,12 +201,12 @@ def demo(
             "torch.compile needs a C++ compiler on a CPU: install g++, or leave --against-compile out"
         )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bars = Console(stderr=True)
+    bars = progress_output()
     with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
         result = run(model, passages, wanted, batch_size, target, rounds, against_compile, progress, int8)
+    show(result, console)
     if json_file is not None:
         json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
-    show(result, console)
     if not result.right:
         raise typer.Exit(1)
 
@@ -236,19 +240,12 @@ def run(
     if passages is None:
         passages = real_passages(count_tokens, high=min(256, limit))
     truncated = sum(n > limit for n in count_tokens(passages))
-    batches = [
-        dict(
-            tokenizer(
-                passages[i : i + batch_size],
-                padding=True,
-                truncation=True,
-                max_length=limit,
-                return_tensors="pt",
-            )
-        )
-        for i in range(0, len(passages), batch_size)
-    ]
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+    def batch_of(texts: list[str]) -> Batch:
+        cut = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        return {name: tensor.to(device) for name, tensor in cut.items()}
+
+    batches = [batch_of(passages[i : i + batch_size]) for i in range(0, len(passages), batch_size)]
     masks = [batch["attention_mask"].bool() for batch in batches]
 
     naive = stock if dtype == torch.float32 else copy.deepcopy(stock).to(dtype)
@@ -362,8 +359,6 @@ def versions() -> dict[str, str]:
 
 def show(result: Result, console: Console) -> None:
     """Print the tables."""
-    if not sys.stdout.isatty():
-        console.width = max(console.width, 120)  # a pipe has no width to fit
     figures = result.as_dict()
     table = Table(
         title=f"{result.passages} passages, batches of {result.batch_size}, {result.device}",
@@ -389,16 +384,18 @@ def show(result: Result, console: Console) -> None:
         f"against stock fp32: max error {figures['max_abs_error']:.3g}, RMS {figures['rms_error']:.3g} of the token "
         f"states; smallest cosine of sentence embeddings {figures['min_cosine']:.6f}"
     )
-    verdict = "[green]within[/green]" if result.right else "[red]OUTSIDE[/red]"
+    verdict = Text("within", "green") if result.right else Text("OUTSIDE", "red")
     if result.int8 is None:
-        console.print(f"{verdict} the numerics policy, against an fp64 truth: {result.verdict}")
+        console.print(verdict + Text(f" the numerics policy, against an fp64 truth: {result.verdict}"))
     else:
         console.print(result.int8)
         cosines = (
             f"mean {result.errors.mean_cosine:.5f} (at least {INT8_MEAN_COSINE}), "
             f"smallest {result.errors.min_cosine:.5f} (at least {INT8_MIN_COSINE})"
         )
-        console.print(f"{verdict} int8's bounds, cosine of sentence embeddings to stock fp32: {cosines}")
+        console.print(
+            verdict + Text(f" int8's bounds, cosine of sentence embeddings to stock fp32: {cosines}")
+        )
     backends = Table(title="which backend served which op, and why", title_justify="left")
     for heading in ("op", "backend", "calls", "why"):
         backends.add_column(heading, justify="right" if heading == "calls" else "left")

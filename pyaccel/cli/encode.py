@@ -10,14 +10,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pyaccel.cli.encode_job import WINDOW, Identity, Job, Share, fingerprint, read_texts
+from pyaccel.checkpoints import find
+from pyaccel.cli.console import LARGEST, progress_output
+from pyaccel.cli.encode_job import WINDOW, Identity, Job, Share, check_output, fingerprint, stamps
+from pyaccel.cli.encode_texts import Texts, pyarrow
 from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import loading, quiet_transformers, resolve_device, resolve_dtype
+from pyaccel.cli.inputs import quiet_transformers, resolve_device, resolve_dtype
 
 
 def encode(
     texts: Annotated[
-        Path, typer.Argument(help="Texts: lines, or a column of a .jsonl, .csv, .tsv or .parquet file.")
+        Path,
+        typer.Argument(help="Texts: lines, or a column of a .jsonl, .json, .csv, .tsv or .parquet file."),
     ],
     model: Annotated[str, typer.Option(help="A Hugging Face or sentence-transformers folder, or hub id.")],
     out: Annotated[Path, typer.Option(help="The file to write: .npy, or .parquet (row, embedding).")],
@@ -30,53 +34,80 @@ def encode(
         typer.Option(help="Divide embeddings by their length. Default: as the folder says, or not."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=3, help="Cut texts off at so many tokens. Default: the folder's own.")
+        int | None,
+        typer.Option(min=3, max=LARGEST, help="Cut texts off at so many tokens. Default: the folder's own."),
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to run at a time. Default: 4096, on a GPU 32768.")
+        int | None,
+        typer.Option(min=1, max=LARGEST, help="Tokens to run at a time. Default: 4096, on a GPU 32768."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16: what the model computes in.")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
     int8: Annotated[bool, typer.Option(help="Run the linear layers in int8 (dynamic scales).")] = False,
     keep_text: Annotated[bool, typer.Option(help="Write the texts too, into a .parquet file.")] = False,
     window: Annotated[
-        int, typer.Option(min=1, help="Texts a part: sorted by length together, and lost at most by a kill.")
+        int,
+        typer.Option(
+            min=1, max=LARGEST, help="Texts a part: sorted by length together, and lost at most by a kill."
+        ),
     ] = WINDOW,
-    overwrite: Annotated[bool, typer.Option(help="Start anew, whatever is there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Start over, whatever is there.")] = False,
 ) -> None:
     """Embed every text of a file: streamed, in length-sorted batches, without computing any padding.
 
-    Killed at any moment and started again with the same arguments, it goes on where it was and writes the same file.
-    Under torchrun or `accelerate launch` several processes or cards share the work. Exits with 2 for bad input.
+    Text i is line or row i, empty ones too; lines end with \\n or \\r\\n alone. Killed at any moment and started again
+    with the same arguments, it resumes and writes the same file; OUT.job.json records from what. Under torchrun or
+    `accelerate launch` several processes or cards share the work. Exits with 2 for bad input, also where the texts
+    change meanwhile.
     """
-    if keep_text and out.suffix != ".parquet":
+    if keep_text and out.suffix.lower() != ".parquet":
         raise BadInputError("--keep-text needs a .parquet file for --out")
     if pooling not in (None, "mean", "cls"):
         raise BadInputError(f"unknown pooling {pooling!r}: use mean or cls")
-    console = Console(stderr=True)
-    count = sum(1 for _ in read_texts(texts, column))
-    if not count:
-        raise BadInputError(f"{texts} is empty: there is nothing to encode")
+    if out.suffix.lower() == ".parquet":
+        pyarrow("pyarrow.parquet")
+    check_output(out, texts)
+    console = progress_output()
     share = Share.from_environment()
     place = resolve_device(device)
     if device == "auto" and place.type == "cuda":
         place = resolve_device(f"cuda:{share.local_rank}")
+    computed_in = resolve_dtype(dtype, place)
+    folder = find(model)
+    source = Texts(texts, column, window)
+    if not source.count:
+        raise BadInputError(f"{texts} is empty: there is nothing to encode")
+    before = stamps(folder)
     encoder = _load(
-        model, int8, device=place, dtype=resolve_dtype(dtype, place), pooling=pooling, normalize=normalize,
+        str(folder), int8, device=place, dtype=computed_in, pooling=pooling, normalize=normalize,
         max_length=max_length, batch_tokens=batch_tokens,
     )  # fmt: skip
-    job = Job(out, count, _identity(texts, column, model, encoder, int8, window), share, overwrite=overwrite)
+    source.check()
+    if stamps(folder) != before:
+        raise BadInputError(
+            f"{folder} was changed while the model was loaded: start again when it is complete"
+        )
+    identity = _identity(source, folder, encoder, int8, keep_text)
+    job = Job(out, source.count, identity, share, overwrite=overwrite)
+    if job.finished_before:
+        console.print(
+            f"{out}: {source.count} embeddings, finished before from the same texts, model and settings: there is "
+            "nothing to do",
+            soft_wrap=True,
+        )
+        return
     start = time.perf_counter()
-    with Progress(
-        TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as progress:
+    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("encoding", total=job.texts_todo())
-        for index, part in job.todo(read_texts(texts, column)):
+        for index, part in job.todo(iter(source)):
             found = encoder.encode(part, done=lambda n: progress.advance(task, n))
+            source.check()
             job.save(index, found.numpy())
         seconds = time.perf_counter() - start
-        job.finish(read_texts(texts, column) if keep_text else None)
-    _say(console, encoder, count, seconds, out, share)
+        source.check()
+        job.finish(iter(source) if keep_text else None)
+    _say(console, encoder, source.count, seconds, out, share)
 
 
 def _load(model: str, int8: bool, **options: Any) -> Any:
@@ -84,33 +115,54 @@ def _load(model: str, int8: bool, **options: Any) -> Any:
     from pyaccel import quantization
     from pyaccel.hf.encode import TextEncoder
 
-    with loading(model):
+    try:
         encoder = TextEncoder.from_pretrained(model, **options)
         if int8:  # for good: accelerate(int8=...) would keep the floating layers too
             quantization.quantize(encoder.model, "dynamic", progress=False)
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
     return encoder
 
 
-def _identity(texts: Path, column: str, model: str, encoder: Any, int8: bool, window: int) -> Identity:
+def _identity(source: Texts, folder: Path, encoder: Any, int8: bool, keep_text: bool) -> Identity:
+    """The texts, the model's files, and all that decides about the last bits of a sum."""
+    import tokenizers
     import torch
+    import transformers
 
     import pyaccel
 
     weights = next(encoder.model.parameters())
+    on_gpu = weights.device.type == "cuda"
     settings = {
         "pooling": encoder.pooling,
         "normalize": encoder.normalize,
         "max_length": encoder.max_length,
         "batch_tokens": encoder.batch_tokens,
         "dtype": str(weights.dtype),
-        "device": weights.device.type,
+        "device": torch.cuda.get_device_name(weights.device) if on_gpu else "cpu",
         "int8": int8,
+        "keep_text": keep_text,
         "pyaccel": pyaccel.__version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "measurements": _measurements(),
     }
-    folder = Path(model).expanduser()
-    name = fingerprint(folder) if folder.is_dir() else model
-    return Identity(fingerprint(texts), column, name, settings, window)
+    return Identity(source.digest, source.column, fingerprint(folder), settings, source.window)
+
+
+def _measurements() -> str | None:
+    """Of what ``pyaccel tune`` has measured here, which decides between implementations: a checksum; None without."""
+    from pyaccel import tuned
+
+    try:
+        folder = tuned.user_folder()
+        return fingerprint(folder) if any(folder.glob("*.json")) else None
+    except (OSError, RuntimeError):  # no home: nothing is read from there
+        return None
 
 
 def _say(console: Console, encoder: Any, count: int, seconds: float, out: Path, share: Share) -> None:
@@ -118,11 +170,11 @@ def _say(console: Console, encoder: Any, count: int, seconds: float, out: Path, 
     done_before = (
         "" if encoder.texts == count else f" (of {count}; the others were done already, or elsewhere)"
     )
-    console.print(f"{encoder.texts} texts{done_before}, {speed}", highlight=False)
+    console.print(f"{encoder.texts} texts{done_before}, {speed}", soft_wrap=True)
     if encoder.truncated:
-        console.print(f"{encoder.truncated} were cut off at {encoder.max_length} tokens", highlight=False)
+        console.print(f"{encoder.truncated} were cut off at {encoder.max_length} tokens", soft_wrap=True)
     report = encoder.report
     if report is not None and (not report.swapped or report.fallbacks or report.not_packed):
-        console.print(str(report), highlight=False)
+        console.print(str(report), soft_wrap=True)
     if not share.rank:
-        console.print(f"{out}: {count} embeddings", highlight=False)
+        console.print(f"{out}: {count} embeddings", soft_wrap=True)

@@ -1,143 +1,82 @@
-"""A long encoding as a row of parts: each is there whole or not at all, so a job that was killed goes on.
+"""A long encoding as a row of parts: each is there whole or not at all, so a job that was killed can be resumed.
 
 Texts are taken in windows of a fixed number. Window ``i`` becomes ``OUT.parts/i.npy``, written beside and renamed;
 a second run skips what is there. ``OUT.parts/job.json`` says whose parts they are: a run that would give other
-numbers refuses them. When all are there they become OUT, by one rename again.
+numbers refuses them. A part ends with a checksum over the job, its index and its bytes; one that doesn't fit is
+computed again. When all are there they become OUT, by one rename again, and ``OUT.job.json`` records the job and the
+checksum of OUT: the same job, started again, finds that there is nothing to do.
 
 Several processes (torchrun, ``accelerate launch``) take windows in turn; the first one puts the parts together.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pyaccel.cli.console import check_writable, file_error
+from pyaccel.cli.encode_files import read_json, sync, write, write_parquet
+from pyaccel.cli.encode_identity import WINDOW, Identity, Share, fingerprint, hash_file, stamps
+from pyaccel.cli.encode_texts import read_texts
 from pyaccel.cli.errors import BadInputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs of one job are not told apart
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import numpy as np
 
-WINDOW = 4096
+__all__ = [
+    "FORMATS",
+    "WINDOW",
+    "Identity",
+    "Job",
+    "Share",
+    "check_output",
+    "fingerprint",
+    "read_texts",
+    "stamps",
+]
+
 FORMATS = (".npy", ".parquet")
+# A part's last bytes: a mark, and the checksum in hexadecimal.
+MARK, DIGEST_SIZE = b"\npyaccel part ", 16
+TRAILER = len(MARK) + 2 * DIGEST_SIZE
+# All that a job's folder may hold: another folder is not removed.
+OWN_FILES = re.compile(r"(job\.json|record\.json|lock|\d{8}\.npy|whole)(\.\d+)?")
+# After so long without a new part, the others are taken to have ended.
+PATIENCE_SECONDS = 3600.0
 
 
-# --- texts ---
-
-
-def read_texts(file: Path, column: str) -> Iterator[str]:
-    """The texts of a file, one by one: lines of any file; ``column`` of .jsonl, .csv, .tsv and .parquet.
-
-    An empty line is a text too: text ``i`` is line ``i``.
-    """
-    if not file.is_file():
-        raise BadInputError(f"there is no file {file}: give texts as .txt, .jsonl, .csv, .tsv or .parquet")
-    if file.suffix == ".parquet":
-        yield from _of_parquet(file, column)
-        return
-    try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            if file.suffix in (".csv", ".tsv"):
-                yield from _of_csv(
-                    csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), file, column
-                )
-            elif file.suffix == ".jsonl":
-                for number, line in enumerate(lines, 1):
-                    yield _of_json(line, f"{file}, line {number}", column)
-            else:
-                yield from (line.rstrip("\r\n") for line in lines)
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _of_json(line: str, where: str, column: str) -> str:
-    try:
-        value = json.loads(line)
-        text = value[column]
-    except (ValueError, KeyError, TypeError):
-        raise BadInputError(f"{where}: not a JSON object with {column!r} in it: see --column") from None
-    if not isinstance(text, str):
-        raise BadInputError(f"{where}: {column!r} is a {type(text).__name__}, not a text")
-    return text
-
-
-def _of_csv(rows: Any, file: Path, column: str) -> Iterator[str]:
-    if column not in (rows.fieldnames or ()):
-        raise BadInputError(
-            f"{file} has no column {column!r} but {', '.join(rows.fieldnames or ()) or 'none'}: see --column"
-        )
-    for row in rows:
-        yield row[column] or ""
-
-
-def _of_parquet(file: Path, column: str) -> Iterator[str]:
-    parquet = pyarrow("pyarrow.parquet")
-    source = parquet.ParquetFile(file)
-    names = source.schema_arrow.names
-    if column not in names:
-        raise BadInputError(f"{file} has no column {column!r} but {', '.join(names)}: see --column")
-    for batch in source.iter_batches(columns=[column]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str | None):
-                raise BadInputError(f"{file}: {column!r} holds a {type(text).__name__}, not texts")
-            yield text or ""
-
-
-def pyarrow(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise BadInputError("parquet needs pyarrow: pip install pyarrow, or write a .npy file") from None
-
-
-# --- the job ---
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which windows this process takes: those with ``index % processes == rank``."""
-
-    rank: int = 0
-    processes: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Share:
-        """As torchrun and ``accelerate launch`` say; all of them without either."""
-        values = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        rank, processes, local = (int(value) if value else None for value in values)
-        return cls(rank or 0, processes or 1, local or 0)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """All that the numbers depend on: parts with another identity are another job's."""
-
-    texts: str
-    column: str
-    model: str
-    settings: dict[str, Any]
-    window: int = WINDOW  # texts a part
-
-
-def fingerprint(path: Path) -> str:
-    """A file's, or a folder's files', sizes and times of change."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return f"{path.resolve()}: " + ", ".join(f"{name} {size} {time}" for name, size, time in stats)
+def check_output(out: Path, source: Path | None = None) -> None:
+    """Raises BadInputError for an output that can't be written, before a model is loaded."""
+    if out.suffix.lower() not in FORMATS:
+        raise BadInputError(f"{out}: the output is a {' or '.join(FORMATS)} file")
+    if source is not None and out.exists() and source.exists() and out.samefile(source):
+        raise BadInputError(f"{out} is the file that the texts are in: give another one with --out")
+    if out.is_dir() or not out.exists():  # one that is there is replaced, or found to be this job's
+        check_writable(out, "--out")
 
 
 class Job:
-    """The parts of one output file, and what is still to do of them."""
+    """The parts of one output file, and what is still to do of them.
+
+    Attributes:
+        finished_before: the same job was done by an earlier run, and its output is as it left it.
+    """
 
     def __init__(
         self, out: Path, count: int, identity: Identity, share: Share, *, overwrite: bool = False
@@ -146,54 +85,165 @@ class Job:
 
         Raises BadInputError for an output that is there already, or parts that are another job's.
         """
-        if out.suffix not in FORMATS:
-            raise BadInputError(f"{out}: the output is a {' or '.join(FORMATS)} file")
-        if not out.absolute().parent.is_dir():
-            raise BadInputError(f"there is no folder {out.absolute().parent} to write {out.name} to")
         if overwrite and share.processes > 1:  # the others might take up what the first is about to remove
             raise BadInputError(f"--overwrite is for one process: remove {out} and {out.name}.parts yourself")
         self.out, self.share, self.count, self.window = out, share, count, identity.window
         self.folder = out.with_name(f"{out.name}.parts")
         self.finished = out.with_name(f"{out.name}.parts.finished")
-        wanted = json.loads(json.dumps(asdict(identity)))
+        self.record = out.with_name(f"{out.name}.job.json")
+        self.wanted: dict[str, Any] = json.loads(json.dumps({**asdict(identity), "count": count}))
+        self._key = hashlib.blake2b(json.dumps(self.wanted, sort_keys=True).encode(), digest_size=32).digest()
+        self._done: set[int] = set()
+        self.finished_before = False
         if share.rank:
-            self._wait_for_the_first(wanted)
-            return
+            self._wait_for_the_first()
+        else:
+            self._begin(overwrite)
+        if not self._is_finished():
+            self._take_up()
+
+    def _begin(self, overwrite: bool) -> None:
+        for folder in (self.folder, self.finished):
+            self._check_own(folder)
         shutil.rmtree(self.finished, ignore_errors=True)
         if overwrite:
+            if self.folder.is_dir():
+                self._lock_share()
             shutil.rmtree(self.folder, ignore_errors=True)
-            out.unlink(missing_ok=True)
+            self.record.unlink(missing_ok=True)
         file = self.folder / "job.json"
         if file.is_file():
-            there = json.loads(file.read_text(encoding="utf-8"))
-            different = [name for name in wanted if there.get(name) != wanted[name]]
-            if different:
-                raise BadInputError(
-                    f"{self.folder} holds parts made from other {', '.join(different)}: --overwrite starts anew"
-                )
-        elif out.exists():
-            raise BadInputError(f"{out} exists already: give another file, or --overwrite")
-        else:
-            self.folder.mkdir(exist_ok=True)
-            _write(file, json.dumps(wanted, indent=1).encode())
+            self._compare(read_json(file), f"{self.folder} holds parts")
+            return
+        if self.out.exists() and not overwrite:
+            self._compare_output()
+            self.finished_before = True
+            return
+        self.folder.mkdir(exist_ok=True)
+        write(file, json.dumps(self.wanted, indent=1).encode())
 
-    def _wait_for_the_first(self, wanted: dict[str, Any]) -> None:
+    def _check_own(self, folder: Path) -> None:
+        """A folder of this name that is the user's is not touched."""
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise BadInputError(
+                f"{folder} is in the way: parts are kept there; remove it, or give another --out"
+            )
+        foreign = (
+            [each.name for each in folder.iterdir() if not OWN_FILES.fullmatch(each.name)]
+            if folder.exists()
+            else []
+        )
+        if foreign:
+            raise BadInputError(
+                f"{folder} holds {foreign[0]}, which is no part of a job: remove it, or give another --out"
+            )
+
+    def _compare(self, there: dict[str, Any], what: str) -> None:
+        """Refuse what was made from anything else, naming it with both values."""
+        different = []
+        for name, value in self.wanted.items():
+            before = there.get(name)
+            if name == "count":  # depends on the texts
+                continue
+            if name == "settings" and isinstance(before, dict):
+                details = ", ".join(
+                    f"{key} {before.get(key)}, now {value.get(key)}"
+                    for key in dict.fromkeys([*before, *value])
+                    if before.get(key) != value.get(key)
+                )
+                different += [f"settings ({details})"] if details else []
+            elif before != value:
+                different.append(f"{name} ({before}, now {value})" if name in ("column", "window") else name)
+        if different:
+            raise BadInputError(
+                f"{what} made from other {', '.join(different)}: use the same ones, or start over with --overwrite"
+            )
+
+    def _compare_output(self) -> None:
+        """The output must be this job's, unchanged."""
+        if not self.record.is_file():
+            raise BadInputError(f"{self.out} exists already: give another file, or --overwrite")
+        there = read_json(self.record)
+        self._compare(there, f"{self.out} exists already,")
+        state = hashlib.blake2b(digest_size=DIGEST_SIZE)
+        hash_file(self.out, state)
+        if there.get("output") != {"bytes": self.out.stat().st_size, "blake2b": state.hexdigest()}:
+            raise BadInputError(f"{self.out} was changed after it was finished: start over with --overwrite")
+
+    def _wait_for_the_first(self) -> None:
         file = self.folder / "job.json"
+        patience = _Patience(f"the first process (RANK=0) to begin with {self.out}")
         while not self._is_finished():
-            if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == wanted:
-                return
-            time.sleep(0.2)
+            with suppress(FileNotFoundError):  # removed by the first, which has finished
+                if file.is_file():
+                    self._compare(read_json(file), f"process {self.share.rank} would add to parts that were")
+                    return
+            patience.wait()
 
     def _is_finished(self) -> bool:
         """Whether all the work is done, and the first process has put it together and cleared up."""
-        return self.out.is_file() and not self.folder.is_dir()
+        if self.finished_before:
+            return True
+        if not self.out.is_file() or not self.record.is_file() or self.folder.is_dir():
+            return False
+        there = read_json(self.record)
+        return all(there.get(name) == value for name, value in self.wanted.items())
+
+    def _take_up(self) -> None:
+        """Clear what a killed run of this share left, and see which parts are right."""
+        try:
+            self._lock_share()
+            for left in list(self.folder.iterdir()):
+                index = re.fullmatch(r"(\d{8})\.npy\.\d+", left.name)
+                if (index is not None and int(index[1]) % self.share.processes == self.share.rank) or (
+                    left.name.startswith("whole.") and not self.share.rank
+                ):
+                    left.unlink()
+            for i in range(self.share.rank, self.n_windows, self.share.processes):
+                if self._read(i) is not None:
+                    self._done.add(i)
+        except FileNotFoundError:  # the first has cleared up: all parts were there
+            if not self._is_finished():
+                raise
+
+    def _lock_share(self) -> None:
+        """Against a second run of the same share, until this process ends."""
+        self._lock = (self.folder / f"lock.{self.share.rank}").open("a")
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BadInputError(f"another process is working on {self.out} already") from None
+        except OSError:  # a file system without locks
+            pass
 
     def _part(self, index: int) -> Path:
         return self.folder / f"{index:08d}.npy"
 
+    def _rows(self, index: int) -> int:
+        return min(self.window, self.count - index * self.window)
+
+    def _checksum(self, index: int, data: bytes | memoryview) -> bytes:
+        state = hashlib.blake2b(data, key=self._key, salt=index.to_bytes(8, "big"), digest_size=DIGEST_SIZE)
+        return MARK + state.hexdigest().encode()
+
+    def _read(self, index: int) -> np.ndarray | None:
+        """A part's embeddings; None if it is not this job's, whole and unchanged."""
+        import numpy as np
+
+        try:
+            data = memoryview(self._part(index).read_bytes())
+        except FileNotFoundError:
+            return None
+        if len(data) < TRAILER or bytes(data[-TRAILER:]) != self._checksum(index, data[:-TRAILER]):
+            return None
+        values: np.ndarray = np.load(io.BytesIO(data[:-TRAILER]), allow_pickle=False)
+        return values if values.ndim == 2 and len(values) == self._rows(index) else None
+
     def _is_todo(self, index: int) -> bool:
         mine = index % self.share.processes == self.share.rank
-        return mine and not self._part(index).is_file() and not self._is_finished()
+        return mine and index not in self._done and not self._is_finished()
 
     @property
     def n_windows(self) -> int:
@@ -201,95 +251,147 @@ class Job:
 
     def texts_todo(self) -> int:
         """How many texts this process has to encode."""
-        sizes = (
-            min(self.window, self.count - i * self.window) for i in range(self.n_windows) if self._is_todo(i)
-        )
-        return sum(sizes)
+        return sum(self._rows(index) for index in range(self.n_windows) if self._is_todo(index))
 
     def todo(self, texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
-        """Windows that this process has to encode: index and texts."""
+        """Windows that this process has to encode: index and texts.
+
+        Raises BadInputError where there are fewer texts than were counted.
+        """
         for index in range(self.n_windows):
             window = list(islice(texts, self.window))
+            if len(window) != self._rows(index):
+                raise BadInputError(
+                    f"there are {index * self.window + len(window)} texts where {self.count} were counted: the file "
+                    "was changed while it was read; start again when it is complete"
+                )
             if self._is_todo(index):
                 yield index, window
 
     def save(self, index: int, embeddings: np.ndarray) -> None:
         """Keep a window's embeddings: from here on they are done, whatever happens."""
-        import io
-
         import numpy as np
 
+        if embeddings.ndim != 2 or len(embeddings) != self._rows(index):
+            raise ValueError(f"part {index} must have {self._rows(index)} rows, got {list(embeddings.shape)}")
         buffer = io.BytesIO()
-        np.save(buffer, embeddings)
-        _write(self._part(index), buffer.getvalue())
+        np.save(buffer, embeddings, allow_pickle=False)
+        with self._explained():
+            write(self._part(index), buffer.getvalue(), self._checksum(index, buffer.getbuffer()))
+        self._done.add(index)
 
     def finish(self, texts: Iterator[str] | None = None) -> None:
         """Put all parts together, once they are there; by the first process alone.
 
         ``texts`` are written beside the embeddings, into a parquet file.
+
+        Raises BadInputError where it can't be written, or a part was changed: nothing is left of a failed try.
         """
-        if self.share.rank:
+        if self.share.rank or self._is_finished():
             return
-        parts = [self._part(index) for index in range(self.n_windows)]
-        while not all(part.is_file() for part in parts):
-            time.sleep(0.2)
+        self._wait_for_parts()
+        parts = _Parts(self)
         whole = self.folder / f"whole.{os.getpid()}"
-        if self.out.suffix == ".npy":
-            _write_npy(whole, parts, self.count)
-        else:
-            _write_parquet(whole, parts, texts)
-        _sync(whole)
-        os.replace(whole, self.out)
-        os.replace(self.folder, self.finished)  # at once: half of the parts must not look like a job
+        with self._explained():
+            try:
+                if self.out.suffix.lower() == ".npy":
+                    _write_npy(whole, parts, self.count)
+                else:
+                    write_parquet(whole, parts, texts)
+                sync(whole)
+                state = hashlib.blake2b(digest_size=DIGEST_SIZE)
+                hash_file(whole, state)
+                output = {"bytes": whole.stat().st_size, "blake2b": state.hexdigest()}
+                record = self.folder / "record.json"
+                write(record, json.dumps({**self.wanted, "output": output}, indent=1).encode())
+                os.replace(whole, self.out)
+                os.replace(record, self.record)
+            except BaseException:
+                whole.unlink(missing_ok=True)
+                raise
+            os.replace(self.folder, self.finished)  # whole: half of the parts must not look like a job
         shutil.rmtree(self.finished)
 
+    def _wait_for_parts(self) -> None:
+        patience = _Patience(f"the other processes' parts of {self.out}")
+        todo = [index for index in range(self.n_windows) if index not in self._done]
+        while todo:
+            left = [index for index in todo if not self._part(index).is_file()]
+            if len(left) == len(todo):
+                patience.wait()
+            else:
+                todo, patience = left, _Patience(patience.what)
 
-def _write(file: Path, data: bytes) -> None:
-    """The whole file or none of it, whenever the machine stops."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    with beside.open("wb") as target:
-        target.write(data)
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(beside, file)
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+    def _explained(self) -> _Explained:
+        return _Explained(self.out)
 
 
-def _write_npy(file: Path, parts: list[Path], count: int) -> None:
+class _Parts:
+    """The parts of a job in their order, each checked as it is read."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for index in range(self.job.n_windows):
+            values = self.job._read(index)
+            if values is None:
+                part = self.job._part(index)
+                part.unlink(missing_ok=True)
+                raise BadInputError(
+                    f"{part} was damaged, and is removed: start again, it will be computed again"
+                )
+            yield values
+
+
+class _Explained:
+    """What to do after an error of the disk."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise BadInputError(
+                f"{self.out} could not be written ({file_error(error)}): what is done so far is kept; make room, then "
+                "start again with the same arguments"
+            ) from error
+
+
+class _Patience:
+    """Waiting for another process, but not for one that has ended."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.until = what, time.monotonic() + PATIENCE_SECONDS
+
+    def wait(self) -> None:
+        if time.monotonic() > self.until:
+            raise BadInputError(
+                f"waited {PATIENCE_SECONDS / 60:.0f} minutes for {self.what}: start all of them again"
+            )
+        time.sleep(0.2)
+
+
+def _write_npy(file: Path, parts: _Parts, count: int) -> None:
+    """Written in a row: a memory map on a full disk would end the process."""
     import numpy as np
 
-    first = np.load(parts[0], mmap_mode="r")
-    out = np.lib.format.open_memmap(file, mode="w+", dtype=first.dtype, shape=(count, first.shape[1]))
-    start = 0
-    for part in parts:
-        values = np.load(part)
-        out[start : start + len(values)] = values
-        start += len(values)
-    out.flush()
+    rows = 0
+    with file.open("wb") as target:
+        for values in parts:
+            if not rows:
+                _write_header(target, values, count)
+            target.write(np.ascontiguousarray(values).data)
+            rows += len(values)
+    if rows != count:
+        raise ValueError(f"{rows} rows were written where there are {count} texts")
 
 
-def _write_parquet(file: Path, parts: list[Path], texts: Iterator[str] | None) -> None:
+def _write_header(target: BinaryIO, values: np.ndarray, count: int) -> None:
     import numpy as np
 
-    arrow, parquet = pyarrow("pyarrow"), pyarrow("pyarrow.parquet")
-    width = np.load(parts[0], mmap_mode="r").shape[1]
-    fields = [("row", arrow.int64()), ("embedding", arrow.list_(arrow.float32(), width))]
-    if texts is not None:
-        fields.insert(1, ("text", arrow.string()))
-    start = 0
-    with parquet.ParquetWriter(file, arrow.schema(fields)) as writer:
-        for part in parts:
-            values = np.load(part)
-            columns = {
-                "row": arrow.array(np.arange(start, start + len(values))),
-                "embedding": arrow.FixedSizeListArray.from_arrays(arrow.array(values.ravel()), width),
-            }
-            if texts is not None:
-                columns["text"] = arrow.array(list(islice(texts, len(values))), arrow.string())
-            table = arrow.table([columns[name] for name, _ in fields], schema=arrow.schema(fields))
-            writer.write_table(table, row_group_size=len(values))
-            start += len(values)
+    described = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(target, {**described, "shape": (count, values.shape[1])})

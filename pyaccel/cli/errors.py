@@ -1,4 +1,4 @@
-"""What the command line says when it can't start."""
+"""What the command line says when it can't start, or go on."""
 
 from __future__ import annotations
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import pydoc_data.topics
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pyaccel import checkpoints
+from pyaccel.cli.encode_texts import read_lines
 from pyaccel.cli.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -98,65 +99,23 @@ def quiet_transformers() -> ModuleType:
     return transformers
 
 
-@contextmanager
-def loading(source: object, hint: str = "") -> Iterator[None]:
-    """What transformers raises for a model that it can't load, as one line."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:  # TypeError: 5.17's, of a config.json that is no object
-        first = str(error).strip().splitlines()[0]
-        raise BadInputError(f"{source} could not be loaded: {first}{hint}") from None
-
-
 def load_model(model: str | None, device: torch.device) -> tuple[Any, Any, str]:
-    """Tokenizer, stock fp32 Hugging Face model (SDPA attention, evaluation) on ``device``, and their source."""
-    transformers = quiet_transformers()
+    """Tokenizer, stock fp32 Hugging Face BERT (SDPA attention, evaluation) on ``device``, and their source."""
+    quiet_transformers()
     import torch
 
-    source = str(demo_checkpoint()) if model is None else model
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        _check_bert_folder(folder)
-        source = str(folder)
-    elif folder.exists():
-        raise BadInputError(f"{source} is a file: give a Hugging Face model's folder, with config.json in it")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise BadInputError(
-            f"there is no folder {source}: give a Hugging Face BERT folder, or a hub id as org/name"
-        )
-    with loading(source, " (a hub id needs a network)"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        stock = transformers.AutoModel.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa"
-        )
-    if stock.config.model_type != "bert":
-        raise BadInputError(f"{source} is a {stock.config.model_type!r} model: give a BERT")
-    return tokenizer, stock.eval().to(device), source
-
-
-def _check_bert_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise BadInputError(f"{folder} has no config.json: give the folder of a Hugging Face BERT")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        raise BadInputError(
-            f"{config} is not a JSON object: give the folder of a Hugging Face BERT"
-        ) from None
-    if kind != "bert":
-        raise BadInputError(f"{folder} holds a {kind!r} model, not 'bert': give the folder of a BERT")
+    stock, tokenizer, folder = checkpoints.load(
+        demo_checkpoint() if model is None else model,
+        expected="bert",
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+    )
+    return tokenizer, stock.to(device), str(folder)
 
 
 def read_passages(file: Path) -> list[str]:
-    """The lines of a UTF-8 text file that aren't blank."""
-    if not file.is_file():
-        raise BadInputError(f"there is no file {file}: give a text file with one passage a line")
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    passages = [line for line in lines if line]
+    """The lines of a UTF-8 text file that aren't blank, without the blanks around them."""
+    passages = [line for line in map(str.strip, read_lines(file)) if line]
     if not passages:
         raise BadInputError(f"{file} is empty: give a text file with one passage a line")
     return passages

@@ -16,10 +16,11 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from pyaccel.cli.console import output, progress_output
 from pyaccel.cli.errors import BadInputError
 from pyaccel.verify.kernel_specs import KernelSpec, specs
 from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_tasks, listings, tasks
@@ -58,7 +59,7 @@ def inspect(
         list[str] | None, typer.Option(help="A dtype label, such as bf16; repeatable. Default: all.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Compiler processes. Default: one a core.")
+        int | None, typer.Option(min=1, max=1024, help="Compiler processes. Default: one a core.")
     ] = None,
     name: Annotated[
         str, typer.Option(metavar="REGEX", help="Only kernels whose name and configuration have a match.")
@@ -102,9 +103,7 @@ def inspect(
     elif as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 140  # a pipe has no width to fit
+        console = output(width=140)
         for name in dict.fromkeys(code.op for code in codes):
             console.print(_table(name, [code for code in codes if code.op == name]))
 
@@ -121,7 +120,7 @@ def _with_progress(results: Iterator[MachineCode], total: int) -> list[MachineCo
     codes = []
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # On stderr, so that the JSON on stdout can be piped.
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=progress_output(), transient=True) as progress:
         task = progress.add_task("compiling", total=total)
         for code in results:
             codes.append(code)
@@ -144,7 +143,7 @@ def _table(op: str, codes: list[MachineCode]) -> Table:
             code.dtype,
             code.arch,
             str(code.registers),
-            f"[red]{code.spill_bytes}[/red]" if code.spill_bytes else "0",
+            Text(str(code.spill_bytes), "red") if code.spill_bytes else "0",
             str(code.shared_bytes),
             f"{code.occupancy:.0%}",
             str(code.wgmma),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 
+from pyaccel import checkpoints
+from pyaccel.cli.console import LARGEST, check_folder_writable, output, progress_output
 from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import loading, quiet_transformers, read_passages, real_passages
+from pyaccel.cli.inputs import quiet_transformers, read_passages, real_passages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,26 +57,31 @@ def quantize(
         typer.Option(help="A layer to leave floating, by name or pattern ('*.output.dense'); repeatable."),
     ] = None,
     leave: Annotated[
-        int | None, typer.Option(min=1, help="Leave this many layers floating, the costliest by SQNR.")
+        int | None,
+        typer.Option(min=1, max=LARGEST, help="Leave this many layers floating, the costliest by SQNR."),
     ] = None,
     leave_mb: Annotated[
-        float | None, typer.Option(help="Leave the costliest floating, for at most so many megabytes more.")
+        float | None,
+        typer.Option(min=0.0, max=1e9, help="Leave the costliest floating, at most so many MB more."),
     ] = None,
     sensitivity: Annotated[bool, typer.Option(help="Show the SQNR of each layer in int8.")] = False,
 ) -> None:
-    """Quantise an encoder to int8 and save it, with what that does to its states on real text.
+    """Quantize an encoder to int8 and save it, with what that does to its states on real text.
 
     The folder loads with transformers after `pyaccel.hf.register()`, and BERT encoders with
     pyaccel.models.bert. Exits with 2 for bad input.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise BadInputError(f"{out} exists already: give a new folder with --out")
+    if folder.resolve() in out.resolve().parents:
+        raise BadInputError(
+            f"{out} is inside {folder}, which is copied into it: give a folder outside with --out"
+        )
+    check_folder_writable(out, "--out")
     if leave is not None and leave_mb is not None:
         raise BadInputError("give either --leave or --leave-mb")
-    console = Console()
+    console = output()
     model, tokenizer = _load(folder)
-    if hasattr(model.config, "quantization_config"):
-        raise BadInputError(f"{folder} is quantised already: give the floating-point model's folder")
 
     from pyaccel.hf.encode import max_tokens
 
@@ -102,7 +110,7 @@ def quantize(
         if sensitivity or leave is not None or leave_mb is not None:
             found = quantization.sensitivity(model, seen)
             if sensitivity:
-                console.print(str(found), highlight=False)
+                console.print(str(found), soft_wrap=True)
             if leave is not None:
                 left += found.leave(count=leave)
             if leave_mb is not None:
@@ -116,36 +124,60 @@ def quantize(
             skip=left,
         )
     except ValueError as error:
-        raise BadInputError(str(error)) from None
-    console.print(str(report), highlight=False)
+        raise BadInputError(str(error)) from error
+    console.print(str(report), soft_wrap=True)
     cosines = _cosines(stock, model, held_back)
     unseen = f"{len(cosines)} passages" + (" that calibration hasn't seen" if seen is not held_back else "")
     console.print(
         f"cosine of mean-pooled states to the floating model's, over {unseen}: "
         f"mean {cosines.mean():.5f}, smallest {cosines.min():.5f}",
-        highlight=False,
+        soft_wrap=True,
     )
     if not bool(cosines.isfinite().all()):
         raise BadInputError("the int8 model's states aren't finite; nothing is written")
-    shutil.copytree(folder, out, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    model.save_pretrained(out)
+    _save(model, folder, out)
     sizes = (sum(f.stat().st_size for f in place.glob("*.safetensors")) / 1e6 for place in (folder, out))
     before, after = sizes
     was = f", from {before:.1f} MB" if before else ""
-    console.print(f"{out}: {after:.1f} MB of weights{was}", highlight=False)
+    console.print(f"{out}: {after:.1f} MB of weights{was}", soft_wrap=True)
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
     """The model of the class that saved it, in evaluation, and its tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise BadInputError(f"{folder} has no config.json: give the folder of a Hugging Face encoder")
-    transformers = quiet_transformers()
-    with loading(folder):
-        config = transformers.AutoConfig.from_pretrained(folder)
-        names = config.architectures or []
-        kind = getattr(transformers, names[0], None) if names else None
-        model = (kind or transformers.AutoModel).from_pretrained(folder)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    quiet_transformers()
+    if not folder.is_dir():  # a hub id has no files to copy
+        raise BadInputError(f"there is no folder {folder}: give the folder of a Hugging Face encoder")
+    config = checkpoints.load_config(checkpoints.find(folder))
+    if getattr(config, "quantization_config", None) is not None:
+        raise BadInputError(f"{folder} is quantized already: give the floating-point model's folder")
+    model, tokenizer, _ = checkpoints.load(folder, head=True)
+    return model, tokenizer
+
+
+def _save(model: Any, folder: Path, out: Path) -> None:
+    """The whole folder or none of it."""
+    beside = out.with_name(f"{out.name}.{os.getpid()}")
+    patterns = shutil.ignore_patterns(*NOT_COPIED)
+    around = (beside.resolve(), *beside.resolve().parents)
+
+    def left_out(place: str, names: list[str]) -> set[str]:  # a link may lead to where the copy is made
+        linked = {
+            name for name in names if Path(place, name).is_dir() and Path(place, name).resolve() in around
+        }
+        return {*patterns(place, names), *linked}
+
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, beside, ignore=left_out)
+        model.save_pretrained(beside)
+        beside.rename(out)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, shutil.Error):
+            raise BadInputError(f"--out {out} could not be written: {error.args[0][0][2]}") from error
+        if isinstance(error, OSError | SafetensorError):
+            raise BadInputError(f"--out {out} could not be written: {error}") from error
+        raise
 
 
 def _cosines(stock: Any, model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -159,6 +191,6 @@ def _cosines(stock: Any, model: Any, batches: list[dict[str, Tensor]]) -> Tensor
 
     found = []
     with torch.inference_mode():
-        for batch in track(batches, "comparing", console=Console(stderr=True), transient=True):
+        for batch in track(batches, "comparing", console=progress_output(), transient=True):
             found.append(torch.cosine_similarity(pooled(stock, batch), pooled(model, batch)))
     return torch.cat(found)

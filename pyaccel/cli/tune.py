@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from pyaccel.cli.console import LARGEST, check_folder_writable, output, progress_output
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import resolve_device, resolve_dtypes
 
@@ -30,7 +31,7 @@ def tune(
         Path | None,
         typer.Option(help="A folder; by default the user's, or $PYACCEL_TUNED, which dispatch reads."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="In which the ways take turns.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, max=LARGEST, help="Timing rounds (interleaved).")] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="Two sizes of each: a try.")] = False,
 ) -> None:
     """Measure each way to serve an op at the sizes of real models, and let dispatch choose by it from now on.
@@ -56,13 +57,12 @@ def tune(
             raise BadInputError(f"{error}, or pass --out") from error
         own = tuned.FOLDER
     folder = out or own
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140  # a pipe has no width to fit
+    check_folder_writable(folder, "--out")
+    console = output(width=140)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for one in wanted:
         tables = []
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with Progress(*columns, console=progress_output(), transient=True) as progress:
             for name, each in list(dtypes.items())[: 1 if one.once else None]:
                 task = progress.add_task(f"{one.name}, {name}", total=None)
                 try:
@@ -70,14 +70,14 @@ def tune(
                 except WrongAnswerError as error:
                     typer.echo(f"pyaccel tune: {error}; nothing was written for it", err=True)
                     raise typer.Exit(1) from error
+        console.print(_table(one.name, tables))
         try:
             tuned.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
         except OSError as error:
             raise BadInputError(f"{folder}: {error}") from error
-        console.print(_table(one.name, tables))
-    console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written to {folder}", soft_wrap=True)
     if folder.resolve() not in (own.resolve(), tuned.FOLDER.resolve()):
-        console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", markup=False, highlight=False)
+        console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", soft_wrap=True)
 
 
 def _advance(progress: Progress, task: TaskID, row: object) -> None:
@@ -97,6 +97,6 @@ def _table(op: str, tables: list[dict[str, Any]]) -> Table:
             cells = [row["us"].get(way) for way in ways]
             table.add_row(
                 one["dtype"], " x ".join(map(str, row["size"])),
-                *("" if us is None else f"[bold]{us:.4g}[/]" if us == best else f"{us:.4g}" for us in cells),
+                *("" if us is None else Text(f"{us:.4g}", "bold" if us == best else "") for us in cells),
             )  # fmt: skip
     return table

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,10 +17,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pyaccel import checkpoints
+from pyaccel.cli.console import LARGEST, check_writable, file_error, output, progress_output
 from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import (
     demo_checkpoint,
-    loading,
     quiet_transformers,
     read_passages,
     real_passages,
@@ -47,8 +46,10 @@ def verify(
     text: Annotated[
         Path | None, typer.Option(help="Passages to run, one a line. Default: Python's language reference.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Passages in the batch.")] = 8,
-    max_length: Annotated[int, typer.Option(min=3, help="Cut passages off at so many tokens.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, help="Passages in the batch.")] = 8,
+    max_length: Annotated[
+        int, typer.Option(min=3, max=LARGEST, help="Cut passages off at so many tokens.")
+    ] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also under torch.compile(fullgraph=True).")
@@ -72,16 +73,13 @@ def verify(
         recorded = None if budget is None else read_budget(budget)
     except ValueError as error:
         raise BadInputError(f"--budget: {error}") from None
-    for option, file in (("--json", json_file), ("--junit", junit_file)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise BadInputError(f"{option} {file}: there is no folder {file.absolute().parent}")
+    check_writable(json_file, "--json")
+    check_writable(junit_file, "--junit")
     stock, batch = load(model, text, batch_size, max_length, resolve_device(device))
-    console, progress_console = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no width to fit
+    console, progress_console = output(width=160), progress_output()
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
+        SpinnerColumn("line"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -91,7 +89,7 @@ def verify(
 
         def on_check(check: Check) -> None:
             how = " ".join(part for part in (check.dtype, check.backend, check.mode, check.kind) if part)
-            progress.update(task, description=escape(f"{how}: {check.where}"[:70]), advance=1)
+            progress.update(task, description=f"{how}: {check.where}"[:70], advance=1)
 
         try:
             report = lane.verify(
@@ -108,11 +106,19 @@ def verify(
     console.print(_table(report))
     over = [] if recorded is None else report.over_budget(recorded)
     for line in _lines(report, over, recorded):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        report.write_json(json_file)
-    if junit_file is not None:
-        report.write_junit(junit_file)
+        console.print(line, soft_wrap=True)
+    failed = []
+    for option, file, write in (
+        ("--json", json_file, report.write_json),
+        ("--junit", junit_file, report.write_junit),
+    ):
+        try:
+            if file is not None:
+                write(file)
+        except OSError as error:  # the other one may still be written
+            failed.append(f"{option} {file} could not be written: {file_error(error)}")
+    if failed:
+        raise BadInputError("; ".join(failed))
     raise typer.Exit(report.exit_code or int(bool(over)))
 
 
@@ -120,17 +126,13 @@ def load(
     source: str | None, text: Path | None, batch_size: int, max_length: int, device: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The stock model with the head its folder names, and a batch of real text with labels where the head has some."""
-    transformers = quiet_transformers()
+    quiet_transformers()
     import torch
 
-    name = str(demo_checkpoint()) if source is None else str(Path(source).expanduser())
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise BadInputError(f"{name} has no config.json: give the folder of a Hugging Face model")
-    with loading(name, " (a hub id needs a network)"):
-        config = transformers.AutoConfig.from_pretrained(name)
-        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-        model = kind.from_pretrained(name, dtype=torch.float32).eval().to(device)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model, tokenizer, _ = checkpoints.load(
+        demo_checkpoint() if source is None else source, head=True, dtype=torch.float32
+    )
+    model.to(device)
 
     def count_tokens(passages: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(passages, verbose=False)["input_ids"]]
@@ -199,7 +201,7 @@ def _table(report: VerifyReport) -> Table:
             str(wrong),
             str(lost),
             f"{worst.share:.0%}" if worst.allowed else "",
-            escape(worst.where) if worst.allowed else "",
+            worst.where if worst.allowed else "",
             style=style,
         )
     table.caption = (

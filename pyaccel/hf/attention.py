@@ -26,8 +26,13 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from pyaccel import ops
+from pyaccel.hf.surroundings import inside
 
 NAME = "pyaccel"
+# The same for a model that was made with eager attention: where gradients are recorded it is that one, which can be
+# differentiated twice.
+EAGER = "pyaccel_eager"
+NAMES = (NAME, EAGER)
 
 # What some models pass and this attention doesn't compute; ignoring one would give wrong numbers.
 _REFUSED = ("softcap", "position_bias", "s_aux", "cache", "block_table")
@@ -87,16 +92,62 @@ def attention_forward(
     for them (computed as transformers' eager attention does), else None.
 
     In training it is transformers' own SDPA attention, so that dropout draws the numbers that it draws in
-    the stock model; under torch.jit.trace too, whose trace must not depend on the mask's values.
+    the stock model; inside a function transform, a trace or another's mode too (see
+    :mod:`pyaccel.hf.surroundings`), which must find what the stock model does.
 
-    Raises ValueError for what it doesn't compute, such as softcapping: nothing is ignored.
+    Raises ValueError for what it doesn't compute, such as softcapping, and for masks of other shapes: nothing is
+    ignored.
     """
+    return _attend(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, is_eager=False, **kwargs
+    )
+
+
+def attention_forward_of_eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`attention_forward`, with transformers' eager attention where that takes its SDPA attention, and
+    wherever gradients are recorded."""
+    return _attend(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, is_eager=True, **kwargs
+    )
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    *,
+    is_eager: bool,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     refused = [name for name in _REFUSED if kwargs.get(name) is not None]
     if refused:
         raise ValueError(
             f"the 'pyaccel' attention does not compute {', '.join(refused)}, which {type(module).__name__} "
             f"asks for; use another one, e.g. model.set_attn_implementation('eager')"
         )
+    if attention_mask is not None and attention_mask.dim() != 4:
+        expected = (query.shape[0], key.shape[2])
+        if attention_mask.shape != expected:
+            raise ValueError(
+                f"the 'pyaccel' attention got a mask of shape {tuple(attention_mask.shape)}: expected "
+                f"[batch, keys] = {list(expected)}, or four dimensions that broadcast to [batch, heads, queries, "
+                f"keys]; e.g. mask[:, None] for a mask [batch, queries, keys]"
+            )
     groups = query.shape[1] // key.shape[1]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
@@ -109,11 +160,14 @@ def attention_forward(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
 
     config = getattr(module, "config", None)
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+    is_traced = torch.compiler.is_compiling()
+    is_stock = module.training or (not is_traced and inside() is not None)
+    weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    if weights or (is_eager and (is_stock or torch.is_grad_enabled())):
         mask = _additive(_four_dimensional(attention_mask), query, key, causal)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         return eager_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout)
-    if module.training or torch.jit.is_tracing():
+    if is_stock:
         mask = _four_dimensional(attention_mask)
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
 
@@ -185,7 +239,13 @@ def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> 
     return torch.where(mask, query.new_zeros(()), torch.finfo(query.dtype).min)
 
 
+def name_for(implementation: str) -> str:
+    """The name that takes the place of an attention implementation."""
+    return EAGER if implementation == "eager" else NAME
+
+
 def register() -> None:
-    """Register the attention and the mask function under ``"pyaccel"``. Calling it again changes nothing."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    """Register attention and mask function under ``"pyaccel"`` and ``"pyaccel_eager"``. Again changes nothing."""
+    for name, function in ((NAME, attention_forward), (EAGER, attention_forward_of_eager)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, attention_mask)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
 
+from pyaccel import checkpoints
 from pyaccel.hf.report import Report
 from pyaccel.hf.swap import accelerate
 
@@ -75,12 +75,13 @@ class TextEncoder:
         pooling, no normalisation, and as many tokens as its model has positions for.
 
         Raises:
-            OSError, ValueError: what transformers raises; ValueError too for a sentence-transformers folder with
-                modules or a pooling that this doesn't compute.
+            pyaccel.checkpoints.CheckpointError: a ValueError: the folder can't be loaded, or it is a
+                sentence-transformers folder with modules or a pooling that this doesn't compute.
+            ValueError: ``max_length`` is more than the model takes.
         """
-        saved = _sentence_transformers(Path(folder))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModel.from_pretrained(folder, dtype=dtype).eval().to(device)
+        model, tokenizer, found = checkpoints.load(folder, dtype=dtype)
+        saved = _sentence_transformers(found)
+        model.to(device)
         report = accelerate(model, strict=False, prepack=True)
         longest = min(tokenizer.model_max_length, max_tokens(model))
         asked = max_length or saved.get("max_length") or longest
@@ -136,17 +137,20 @@ class TextEncoder:
     def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
-            part = [
-                text.lower() if self.lower_case else text for text in texts[start : start + TEXTS_AT_ONCE]
-            ]
-            ids += self.tokenizer(part, verbose=False, return_attention_mask=False)["input_ids"]
+            part = texts[start : start + TEXTS_AT_ONCE]
+            ids += self.tokenizer(self._cased(part), verbose=False, return_attention_mask=False)["input_ids"]
         too_long = [index for index, each in enumerate(ids) if len(each) > self.max_length]
         self.truncated += len(too_long)
         if too_long:  # by the tokenizer, which keeps its special tokens
-            cut = self.tokenizer([texts[i] for i in too_long], truncation=True, max_length=self.max_length)
+            cut = self.tokenizer(
+                self._cased([texts[i] for i in too_long]), truncation=True, max_length=self.max_length
+            )
             for index, each in zip(too_long, cut["input_ids"], strict=True):
                 ids[index] = each
         return ids
+
+    def _cased(self, texts: Sequence[str]) -> list[str]:
+        return [text.lower() if self.lower_case else text for text in texts]
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -180,21 +184,31 @@ def _sentence_transformers(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     found: dict[str, Any] = {"normalize": False}
-    for module in json.loads(file.read_text(encoding="utf-8")):
-        kind = module["type"].rsplit(".", 1)[-1]
+    for kind, path in _modules(file):
         if kind == "Pooling":
-            config = json.loads((folder / module["path"] / "config.json").read_text(encoding="utf-8"))
-            found["pooling"] = _pooling(config, folder)
+            found["pooling"] = _pooling(checkpoints.read_json(folder / path / "config.json"), folder)
         elif kind == "Normalize":
             found["normalize"] = True
-        elif kind != "Transformer" or module["path"]:
-            raise ValueError(f"{folder}: its module {kind} in {module['path']!r} is not computed here")
+        elif kind != "Transformer" or path:
+            raise checkpoints.CheckpointError(f"{folder}: its module {kind} in {path!r} is not computed here")
     sizes = folder / "sentence_bert_config.json"
     if sizes.is_file():
-        config = json.loads(sizes.read_text(encoding="utf-8"))
-        found["max_length"] = config.get("max_seq_length")
+        config = checkpoints.read_json(sizes)
+        longest = config.get("max_seq_length")
+        if longest is not None and (type(longest) is not int or longest < 1):
+            raise checkpoints.CheckpointError(f"{sizes}: max_seq_length {longest!r} is no number of tokens")
+        found["max_length"] = longest
         found["lower_case"] = bool(config.get("do_lower_case"))
     return found
+
+
+def _modules(file: Path) -> list[tuple[str, str]]:
+    """Class and path of each module. The classes are read as names, and never imported."""
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        return [(str(each["type"]).rsplit(".", 1)[-1], str(each["path"])) for each in modules]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise checkpoints.CheckpointError(f"{file} is not a list of modules with type and path") from None
 
 
 def _pooling(config: dict[str, Any], folder: Path) -> str:
@@ -208,7 +222,7 @@ def _pooling(config: dict[str, Any], folder: Path) -> str:
         "pooling_mode_cls": "cls",
     }
     if len(modes) != 1 or modes[0] not in known:
-        raise ValueError(
+        raise checkpoints.CheckpointError(
             f"{folder}: its pooling ({', '.join(modes) or 'none'}) is not computed here: mean or cls are"
         )
     return known[modes[0]]

@@ -26,10 +26,11 @@ from transformers.utils import output_capturing
 from pyaccel import dispatch, ops
 from pyaccel.hf import attention, graphs
 from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
-from pyaccel.hf.guard import Structure, global_hooks_matter, has_opaque, is_sharded, unfit
+from pyaccel.hf.guard import Structure, are_its_own, global_hooks_matter, has_opaque, is_sharded, unfit
 from pyaccel.hf.report import Report
+from pyaccel.hf.surroundings import inside
 from pyaccel.models import evaluation
-from pyaccel.models.bert import encoder_layer, packed_attention, share_qkv_storage
+from pyaccel.models.bert import encoder_layer, packed_attention
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 # An accelerated model's config says attn_implementation="pyaccel". Unpickled in a new process, such a
@@ -138,60 +139,66 @@ def __getattr__(name: str) -> type[nn.Module]:
 
 
 def _encoder_forward(known: Stock) -> Callable[..., Any]:
-    family, stock_forward = known.family, known.encoder.forward
+    family = known.family
     output = getattr(modeling_outputs, family.output)
 
-    @functools.wraps(stock_forward)
+    @functools.wraps(known.encoder.forward)
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        acceleration = self._pyaccel.acceleration
+        stock_forward = known.encoder.forward  # which may have been patched since
+        attached: Attached | None = getattr(self, "_pyaccel", None)
+        if attached is None:  # restored, while another object holds this method
+            return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
+        acceleration = attached.acceleration
         with acceleration.use_backend():
             if torch.compiler.is_compiling():
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
             if acceleration.cuda_graphs:
-                reason = _not_graphed(known, self, hidden_states, attention_mask, args, kwargs)
-                if reason is None:
-                    return output(last_hidden_state=_by_graph(self, family, hidden_states, attention_mask))
-                acceleration.report.not_graphed[reason] += 1
+                plan = _graphed(known, self, hidden_states, attention_mask, args, kwargs)
+                if not isinstance(plan, str):
+                    hidden = _by_graph(self, family, plan, hidden_states, attention_mask)
+                    return output(last_hidden_state=hidden)
+                acceleration.report.not_graphed[plan] += 1
             if not acceleration.packing:
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
-            reason = (
-                self._pyaccel.keeps_padding
-                or _not_packable(hidden_states, attention_mask, kwargs)
+            plan = (
+                attached.keeps_padding
                 or _call_reason(self, hidden_states, attention_mask, args, kwargs, packed=True)
-                or _structure_reason(known, self, list(family.layers(self)))
+                or _not_packable(hidden_states, attention_mask, kwargs)
+                or _structure(known, self, list(family.layers(self)))
             )
-            if reason is not None:
-                acceleration.report.not_packed[reason] += 1
+            if isinstance(plan, str):
+                acceleration.report.not_packed[plan] += 1
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
             hidden = family.enter(self, hidden_states)
             if kwargs.get("cu_seq_lens_q") is not None:
                 tokens = layout_from_cu_seqlens(
                     kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"]), hidden.shape[1]
                 )
-                hidden = _run_layers(self, family, hidden[0], tokens)[None]
+                hidden = _run_layers(self, family, plan, hidden[0], tokens)[None]
             else:
                 if attention_mask is None:
                     attention_mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
                 # Position 0 is kept where it is padding too: poolers and heads read it whatever it is.
                 tokens = layout(attention_mask, sort_by_length=True, keep_first=True)
-                hidden = unpack(_run_layers(self, family, pack(hidden, tokens), tokens), tokens)
+                hidden = unpack(_run_layers(self, family, plan, pack(hidden, tokens), tokens), tokens)
             return output(last_hidden_state=hidden)
 
     return forward
 
 
-def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayout) -> Tensor:
-    straight = encoder._pyaccel.structure.straight
+def _run_layers(
+    encoder: Any, family: Family, plan: Structure, hidden: Tensor, tokens: PackedLayout
+) -> Tensor:
+    straight, report = plan.straight, encoder._pyaccel.acceleration.report
     if not hidden.is_cpu:
         evaluation.forget(straight)
     if straight and evaluation.serves(straight, hidden, tokens):
         for layer in straight:
             hidden = layer(hidden, tokens.lengths)
-        report = encoder._pyaccel.acceleration.report
         report.fast["packed"] += len(straight)
-        report.prepacked += sum(layer.packed is not None for layer in straight)
+        report.prepacked += sum(layer.reordered is not None for layer in straight)
         return hidden
     count = 0
     for layer in family.layers(encoder):
@@ -202,11 +209,11 @@ def _run_layers(encoder: Any, family: Family, hidden: Tensor, tokens: PackedLayo
             else run_layer(family, layer, hidden, tokens)
         )
         count += 1
-    encoder._pyaccel.acceleration.report.fast["packed"] += count
+    report.fast["packed"] += count
     return hidden
 
 
-def _by_graph(encoder: Any, family: Family, hidden: Tensor, mask: Tensor | None) -> Tensor:
+def _by_graph(encoder: Any, family: Family, plan: Structure, hidden: Tensor, mask: Tensor | None) -> Tensor:
     """All layers on the padded batch, in one CUDA graph; zeros in the padding where packing would leave them."""
     attached = encoder._pyaccel
     layers = list(family.layers(encoder))
@@ -221,7 +228,7 @@ def _by_graph(encoder: Any, family: Family, hidden: Tensor, mask: Tensor | None)
             hidden = hidden.masked_fill(~read.unsqueeze(-1), 0.0)
         return hidden
 
-    out, is_new = attached.structure.graphs(family.enter(encoder, hidden), mask, run)
+    out, is_new = plan.graphs(family.enter(encoder, hidden), mask, run)
     report = attached.acceleration.report
     report.fast["by a graph"] += len(layers)
     report.captured += is_new
@@ -229,9 +236,9 @@ def _by_graph(encoder: Any, family: Family, hidden: Tensor, mask: Tensor | None)
 
 
 def _layer_forward(known: Stock) -> Callable[..., Any]:
-    family, stock_forward = known.family, known.layer.forward
+    family = known.family
 
-    @functools.wraps(stock_forward)
+    @functools.wraps(known.layer.forward)
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -239,21 +246,25 @@ def _layer_forward(known: Stock) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        acceleration = self._pyaccel.acceleration
+        stock_forward = known.layer.forward  # which may have been patched since
+        attached: Attached | None = getattr(self, "_pyaccel", None)
+        if attached is None:  # restored, while another object holds this method
+            return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
+        acceleration = attached.acceleration
         with acceleration.use_backend():
             if isinstance(attention_mask, PackedLayout):  # from our encoder, which has asked
                 return run_layer(family, self, hidden_states, attention_mask)
-            reason = _call_reason(self, hidden_states, attention_mask, args, kwargs) or _structure_reason(
+            plan = _call_reason(self, hidden_states, attention_mask, args, kwargs) or _structure(
                 known, self, [self]
             )
             if not torch.compiler.is_compiling():  # counting would be a side effect in the graph
-                if reason is None:
-                    acceleration.report.fast["padded"] += 1
+                if isinstance(plan, str):
+                    acceleration.report.fallbacks[plan] += 1
                 else:
-                    acceleration.report.fallbacks[reason] += 1
-            if reason is None:
-                return run_layer(family, self, hidden_states, attention_mask)
-            return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
+                    acceleration.report.fast["padded"] += 1
+            if isinstance(plan, str):
+                return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
+            return run_layer(family, self, hidden_states, attention_mask)
 
     return forward
 
@@ -293,6 +304,11 @@ def _call_reason(
 
     ``args`` are what BERT's layers and encoders take after the mask: encoder_hidden_states, its mask, past_key_values.
     """
+    if not torch.compiler.is_compiling():
+        if reason := inside():
+            return reason
+        if type(hidden) not in (Tensor, nn.Parameter):
+            return f"hidden states are a {type(hidden).__name__}"
     config = module._pyaccel.config
     given = {
         **dict(
@@ -300,8 +316,10 @@ def _call_reason(
         ),
         **kwargs,
     }
-    if config._attn_implementation != attention.NAME:
+    if config._attn_implementation not in attention.NAMES:
         return f"the attention implementation is now {config._attn_implementation!r}"
+    if config._attn_implementation == attention.EAGER and torch.is_grad_enabled():
+        return "the model was made with eager attention, whose gradients can be differentiated again"
     if given.get("output_attentions", config.output_attentions):
         return "output_attentions"
     if given.get("past_key_values") is not None:
@@ -314,8 +332,6 @@ def _call_reason(
         return "is_causal"
     if mask is not None and (mask.dtype != torch.bool or mask.shape != hidden.shape[:2]):
         return f"an attention mask other than bool [batch, seq]: {mask.dtype} with {mask.dim()} dimensions"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
     if global_hooks_matter():
         return "hooks on all modules"
     return None
@@ -327,10 +343,8 @@ def _not_packable(hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -
         return "a CUDA graph is captured, in which nothing may wait for the device"
     if output_capturing._active_collector.get():
         return "hidden states or attentions are captured"
-    if torch._C._are_functorch_transforms_active():
-        return "inside a torch.func transform"
-    if type(hidden) not in (Tensor, nn.Parameter) or hidden.is_meta:
-        return f"hidden states are a {type(hidden).__name__} on {hidden.device.type}"
+    if hidden.is_meta:
+        return "hidden states are on the meta device"
     if kwargs.get("cu_seq_lens_q") is None:
         return None
     if hidden.shape[0] != 1 or mask is not None or kwargs.get("max_length_q") is None:
@@ -338,29 +352,29 @@ def _not_packable(hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -
     return None
 
 
-def _not_graphed(
+def _graphed(
     known: Stock,
     encoder: Any,
     hidden: Tensor,
     mask: Tensor | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> str | None:
-    """Why this call can't be served by a CUDA graph; None if it can."""
+) -> Structure | str:
+    """The structure whose CUDA graphs serve this call, or why none can."""
     layers = list(known.family.layers(encoder))
-    reason = (
+    plan = (
         graphs.why_not(hidden)
-        or _not_packable(hidden, mask, kwargs)
         or _call_reason(encoder, hidden, mask, args, kwargs)
-        or _structure_reason(known, encoder, layers)
+        or _not_packable(hidden, mask, kwargs)
+        or _structure(known, encoder, layers)
     )
-    if reason is not None:
-        return reason
+    if isinstance(plan, str):
+        return plan
     if any(_drops(known.family.view(layer)) for layer in layers):
         return "dropout"
-    if encoder._pyaccel.structure.graphs is None:
+    if plan.graphs is None:
         return "parts of the layers are called as they are, or watched, or sharded"
-    return None
+    return plan
 
 
 def _drops(layer: Any) -> bool:
@@ -369,22 +383,27 @@ def _drops(layer: Any) -> bool:
     return (heads.training and heads.dropout.p > 0.0) or any(d.training and d.p > 0.0 for d in dropouts)
 
 
-def _structure_reason(known: Stock, module: Any, layers: list[Any]) -> str | None:
-    """Why the modules as they are now can't take the fast path; None if they can, cheap if they could."""
+def _structure(known: Stock, module: Any, layers: list[Any]) -> Structure | str | None:
+    """What the modules are now, or why they can't take the fast path; cheap if nothing has changed.
+
+    None in a graph that is compiled or exported, and fit: nothing is kept of what is in a graph.
+    """
     attached = module._pyaccel
     if torch.compiler.is_compiling():
         return unfit(known, layers, around=module)
-    if attached.structure is None or not attached.structure.unchanged():
-        attached.structure = None
-        if reason := unfit(known, layers, around=module):
-            return reason
-        for layer in layers:
-            _share_storage(known.family, layer)
-        attached.structure = Structure(known, module)
-        attached.structure.straight = _straight(known, layers, attached.acceleration.prepack)
-        if attached.acceleration.cuda_graphs and not any(is_sharded(x) or has_opaque(x) for x in layers):
-            attached.structure.graphs = graphs.Graphs(attached.structure.modules)
-    return None
+    present: Structure | None = attached.structure
+    if present is not None and present.unchanged(module, layers):
+        return present
+    if reason := unfit(known, layers, around=module):
+        return reason
+    made = Structure(known, module, layers)
+    if not are_its_own(layers):  # parameters that are lent for this call
+        return made
+    made.straight = _straight(known, layers, attached.acceleration.prepack)
+    if attached.acceleration.cuda_graphs and not any(is_sharded(x) or has_opaque(x) for x in layers):
+        made.graphs = graphs.Graphs(made.modules)
+    attached.structure = made
+    return made
 
 
 def _straight(known: Stock, layers: list[Any], prepack: bool) -> list[evaluation.StraightLayer]:
@@ -400,26 +419,6 @@ def _straight(known: Stock, layers: list[Any], prepack: bool) -> list[evaluation
             return []
         straight.append(one)
     return straight
-
-
-def _share_storage(family: Family, layer: Any) -> None:
-    """Put the weights of query, key and value into one buffer, so that one product serves them without a copy.
-
-    Not where others count on the storage that a weight has: FSDP, other processes, flat buffers of parameters.
-    """
-    heads = family.view(layer).attention.self
-    linears = (heads.query, heads.key, heads.value)
-    if is_sharded(layer) or any(type(linear) is not nn.Linear for linear in linears):
-        return
-    if all(_owns_its_storage(p) for linear in linears for p in linear.parameters()):
-        with torch.inference_mode(False):
-            share_qkv_storage(heads)
-
-
-def _owns_its_storage(parameter: Tensor) -> bool:
-    storage = parameter.untyped_storage()
-    alone = storage.nbytes() == parameter.numel() * parameter.element_size()
-    return alone and not (parameter.is_cpu and storage.is_shared())
 
 
 def layers_of(family: Family, module: Any) -> list[Any]:

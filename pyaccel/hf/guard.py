@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import output_capturing
 
 from pyaccel.hf.families import Family, Stock
+from pyaccel.hf.surroundings import is_patched
+from pyaccel.models.bert import activation_name
 from pyaccel.nn import Int8Linear, ObservedLinear
 
 
@@ -32,6 +34,8 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = 
         where = "" if layer is around else f"layer.{index}: "
         if not is_layer(family, layer):
             return f"{where}it is a {type(layer).__name__}, not a {family.layer}"
+        if patched := next((kind for kind in _kinds(stock, layer) if is_patched(kind)), None):
+            return f"{where}the forward of {patched.__name__} was patched"
         modules, parameters = _inside(layer)
         found = {path: _kind(part) for path, part in modules.items() if path not in ("", family.activation)}
         if found != expected:
@@ -60,6 +64,13 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = 
         if part is not around and id(part) not in inside and (reason := _changed(part)):
             return f"{path} {reason}"
     return None
+
+
+def _kinds(stock: Stock, layer: nn.Module) -> list[type[nn.Module]]:
+    """The classes whose forwards the fast path stands in for; an activation that it doesn't know is called."""
+    activation = layer.get_submodule(stock.family.activation)
+    fused = [type(activation)] if activation_name(activation) else []
+    return [*dict.fromkeys((stock.encoder, stock.layer, *stock.parts.values(), *fused))]
 
 
 def _inside(layer: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
@@ -164,20 +175,31 @@ def _title(kind: type | None, expected: type | None) -> str:
 class Structure:
     """What the modules inside `around` were when `unfit` found nothing: a change is noticed in microseconds.
 
-    It covers all that `unfit` looks at and that other code changes in place: children, classes,
-    attributes of instances, hooks, parameters, dtypes. The modules' own dicts are compared with copies of
+    It covers all that `unfit` looks at and that other code changes in place: layers, children, classes and their
+    forwards, attributes of instances, hooks, parameters, dtypes. The modules' own dicts are compared with copies of
     them, by identity of the items and in C. It holds no reference to `around`, which holds it: that cycle
     would keep a deleted model alive until the garbage collector comes by.
     """
 
-    def __init__(self, stock: Stock, around: nn.Module) -> None:
+    def __init__(self, stock: Stock, around: nn.Module, layers: list[Any]) -> None:
         # For the fast path: made when this is, and good as long.
         self.straight: list[Any] = []
         self.graphs: Any = None
+        self.layers = [layer for layer in layers if layer is not around]
+        self.kinds = list(dict.fromkeys(kind for layer in layers for kind in _kinds(stock, layer)))
+        self.forwards = [kind.forward for kind in self.kinds]
         self.modules = [part for part in around.modules() if part is not around]
         self.classes = list(map(type, self.modules))
         self.attributes = [part.__dict__ for part in self.modules]
         self.counts = list(map(len, self.attributes))
+        self.options = [
+            (part.__dict__, name)
+            for part in self.modules
+            if not isinstance(part, nn.Dropout)  # whose rate is read at every call
+            for name in part.__dict__.keys() - _STATE
+        ]
+        self.options_before = [attributes[name] for attributes, name in self.options]
+        self.own_options = [(name, around.__dict__[name]) for name in around.__dict__.keys() - _STATE]
         self.children = [part._modules for part in around.modules() if part._modules]
         self.children_before = [dict(children) for children in self.children]
         self.parameters = [part._parameters for part in self.modules if part._parameters]
@@ -195,20 +217,35 @@ class Structure:
             if isinstance(part, cast)
         ]
 
-    def unchanged(self) -> bool:
-        """Whether all is as it was; False also where that can't be told."""
+    def unchanged(self, around: nn.Module, layers: list[Any]) -> bool:
+        """Whether all is as it was, the layers that run too; False also where that can't be told."""
+        own = around.__dict__
         try:
             return (
                 not any(self.without_hooks)
                 and list(map(len, self.with_hooks)) == self.hook_counts
                 and list(map(type, self.modules)) == self.classes
                 and list(map(len, self.attributes)) == self.counts
+                and [attributes[name] for attributes, name in self.options] == self.options_before
+                and [(name, own[name]) for name, _ in self.own_options] == self.own_options
+                and [kind.forward for kind in self.kinds] == self.forwards
+                and (not self.layers or self.layers == layers)
                 and self.children == self.children_before
                 and self.parameters == self.parameters_before
                 and len(set(map(_DTYPE, self.weights))) == 1
             )
-        except RuntimeError:  # a parameter was replaced: two tensors were compared, and that gives no bool
+        # An attribute is gone, or two tensors or arrays were compared, which gives no bool.
+        except (KeyError, RuntimeError, ValueError):
             return False
 
 
 _DTYPE = attrgetter("dtype")
+# Attributes that every module has, and those that are this package's: compared in other ways, or free to change.
+_STATE = {*nn.Module().__dict__, "_pyaccel"}
+
+
+def are_its_own(layers: list[Any]) -> bool:
+    """Whether a layer's parameters are those it keeps, not tensors that stand in for one call (functional_call)."""
+    return all(
+        type(p) is nn.Parameter for layer in layers if not is_sharded(layer) for p in layer.parameters()
+    )

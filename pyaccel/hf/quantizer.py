@@ -95,7 +95,7 @@ class PyaccelInt8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
-            freeze(model)  # they are: query, key and value share one storage
+            freeze(model)
         else:
             config = self.quantization_config
             quantize(model, config.method, skip=config.skip, progress=False)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pyaccel import dispatch, ops, quantization, tuned
 from pyaccel.hf import fast_path, masked_lm
-from pyaccel.hf.attention import NAME, register
+from pyaccel.hf.attention import NAMES, name_for, register
 from pyaccel.hf.families import FAMILIES, Family, stock
 from pyaccel.hf.fast_path import (
     Acceleration,
@@ -29,7 +29,6 @@ from pyaccel.hf.fast_path import (
 )
 from pyaccel.hf.guard import unfit
 from pyaccel.hf.report import Explanation, Report
-from pyaccel.models.bert import unshare_qkv_storage
 from pyaccel.nn import Int8Linear
 from pyaccel.packing import layout
 
@@ -123,9 +122,10 @@ def accelerate(
 
 
 def _set_attention(acceleration: Acceleration, config: Any) -> None:
-    if config._attn_implementation != NAME:
-        acceleration.configs.append((config, config._attn_implementation))
-        config._attn_implementation = NAME
+    before = config._attn_implementation
+    if before not in NAMES:
+        acceleration.configs.append((config, before))
+        config._attn_implementation = name_for(before)
 
 
 def _attention_alone(model: nn.Module, swapped: set[Any]) -> dict[str, Any]:
@@ -186,8 +186,6 @@ def restore(model: nn.Module) -> nn.Module:
     for module in swapped:
         del module._pyaccel
         module.__class__ = type(module).__mro__[1]
-        if family_of(module) is not None and not is_encoder(module):
-            unshare_qkv_storage(_family(module).view(module).attention.self)
     for module in _swapped(model):  # those whose attention alone was changed
         del module._pyaccel
     for acceleration in accelerations:
@@ -198,7 +196,7 @@ def restore(model: nn.Module) -> nn.Module:
         if acceleration.floating:
             _forget_int8(model)
         for config, implementation in acceleration.configs:
-            if config._attn_implementation == NAME:  # else it was set to something else since
+            if config._attn_implementation in NAMES:  # else it was set to something else since
                 config._attn_implementation = implementation
     return model
 
@@ -213,6 +211,10 @@ def _forget_int8(model: nn.Module) -> None:
 def explain(model: nn.Module) -> Explanation:
     """See :func:`pyaccel.hf.explain`."""
     accelerations = _accelerations(model)
+    # A layer that was copied, and put beside the one that it is a copy of, brought an acceleration of its own.
+    within = {id(part) for module in _swapped(model) for part in module.modules() if part is not module}
+    outermost = [module for module in _swapped(model) if id(module) not in within]
+    accelerations = list({id(m._pyaccel.acceleration): m._pyaccel.acceleration for m in outermost}.values())
     if len(accelerations) > 1:
         raise ValueError(
             f"pyaccel.explain: {len(accelerations)} models accelerated apart are in this; pass one of them"
@@ -220,20 +222,26 @@ def explain(model: nn.Module) -> Explanation:
     first = next(module for module in _swapped(model) if type(module) is not masked_lm.Linear)
     with dispatch.record() as choices:
         if isinstance(first, PreTrainedModel):
-            weight, int8 = next(first.parameters()), {}
+            weight, int8, unfit_because = next(first.parameters()), {}, None
             _dry_run_of_attention(first.config, weight)
         else:
             family = _family(first)
             layer = layers_of(family, first)[0]
             weight = family.view(layer).output.LayerNorm.weight
             int8 = _int8_speedups(layer, weight.dtype)
-            _dry_run(family, layer, accelerations[0])
+            unfit_because = unfit(stock(family), [layer], around=layer)
+            if unfit_because is None:
+                _dry_run(family, layer, accelerations[0])
     summary = dispatch.summary(choices)
+    backends = {op: choice.backend for op, choice in summary.items()}
+    reasons = {op: choice.reason for op, choice in summary.items()}
+    if unfit_because is not None:
+        backends, reasons = {"layer": "stock"}, {"layer": unfit_because}
     return Explanation(
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
-        backends={op: choice.backend for op, choice in summary.items()},
-        reasons={op: choice.reason for op, choice in summary.items()},
+        backends=backends,
+        reasons=reasons,
         report=accelerations[0].report,
         int8=int8,
     )
@@ -282,7 +290,8 @@ def _read_in_the_padding(model: nn.Module) -> dict[nn.Module, str]:
         encoder: f"{type(head).__name__} reads every position, padding too"
         for head in model.modules()
         # Its loss, and the best answer, are over the logits of all positions.
-        if type(head).__name__.endswith("ForQuestionAnswering")
+        if any(kind.__name__.endswith("ForQuestionAnswering") for kind in type(head).__mro__)
+        or isinstance(getattr(head, "qa_outputs", None), nn.Module)
         for encoder in head.modules()
         if is_encoder(encoder)
     }

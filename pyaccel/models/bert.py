@@ -38,8 +38,6 @@ __all__ = [
     "BertModelOutput",
     "encoder_layer",
     "packed_attention",
-    "share_qkv_storage",
-    "unshare_qkv_storage",
 ]
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -388,9 +386,6 @@ def load(
     model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
     model.to_empty(device="cpu")
     model.load_state_dict(weights)
-    for heads in model.modules():
-        if isinstance(heads, BertSelfAttention) and isinstance(heads.query, Int8Linear):
-            share_qkv_storage(heads)
     return model.eval()
 
 
@@ -428,8 +423,8 @@ def encoder_layer(
             `attention.self.{query,key,value}`, `attention.output` and `output` (`dense`, `LayerNorm`,
             `dropout`), `intermediate` (`dense`, `intermediate_act_fn`).
         hidden: `[..., hidden_size]`, packed `[tokens, hidden_size]` or padded `[batch, seq, hidden_size]`.
-        attend: takes q, k and v `[..., num_heads, head_dim]` (views of one buffer), returns the context
-            `[..., hidden_size]`. Attention's own dropout is its business.
+        attend: takes q, k and v `[..., num_heads, head_dim]`, returns the context `[..., hidden_size]`. Attention's
+            own dropout is its business.
         chunk_size: run the feed-forward network on so many rows at a time (in the second last dimension), for less
             memory and the same numbers; 0: on all at once.
 
@@ -466,27 +461,27 @@ def project(linear: Any, x: Tensor, activation: str | None = None) -> Tensor:
 
 
 def project_qkv(attention_self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v ``[..., hidden_size]`` of the three projections, in one product where they are of one kind."""
+    """q, k and v ``[..., hidden_size]`` of the three projections; int8 layers quantize their common input once."""
     projections = (attention_self.query, attention_self.key, attention_self.value)
-    if _are_plain(projections):
-        return ops.linear_activation(hidden, *fused_qkv(attention_self)).chunk(3, -1)
-    scales = _fusable_scales(projections)
+    scales = _shared_input_scales(projections)
     if scales is None or (torch.is_grad_enabled() and hidden.requires_grad):
         return tuple(project(linear, hidden) for linear in projections)
-    codes, scale, offset = ops.quantize_per_token_with_offset(hidden)  # once for the three
-    weight, bias = fused_qkv(attention_self)
+    codes, scale, offset = ops.quantize_per_token_with_offset(hidden)
     dtype = autocast_dtype(hidden.device) or hidden.dtype
-    return ops.int8_matmul(
-        codes, weight, scale, torch.cat(scales), bias, out_dtype=dtype, a_offset=offset
-    ).chunk(3, -1)
+    return tuple(
+        ops.int8_matmul(
+            codes, linear.weight, scale, weight_scale, linear.bias, out_dtype=dtype, a_offset=offset
+        )
+        for linear, weight_scale in zip(projections, scales, strict=True)
+    )
 
 
 def _are_plain(linears: tuple[Any, ...]) -> bool:
     return all(type(linear) is nn.Linear for linear in linears)
 
 
-def _fusable_scales(linears: tuple[Any, ...]) -> list[Tensor] | None:
-    """The weights' scales, if these are int8 layers that quantise their common input in the same way."""
+def _shared_input_scales(linears: tuple[Any, ...]) -> list[Tensor] | None:
+    """The weights' scales, if these are int8 layers that quantize their common input in the same way."""
     scales = []
     for linear in linears:
         if (
@@ -600,83 +595,6 @@ def activation_name(function: Any) -> str | None:
     if type(function) is nn.GELU:
         return "gelu_tanh" if function.approximate == "tanh" else "gelu"
     return _FUSED_ACTIVATIONS.get(f"{type(function).__module__}.{type(function).__qualname__}")
-
-
-# ---- q, k and v in one product ----
-
-
-def fused_qkv(attention_self: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight `[3 * hidden_size, hidden_size]` and bias `[3 * hidden_size]` or None of the three projections.
-
-    Made anew at each call, so they can never be stale: a view without a copy after `share_qkv_storage` when
-    no gradient is recorded, and `torch.cat` otherwise.
-    """
-    projections = (attention_self.query, attention_self.key, attention_self.value)
-    weight = _concatenated([p.weight for p in projections])
-    biases = [p.bias for p in projections]
-    return weight, None if all(b is None for b in biases) else _concatenated(biases)
-
-
-def share_qkv_storage(attention_self: nn.Module) -> None:
-    """Put the weights of query, key and value one behind the other into one buffer, and their biases too.
-
-    In place: the Parameters stay the same objects with the same values, so optimizers, state dicts and edits
-    of `.data` work as before, and `fused_qkv` needs no copy in evaluation. Moving, casting or copying the
-    module gives each Parameter its own storage again, which costs only the copy. Parameters made in inference mode stay
-    where they are: once they are given other memory, torch can't take views of them.
-
-    Raises ValueError when the three differ in dtype or device.
-    """
-    for parameters in _qkv_parameters(attention_self):
-        kinds = {f"{p.dtype} on {p.device}" for p in parameters}
-        if len(kinds) > 1:
-            raise ValueError(f"share_qkv_storage: query, key and value differ: {', '.join(sorted(kinds))}")
-        buffer = torch.cat([p.data for p in parameters])
-        for parameter, view in zip(parameters, buffer.split([len(p) for p in parameters]), strict=True):
-            parameter.data = view
-
-
-def unshare_qkv_storage(attention_self: nn.Module) -> None:
-    """Give each Parameter of query, key and value its own storage: what `share_qkv_storage` did, undone."""
-    for parameters in _qkv_parameters(attention_self):
-        for parameter in parameters:
-            parameter.data = parameter.data.clone()
-
-
-def _qkv_parameters(attention_self: Any) -> list[list[nn.Parameter]]:
-    projections = (attention_self.query, attention_self.key, attention_self.value)
-    columns = [[p.weight for p in projections], [p.bias for p in projections]]
-    return [
-        parameters
-        for parameters in columns
-        if all(p is not None and not p.is_inference() for p in parameters)
-    ]
-
-
-def _concatenated(tensors: list[Tensor]) -> Tensor:
-    records_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if records_gradient or torch.compiler.is_compiling() or not _are_adjacent(tensors):
-        return torch.cat(tensors)
-    first, rows = tensors[0].detach(), sum(len(t) for t in tensors)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
-
-
-def _are_adjacent(tensors: list[Tensor]) -> bool:
-    """Whether they lie one behind the other in one storage, and not neighbours in memory by chance."""
-    first = tensors[0]
-    storage, end, row = first.untyped_storage()._cdata, first.storage_offset(), first.shape[1:]
-    for t in tensors:
-        if (
-            type(t) not in (Tensor, nn.Parameter)
-            or t.untyped_storage()._cdata != storage
-            or t.storage_offset() != end
-            or t.dtype != first.dtype
-            or t.shape[1:] != row
-            or not t.is_contiguous()
-        ):
-            return False
-        end += t.numel()
-    return True
 
 
 # ---- helpers of BertModel ----

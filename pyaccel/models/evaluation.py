@@ -7,21 +7,22 @@ attention by groups of equal lengths.
 
 It holds parameters, and unless it is asked to no copies of their values: what is changed in place is used, and what is
 put in another's place is for its owner to notice (:class:`pyaccel.hf.guard.Structure`). Moving or casting a module in
-place is noticed here. With ``prepack`` it holds weights in oneDNN's order, and makes them anew where the memory of a
-weight is another one or torch has counted a change in it.
+place is noticed here. With ``prepack`` it holds copies of the weights in oneDNN's order, those of query,
+key and value as one, and rebuilds them when the memory of a parameter is another one or torch has counted a change
+in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyaccel import dispatch
-from pyaccel.models.bert import activation_name, fused_qkv
+from pyaccel.models.bert import activation_name
 from pyaccel.nn import ResidualLayerNorm
 from pyaccel.ops import linear
 from pyaccel.ops._attention_torch import varlen_by_group
@@ -31,13 +32,29 @@ _OPS = ("linear_activation", "residual_layernorm", "varlen_attention")
 _PLAIN = (Tensor, nn.Parameter)
 
 
+class Reordered(NamedTuple):
+    """Copies of a layer's weights in the order in which oneDNN multiplies, and what they were made from.
+
+    ``held`` keeps the memory of the parameters in use, so that no other tensor can lie where they did: as long as they
+    lie there and torch has counted no change, the copies are theirs.
+    """
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    first: Tensor
+    inner: Tensor
+    second: Tensor
+    state: list[tuple[int, int]]
+    held: list[Tensor]
+
+
 @dataclass(eq=False)
 class StraightLayer:
     """One layer's parameters in the order of their use; made by :meth:`of`.
 
     Attributes:
         attention: the module whose ``training`` says whether attention drops.
-        projections: has the three layers for query, key and value.
+        projections: weight and bias of query, key and value.
         heads: their number, and the dimension of one.
         first, second: weight and bias of the product and the LayerNorm that end either half.
         inner: weight and bias of the product between, ``activation`` the module that follows it.
@@ -47,7 +64,7 @@ class StraightLayer:
     """
 
     attention: nn.Module
-    projections: Any
+    projections: tuple[tuple[Tensor, Tensor], ...]
     heads: tuple[int, int]
     first: tuple[Tensor, Tensor, Any]
     inner: tuple[Tensor, Tensor]
@@ -56,14 +73,7 @@ class StraightLayer:
     dropouts: tuple[Any, Any, Any]
     parameters: list[Tensor]
     prepack: bool = False
-    # Weight and bias of the one product for query, key and value; where the six parameters were when it was made.
-    qkv: tuple[Tensor, Tensor | None] | None = None
-    pointers: list[int] = field(default_factory=list)
-    # The four products' weights and the first one's bias; where all parameters were then, at which version, and views
-    # that keep that memory in use.
-    packed: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None = None
-    state: list[tuple[int, int]] = field(default_factory=list)
-    held: list[Tensor] = field(default_factory=list)
+    reordered: Reordered | None = None
 
     @classmethod
     def of(cls, layer: Any, attention: nn.Module, *, prepack: bool = False) -> StraightLayer | None:
@@ -84,7 +94,7 @@ class StraightLayer:
             return None
         return cls(
             attention=attention,
-            projections=heads,
+            projections=tuple((x.weight, x.bias) for x in linears[:3]),
             heads=(heads.num_attention_heads, heads.attention_head_size),
             first=(first.dense.weight, first.dense.bias, first.LayerNorm),
             inner=(inner.weight, inner.bias),
@@ -110,48 +120,39 @@ class StraightLayer:
 
     def __call__(self, hidden: Tensor, lengths: list[int]) -> Tensor:
         """Packed hidden states ``[total_tokens, hidden_size]`` of sequences of these lengths, without gradient."""
-        qkv_weight, qkv_bias, first_weight, inner_weight, second_weight = self._weights()
-        qkv = linear.evaluate(hidden, qkv_weight, qkv_bias)
-        q, k, v = qkv.view(-1, 3, *self.heads).unbind(1)
+        copies = self._reordered() if self.prepack else None
+        if copies is None:
+            q, k, v = (linear.evaluate(hidden, *each).view(-1, *self.heads) for each in self.projections)
+            first, inner, second = self.first[0], self.inner[0], self.second[0]
+        else:
+            qkv = linear.evaluate(hidden, copies.qkv, copies.qkv_bias)
+            q, k, v = qkv.view(-1, 3, *self.heads).unbind(1)
+            first, inner, second = copies.first, copies.inner, copies.second
         context = varlen_by_group(q, k, v, lengths, lengths, False, None, None, 0.0).flatten(1)
-        hidden = _residual_layernorm(context, hidden, first_weight, *self.first[1:])
-        inner = linear.evaluate(hidden, inner_weight, self.inner[1], activation_name(self.activation))
-        return _residual_layernorm(inner, hidden, second_weight, *self.second[1:])
+        hidden = _residual_layernorm(context, hidden, first, *self.first[1:])
+        activated = linear.evaluate(hidden, inner, self.inner[1], activation_name(self.activation))
+        return _residual_layernorm(activated, hidden, second, *self.second[1:])
 
-    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-        """Of the four products, and the bias of the first.
-
-        What is held of the parameters that were reordered keeps others from lying where those did: as long as they
-        lie there and torch has counted no change, they are those.
-        """
-        if not self.prepack or any(
-            p.is_inference() for p in self.parameters
-        ):  # torch counts no changes of these
-            self.packed = None
-            return *self._fused(), self.first[0], self.inner[0], self.second[0]
+    def _reordered(self) -> Reordered | None:
+        """The copies, made where there are none of the parameters as they are now; None if none may be kept."""
+        if any(p.is_inference() for p in self.parameters):  # torch counts no changes of these
+            self.reordered = None
+            return None
         state = [(p.data_ptr(), p._version) for p in self.parameters]
-        if self.packed is None or state != self.state:
-            weight, bias = fused_qkv(self.projections)
-            rest = (self.first[0], self.inner[0], self.second[0])
-            first, inner, second = map(linear.prepacked, rest)
-            bias = None if bias is None else bias.detach().clone()
-            self.packed, self.state = (linear.prepacked(weight), bias, first, inner, second), state
-            self.held = [p.detach() for p in self.parameters]
-        return self.packed
-
-    def _fused(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the one product, as long as the three layers' lie where they lay.
-
-        The view keeps that memory in use, so nothing else can be where they were. A copy, which it is where they aren't
-        neighbours, must be made anew each time, and isn't kept.
-        """
-        pointers = [p.data_ptr() for p in self.parameters[:6]]
-        if self.qkv is not None and pointers == self.pointers:
-            return self.qkv
-        weight, bias = fused_qkv(self.projections)
-        is_view = bias is not None and [weight.data_ptr(), bias.data_ptr()] == pointers[:2]
-        self.qkv, self.pointers = ((weight, bias), pointers) if is_view else (None, [])
-        return weight, bias
+        copies = self.reordered
+        if copies is None or state != copies.state:
+            with torch.inference_mode(False), torch.no_grad():
+                weights, biases = zip(*self.projections, strict=True)
+                rest = (self.first[0], self.inner[0], self.second[0])
+                copies = Reordered(
+                    linear.prepacked(torch.cat(weights)),
+                    torch.cat(biases),
+                    *map(linear.prepacked, rest),
+                    state=state,
+                    held=[p.detach() for p in self.parameters],
+                )
+            self.reordered = copies  # in one step: another thread finds all of it or nothing
+        return copies
 
 
 def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
@@ -160,10 +161,9 @@ def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
 
 
 def forget(layers: Sequence[StraightLayer]) -> None:
-    """Let go of views and copies, which hold memory that a model which has moved to another device has left."""
+    """Let go of copies, which hold memory that a model which has moved to another device has left."""
     for layer in layers:
-        layer.qkv = layer.packed = None
-        layer.held = []
+        layer.reordered = None
 
 
 def serves(layers: Sequence[StraightLayer], hidden: Tensor, tokens: PackedLayout) -> bool:

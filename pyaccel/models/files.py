@@ -46,15 +46,35 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def has_safetensors(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
+def pickled_weights(folder: Path) -> list[str]:
+    """Names of files that hold weights as pickles, which run code when they are read: they never are."""
+    endings = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+    names = (file.name for file in folder.iterdir() if file.suffix in endings)
+    return sorted(name for name in names if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt"))
+
+
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return _read_tensors(folder / "model.safetensors")
-    shards = sorted(set(read_json(index)["weight_map"].values()))
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{folder}: {index.name} has no weight_map of file names; fetch it again")
+    shards = sorted(set(names.values()))
     return {name: tensor for shard in shards for name, tensor in _read_tensors(folder / shard).items()}
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
+    pickled = [] if file.is_file() else pickled_weights(file.parent)
+    if pickled:
+        raise ValueError(
+            f"{file.parent}: {file.name} is missing, and pickled weights ({pickled[0]}) are not read, because they can "
+            "run code: load them with transformers, if you trust them, and save_pretrained a new folder"
+        )
     try:
         return load_file(_existing(file))
     except SafetensorError as error:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyaccel.models.bert import share_qkv_storage
 from pyaccel.nn import Int8Linear
 from pyaccel.nn.int8_files import quantization_config
 from pyaccel.nn.int8_linear import METHODS, Method
@@ -156,10 +155,6 @@ def freeze(model: nn.Module) -> nn.Module:
         )
     for layer in found:
         layer.freeze()
-    for module in model.modules():
-        heads = [getattr(module, name, None) for name in ("query", "key", "value")]
-        if all(isinstance(head, Int8Linear) for head in heads):
-            share_qkv_storage(module)  # one product for the three, without a copy
     _record(model)
     return model
 

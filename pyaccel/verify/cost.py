@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pyaccel import dispatch, ops
-from pyaccel.models.bert import BertConfig, BertLayer, encoder_layer, share_qkv_storage
+from pyaccel.models.bert import BertConfig, BertLayer, encoder_layer
 from pyaccel.nn import Int8Linear
 
 STOCK, OURS, FUSED = "transformers, SDPA", "pyaccel", "pyaccel, fused product"
@@ -417,6 +417,4 @@ def _layer_cost(name: str, size: LayerSize, *, training: bool) -> Cost:
             layer, run = _our_layer(size)
         layer.to(size.dtype)
         hidden = torch.empty(size.batch, size.seq, size.hidden, dtype=size.dtype)
-    if name != STOCK:
-        share_qkv_storage(layer.get_submodule("attention.self"))  # a cast gives each its own again
     return measure(layer, run, hidden, training=training)

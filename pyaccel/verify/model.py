@@ -28,7 +28,9 @@ from pyaccel.verify.trace import SITES, Trace, layout_reason, trace_accelerated,
 LOSS_FACTORS = (1.0, 1.3, 0.7)
 DROPOUT_RUNS = 32
 DROPOUT_SLOTS = 1024  # of batch and sequence, in each of these runs
-DROPOUT_TOKENS = 128  # whose values are kept
+DROPOUT_TOKENS = 128  # whose values are kept; of a shorter batch, copies are run until there are as many
+DROPOUT_COPIES = 8 * DROPOUT_SLOTS  # slots of such copies at most
+DROPOUT_LEAST = 64  # of fewer tokens, means and spread differ by more than allowed by chance
 
 OnCheck = Callable[[Check], None]
 
@@ -172,16 +174,16 @@ class _Truth:
         with trace_stock(_views(model), self.mask) as trace:
             return self.evaluate(model), trace
 
-    def inputs(self, model: nn.Module, rows: int | None = None) -> dict[str, Any]:
-        """The batch in the dtype of ``model``, or its first rows."""
+    def inputs(self, model: nn.Module, rows: int | None = None, copies: int = 1) -> dict[str, Any]:
+        """The batch in the dtype of ``model``, or its first rows, so many times."""
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         count = next(value for value in self.batch.values() if isinstance(value, Tensor)).shape[0]
         given = {}
         for name, value in self.batch.items():
             if isinstance(value, Tensor) and value.is_floating_point() and name != "labels":
                 value = value.to(dtype)
-            if rows is not None and isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
-                value = value[:rows]
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == count:
+                value = value[:rows].repeat(copies, *[1] * (value.dim() - 1)) if copies > 1 else value[:rows]
             given[name] = value
         return given
 
@@ -379,8 +381,16 @@ class _Verification:
         mask = truth.mask[: (rows or 1) * _choices(truth)]
         if not mask.any():
             mask, rows = truth.mask, None
+        tokens = int(mask.sum())
+        copies = max(1, min(-(-DROPOUT_TOKENS // tokens), DROPOUT_COPIES // mask.numel()))
+        if copies * tokens < DROPOUT_LEAST:
+            note = f"dropout was not checked: {tokens} tokens are too few to judge it, give a longer text"
+            if note not in self.notes:
+                self.notes.append(note)
+            return
+        mask = mask.repeat(copies, 1)
         stock = copy.deepcopy(truth.stock)
-        inputs = truth.inputs(stock, rows)
+        inputs = truth.inputs(stock, rows, copies)
         views = _views(stock), _views(model)
         for name, dropout_of in _DROPOUTS.items():
             if not any(dropout_of(view).p > 0 for view in views[0]):

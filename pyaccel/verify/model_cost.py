@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyaccel import dispatch
+from pyaccel import checkpoints, dispatch
 from pyaccel.packing import PackedLayout, pack, unpack
 from pyaccel.verify.cost import AsOnCuda, Card, Cost, Step, measure
 
@@ -54,7 +54,7 @@ def bert_config(model: str) -> Any:
 
     Raises ValueError for anything else.
     """
-    from transformers import AutoConfig, BertConfig
+    from transformers import BertConfig
 
     if model in NAMED:
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -65,13 +65,7 @@ def bert_config(model: str) -> Any:
         raise ValueError(
             f"there is no folder {folder}: give one of {', '.join(NAMED)}, or a folder with a config.json"
         )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:  # TypeError: 5.17's, of JSON that is no object
-        raise ValueError(f"{folder} could not be read: {str(error).strip().splitlines()[0]}") from None
-    if config.model_type != "bert":
-        raise ValueError(f"{folder} is of a {config.model_type!r} model: give a 'bert'")
-    return config
+    return checkpoints.load_config(checkpoints.find(folder), "bert")
 
 
 @dataclass(frozen=True)
@@ -184,8 +178,6 @@ def _stock(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
 
 
 def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
-    from pyaccel.models.bert import share_qkv_storage
-
     batch, seq, total = len(lengths), max(lengths), sum(lengths)
     run = _Run(training, lengths)
     hidden = run.embeddings(model, batch, seq)
@@ -198,7 +190,6 @@ def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[
         run("packing", nn.Module(), lambda x: pack(x, tokens), hidden)
         inside = torch.empty(total, hidden.shape[-1], dtype=hidden.dtype, device="meta")
     for i, layer in enumerate(model.encoder.layer):
-        share_qkv_storage(layer.attention.self)
         run(f"layer {i}", layer, _layer(layer, tokens), inside)
     if tokens is not None:
         run("unpacking", nn.Module(), lambda x: unpack(x, tokens), inside)

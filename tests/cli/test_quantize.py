@@ -58,7 +58,7 @@ def test_methods_and_a_text_of_ones_own(tiny_bert: Path, passages: Path, tmp_pat
         assert (out / "tokenizer.json").read_bytes() == (tiny_bert / "tokenizer.json").read_bytes()
     again = run(tmp_path / "static", "--out", tmp_path / "again")
     assert again.returncode == 2
-    assert "quantised already" in again.stderr
+    assert "quantized already" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_folders(tiny_bert: Path, tmp_path: Path) -> None:
     odd.mkdir()
     (odd / "config.json").write_text("[]")
     for folder, out, message in (
-        (odd, tmp_path / "out", "could not be loaded"),
+        (odd, tmp_path / "out", "is not a JSON object"),
         (tmp_path, tmp_path / "out", "has no config.json"),
         (tiny_bert, tmp_path, "exists already"),
     ):

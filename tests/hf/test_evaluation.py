@@ -41,6 +41,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether this CPU's oneDNN takes the dtype; bfloat16 needs AVX-512 or newer."""
+    return dtype in linear.onednn_dtypes()
+
+
 def accelerated(model: nn.Module, **options: Any) -> Any:
     model = copy.deepcopy(model)
     pyaccel.accelerate(model, **options)
@@ -62,7 +67,7 @@ def test_every_mask(kind: str, dtype: torch.dtype, calls: Counter[str]) -> None:
     model, batch = tiny(dtype=dtype), batch_of(kind)
     judge(model, accelerated(model), batch)
     first_is_padding = not bool(batch["attention_mask"][:, 0].all())
-    assert (calls["straight"] == 0) == first_is_padding
+    assert (calls["straight"] > 0) == (fuses(dtype) and not first_is_padding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,7 +76,7 @@ def test_every_kind_of_layer(name: str, dtype: torch.dtype, calls: Counter[str])
     model, batch = of_family(name).to(dtype), batch_of("right")
     batch.pop("token_type_ids", None)
     judge(model, accelerated(model), batch)
-    assert calls["straight"] >= LAYERS
+    assert (calls["straight"] >= LAYERS) == fuses(dtype)
 
 
 def test_it_is_what_the_ops_give(calls: Counter[str]) -> None:
@@ -213,7 +218,8 @@ def test_prepacked_weights_give_the_same_answers(name: str, dtype: torch.dtype, 
     fast = accelerated(model, prepack=True)
     judge(model, fast, batch)
     report = pyaccel.explain(fast).report
-    assert report.prepacked == calls["straight"] >= LAYERS
+    assert report.prepacked == calls["straight"]
+    assert (report.prepacked >= LAYERS) == fuses(dtype)
     assert f"{report.prepacked} of them on weights in oneDNN's order" in str(report)
 
 
@@ -290,8 +296,7 @@ def test_prepacked_weights_are_made_once(calls: Counter[str], monkeypatch: pytes
     assert_bits_equal(states(copied, batch), states(model, batch))
     assert made["weights"] == 8 * LAYERS
     evaluation.forget(model.encoder._pyaccel.structure.straight)
-    first = model.encoder._pyaccel.structure.straight[0]
-    assert (first.packed, first.held) == (None, [])
+    assert all(layer.reordered is None for layer in model.encoder._pyaccel.structure.straight)
 
 
 @pytest.mark.parametrize("prepack", [False, True])
@@ -355,20 +360,6 @@ def test_an_activation_that_is_changed_in_place_is_seen(calls: Counter[str]) -> 
         each.encoder.layer[0].intermediate.intermediate_act_fn.approximate = "tanh"
     judge(stock, model, batch)
     assert calls["straight"] >= 2 * LAYERS
-
-
-def test_memory_that_a_model_has_left_is_let_go(calls: Counter[str]) -> None:
-    model, batch = accelerated(tiny()), batch_of("right")
-    states(model, batch)
-    straight = model.encoder._pyaccel.structure.straight
-    assert all(layer.qkv is not None for layer in straight)
-    evaluation.forget(straight)
-    assert all(layer.qkv is None for layer in straight)
-    other_memory(model)
-    weight = straight[0].parameters[0]
-    weight.data = weight.data.clone()  # no longer beside the two others: a copy serves, and isn't kept
-    states(model, batch)
-    assert straight[0].qkv is None
 
 
 def test_copies_have_their_own(calls: Counter[str]) -> None:

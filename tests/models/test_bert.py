@@ -16,14 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyaccel import dispatch
-from pyaccel.models.bert import (
-    BertConfig,
-    BertModel,
-    encoder_layer,
-    fused_qkv,
-    share_qkv_storage,
-    unshare_qkv_storage,
-)
+from pyaccel.models.bert import BertConfig, BertModel, encoder_layer, project_qkv
+from pyaccel.quantization import quantize
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
 SMALL: dict[str, Any] = {
@@ -385,125 +379,62 @@ def test_encoder_layer_runs_stock_layers(act):
         assert_close_to_truth(encoder_layer(layer, hidden, attend), truth, layer(hidden))
 
 
-# ---- q, k and v in one product ----
+# ---- q, k and v ----
 
 
-def test_shared_storage_is_read_without_a_copy():
+def storages(tensors: Any) -> list[int]:
+    return [t.untyped_storage().data_ptr() for t in tensors if t is not None]
+
+
+def test_parameters_and_gradients_have_storages_of_their_own():
     model = our_model(stock_model())
-    attention = model.encoder.layer[0].attention.self
-    before, weights = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
-    share_qkv_storage(attention)
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    inputs = torch.randint(1, 97, (3, 8)), masks(3, 8, "right")
+    before = storages(model.parameters())
     with torch.no_grad():
-        weight, bias = fused_qkv(attention)
-        assert weight.data_ptr() == attention.query.weight.data_ptr()
-        assert bias.data_ptr() == attention.query.bias.data_ptr()
-        assert torch.equal(
-            weight, torch.cat([p.weight for p in (attention.query, attention.key, attention.value)])
-        )
-        unshare_qkv_storage(attention)
-        assert fused_qkv(attention)[0].data_ptr() != attention.query.weight.data_ptr()
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert len({p.untyped_storage().data_ptr() for p in attention.parameters()}) == 6
+        model(*inputs)
+    model(*inputs).last_hidden_state.square().sum().backward()
+    assert storages(model.parameters()) == before
+    gradients = storages(p.grad for p in model.encoder.parameters())
+    assert len(set(before + gradients)) == len(before) + len(gradients)
 
 
-def edit_data(attention: nn.Module) -> None:
-    attention.key.weight.data.mul_(2)
-    attention.value.bias.data += 1
+@pytest.mark.parametrize("method", ["dynamic", "weight_only"])
+def test_codes_have_storages_of_their_own(method, tmp_path):
+    model = our_model(stock_model())
+    quantize(model, method, progress=False)
+    model(torch.randint(1, 97, (3, 8)))
+    model.save_pretrained(tmp_path)
+    for each in (model, BertModel.from_pretrained(tmp_path)):
+        found = storages((*each.parameters(), *each.buffers()))
+        assert len(set(found)) == len(found)
 
 
-def replace_data(attention: nn.Module) -> None:
-    attention.key.weight.data = torch.randn(48, 48)
-
-
-def replace_parameter(attention: nn.Module) -> None:
-    attention.query.weight = nn.Parameter(torch.randn(48, 48))
-
-
-def swap_modules(attention: nn.Module) -> None:
-    attention.query, attention.key = attention.key, attention.query
-
-
-def load(attention: nn.Module) -> None:
-    attention.load_state_dict({name: torch.randn_like(t) for name, t in attention.state_dict().items()})
-
-
-def cast(attention: nn.Module) -> None:
-    attention.double()
-
-
-def cast_one(attention: nn.Module) -> None:
-    attention.key.weight.data = attention.key.weight.data.double().float()
-
-
-def leave_a_gap(attention: nn.Module) -> None:
-    buffer = torch.randn(200, 48)
-    for start, part in ((0, attention.query), (48, attention.key), (120, attention.value)):
-        part.weight.data = buffer[start : start + 48]
-
-
-def step(attention: nn.Module) -> None:
-    optimizer = torch.optim.SGD(attention.parameters(), lr=0.1)
-    for parameter in attention.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [edit_data, replace_data, replace_parameter, swap_modules, load, cast, cast_one, leave_a_gap, step],
-)
-def test_fused_weights_are_never_stale(change):
-    attention = our_model(stock_model()).encoder.layer[0].attention.self
-    share_qkv_storage(attention)
+def test_int8_projections_quantize_their_input_once_and_give_what_each_gives():
+    model = our_model(stock_model())
+    quantize(model, "dynamic", progress=False)
+    attention, hidden = model.encoder.layer[0].attention.self, torch.randn(7, 48)
+    with torch.no_grad(), dispatch.record() as choices:
+        found = project_qkv(attention, hidden)
+    assert [choice.op for choice in choices].count("quantize_per_token_with_offset") == 1
     with torch.no_grad():
-        fused_qkv(attention)
-    change(attention)
-    parts = (attention.query, attention.key, attention.value)
-    with torch.no_grad():
-        weight, bias = fused_qkv(attention)
-    assert torch.equal(weight, torch.cat([p.weight.detach() for p in parts]))
-    assert torch.equal(bias, torch.cat([p.bias.detach() for p in parts]))
+        for name, x in zip(("query", "key", "value"), found, strict=True):
+            assert_bits_equal(x, getattr(attention, name)(hidden), name=name)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_fused_weights_carry_gradients(shared):
-    attention = our_model(stock_model()).encoder.layer[0].attention.self
-    if shared:
-        share_qkv_storage(attention)
-    weight, bias = fused_qkv(attention)
-    grad = torch.arange(144.0)
-    torch.autograd.backward([weight.sum(1), bias], [grad, grad])
-    assert torch.equal(attention.key.weight.grad, grad[48:96, None].expand(48, 48))
-    assert torch.equal(attention.value.bias.grad, grad[96:])
-
-
-def test_projections_without_bias():
+@pytest.mark.parametrize("training", [False, True])
+def test_projections_without_bias(training):
     attention = nn.Module()
     for name in ("query", "key", "value"):
         attention.add_module(name, nn.Linear(4, 4, bias=False))
-    share_qkv_storage(attention)
-    with torch.no_grad():
-        weight, bias = fused_qkv(attention)
-    assert bias is None
-    assert weight.data_ptr() == attention.query.weight.data_ptr()
+    hidden = torch.randn(5, 4)
+    with torch.set_grad_enabled(training):
+        for x, linear in zip(project_qkv(attention, hidden), attention.children(), strict=True):
+            torch.testing.assert_close(x, linear(hidden))
 
 
-def test_only_equal_dtypes_can_share():
-    attention = our_model(stock_model()).encoder.layer[0].attention.self
-    attention.key.double()
-    with pytest.raises(ValueError, match=r"differ: torch\.float32 on cpu, torch\.float64 on cpu"):
-        share_qkv_storage(attention)
-    assert attention.query.weight.dtype == torch.float32
-
-
-def test_shared_storage_and_the_whole_model(tmp_path):
+def test_copies_files_and_other_parameters_of_the_whole_model(tmp_path):
     model = our_model(stock_model())
     exact, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
-    for layer in model.encoder.layer:
-        share_qkv_storage(layer.attention.self)
     inputs = torch.randint(1, 97, (3, 8)), masks(3, 8, "right")
 
     def check(function: Any) -> None:

@@ -39,15 +39,15 @@ def token_bytes(size: LayerSize) -> int:
     return size.batch * size.seq * size.hidden * size.dtype.itemsize
 
 
-def test_evaluation_is_seven_launches_and_two_thirds_of_stocks_bytes(costs: Any) -> None:
+def test_evaluation_is_nine_launches_and_seven_tenths_of_stocks_bytes(costs: Any) -> None:
     size, by_name = costs
     stock, ours, fused = (by_name[name]["evaluation"] for name in (STOCK, OURS, FUSED))
     assert stock.forward_launches == 12
-    assert ours.forward_launches == 8
-    assert fused.forward_launches == 7
+    assert ours.forward_launches == 10
+    assert fused.forward_launches == 9
     assert 40.0 <= stock.activation_bytes / token_bytes(size) <= 40.1
-    assert fused.activation_bytes / token_bytes(size) == 26.0
-    assert fused.activation_bytes <= 0.65 * stock.activation_bytes
+    assert fused.activation_bytes / token_bytes(size) == 28.0
+    assert fused.activation_bytes <= 0.7 * stock.activation_bytes
     for one in (stock, ours, fused):
         assert (one.backward, one.saved_bytes) == ((), 0)
 

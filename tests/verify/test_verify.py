@@ -446,7 +446,7 @@ def test_the_command_names_layer_and_op(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nowhere/at/all"], "could not be loaded"),
+        (["nowhere/at/all"], "there is no folder nowhere/at/all"),
         (["--budget", "nowhere.json"], "--budget"),
         (["--json", "nowhere/r.json"], "there is no folder"),
         (["--dtype", "fp8"], "unknown dtypes"),
