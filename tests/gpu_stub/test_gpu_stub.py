@@ -43,15 +43,20 @@ def run(folder: Path, *checks: str, cache: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def said(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, str]:
+def said(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> dict[str, str]:
     if reason := missing():
-        pytest.fail(reason)
+        pytest.skip(reason)  # the reason is printed: pyproject.toml has -ra
     cache = (
         pytestconfig.cache.mkdir("gpu_stub_triton")
         if pytestconfig.cache
         else tmp_path_factory.mktemp("cache")
     )
-    return run(tmp_path_factory.mktemp("libcuda"), cache=cache)
+    # One process for all the checks that this run has selected: importing takes longer than most of them.
+    names = [item.name for item in request.session.items if item.path == Path(__file__)]
+    wanted = [check for check in CHECKS if f"{test_on_a_card_that_is_not_there.__name__}[{check}]" in names]
+    return run(tmp_path_factory.mktemp("libcuda"), *wanted, cache=cache)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -59,6 +64,5 @@ def test_on_a_card_that_is_not_there(check: str, said: dict[str, str]) -> None:
     assert said[check] == ""
 
 
-def test_every_check_ran(said: dict[str, str]) -> None:
-    assert list(said) == CHECKS
+def test_the_checks_are_there() -> None:
     assert len(CHECKS) > 15

@@ -19,12 +19,12 @@ MUTANTS = [
         "*column)\n        out = (out[0], out[0], *out[2:])\n        return *(g if n",
     ),
     Mutant(
-        "feed_forward: x's gradient is the residual's too",
+        "feed_forward: dx shares the residual's memory",
         FEED_FORWARD,
         "        gradients = (*found, dweight1",
         "        found[1] = found[0]\n        gradients = (*found, dweight1",
     ),
-    Mutant("torch: x's gradient is the residual's too", MODES, "return grad.clone()", "return grad"),
+    Mutant("torch: dx shares the residual's memory", MODES, "return grad.clone()", "return grad"),
     Mutant(
         "the sum is the input where nothing is added", LAYERNORM, "if return_sum and total is x:", "if False:"
     ),

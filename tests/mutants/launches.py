@@ -1,0 +1,24 @@
+"""Bugs of where a launch goes, which only a card can have: the stub's."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+TESTS = [
+    "tests/gpu_stub/test_gpu_stub.py::test_on_a_card_that_is_not_there[launches_go_to_the_device_of_the_tensors]"
+]
+
+MUTANTS = [
+    Mutant(
+        "launches: on the current device",
+        "kernels/device.py",
+        "return torch.cuda.device(tensor.device)",
+        "return contextlib.nullcontext()",
+    ),
+    Mutant(
+        "launches: on the first device",
+        "kernels/device.py",
+        "return torch.cuda.device(tensor.device)",
+        "return torch.cuda.device(0)",
+    ),
+]
