@@ -10,7 +10,7 @@ OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.12
 PYTHONS       ?= python3.10 python3.14
 LANE_TESTS    ?= tests/test_packaging.py tests/test_dispatch.py tests/kernels tests/ops tests/nn tests/models tests/hf \
-	tests/quantization tests/verify tests/cli tests/machine_code
+	tests/quantization tests/verify tests/cli tests/machine_code tests/gpu_stub
 
 BIN := $(VENV)/bin
 ENV := $(VENV)/.ready
