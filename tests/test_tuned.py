@@ -384,6 +384,7 @@ def test_a_broken_file_makes_room_for_what_was_measured(own: Path) -> None:
     assert own.with_name("linear_activation.json.broken").read_text() == "broken"
     assert _call()[0] == "plain"
     own.unlink()
+    own.with_name("linear_activation.json.broken").unlink()
     own.mkdir()
     with pytest.warns(UserWarning, match="it isn't a file"):
         write("own", "linear_activation", {(16, 8, 32): {"plain": 1.0, "onednn": 9.0}})
