@@ -164,7 +164,7 @@ def requested(op: str) -> str:
         found = scope.asked.get(op, scope.asked.get(""))
         if found is not None:
             return found
-    return rest.get(op, rest.get("", "auto"))
+    return rest.get(op) or rest.get("", "auto")
 
 
 def requests() -> tuple[tuple[str, str], ...]:

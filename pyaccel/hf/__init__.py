@@ -30,6 +30,7 @@ def accelerate(
     strict: bool = True,
     prepack: bool = False,
     cuda_graphs: bool = False,
+    skip_logits: bool = False,
 ) -> Report:
     """Make a Hugging Face model of the BERT family faster, in place, at the same answers; :func:`restore` undoes it.
 
@@ -74,6 +75,16 @@ def accelerate(
             for each encoder. The padding is not dropped in them, only cleared at the end. Weights may be changed in
             place; what moves is captured anew. Larger batches, autocast and training go their usual ways, and
             ``Report.not_graphed`` counts them.
+        skip_logits: for pre-training with ``...ForMaskedLM`` and BERT's, ERNIE's and ALBERT's ``...ForPreTraining``: a
+            training call that is given labels computes the loss over the masked tokens alone
+            (:func:`pyaccel.ops.masked_lm_cross_entropy`), and the output's ``logits`` (``prediction_logits``) are None.
+            Loss and gradients are the stock model's, but where no label counts: then the loss is 0 and not NaN.
+            Evaluation, and calls without labels, give logits as ever. So do calls that can't do without: a changed
+            forward or loss, hooks on the head, a decoder that isn't a plain Linear, ``torch.compile``, ``export``,
+            function transforms, and ``forward`` called directly, past the model's hooks.
+            ``Report.logits_skipped`` and ``Report.not_skipped`` count them.
+
+    An error, or Ctrl-C, leaves the model as it was.
 
     Returns:
         what was swapped and what not, with reasons; it goes on counting calls. A second call with the same
@@ -94,6 +105,7 @@ def accelerate(
         strict=strict,
         prepack=prepack,
         cuda_graphs=cuda_graphs,
+        skip_logits=skip_logits,
     )
 
 

@@ -52,6 +52,7 @@ class Acceleration:
     int8: str | None = None
     prepack: bool = False
     cuda_graphs: bool = False
+    skip_logits: bool = False
 
     def use_backend(self) -> AbstractContextManager[object]:
         return nullcontext() if self.backend == "auto" else dispatch.use_backend(self.backend)

@@ -17,12 +17,14 @@ class Report:
         swapped: name of each swapped module -> its class.
         not_swapped: name of each module that was left alone -> why.
         attention: name of each model that got pyaccel's attention alone -> its class.
-        packing, backend, prepack, cuda_graphs: as given to `accelerate`.
+        packing, backend, prepack, cuda_graphs, skip_logits: as given to `accelerate`.
         fast: calls that the fast path served, by kind: "packed" (no padding), "padded" and "by a graph".
         fallbacks: calls that went to the stock layer, by reason.
         prepacked: of those calls, the ones that ran on weights in oneDNN's order.
         captured: CUDA graphs that were captured.
         not_graphed: forward passes that no CUDA graph could serve, by reason, where they were asked for.
+        logits_skipped: training passes whose masked-language-model head computed the loss of masked tokens alone.
+        not_skipped: training passes that computed all logits, by reason, where `skip_logits` was asked for.
         not_packed: forward passes that could not drop their padding and ran layer by layer, by reason.
     """
 
@@ -33,18 +35,21 @@ class Report:
     backend: str = "auto"
     prepack: bool = False
     cuda_graphs: bool = False
+    skip_logits: bool = False
     fast: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     not_packed: Counter[str] = field(default_factory=Counter)
     not_graphed: Counter[str] = field(default_factory=Counter)
+    not_skipped: Counter[str] = field(default_factory=Counter)
+    logits_skipped: int = 0
     prepacked: int = 0
     captured: int = 0
 
     def reset(self) -> None:
         """Set all counts to 0."""
-        for counts in (self.fast, self.fallbacks, self.not_packed, self.not_graphed):
+        for counts in (self.fast, self.fallbacks, self.not_packed, self.not_graphed, self.not_skipped):
             counts.clear()
-        self.prepacked = self.captured = 0
+        self.prepacked = self.captured = self.logits_skipped = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, strings and numbers, for JSON."""
@@ -65,6 +70,12 @@ class Report:
             lines.append(f"  {self.prepacked} of them on weights in oneDNN's order")
         if self.cuda_graphs:
             lines.append(f"  {self.captured} CUDA graphs captured")
+        if self.skip_logits:
+            lines.append(f"  {self.logits_skipped} training passes skipped the logits")
+        lines += [
+            f"  {count} training passes computed all logits: {reason}"
+            for reason, count in self.not_skipped.most_common()
+        ]
         lines += [
             f"  {count} ran the stock layer: {reason}" for reason, count in self.fallbacks.most_common()
         ]

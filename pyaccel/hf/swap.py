@@ -8,14 +8,15 @@ outputs from it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyaccel import dispatch, ops, quantization, tuned
-from pyaccel.hf import fast_path, masked_lm
+from pyaccel import dispatch, ops, tuned
+from pyaccel.hf import fast_path, mlm_head
 from pyaccel.hf.attention import NAMES, name_for, register
 from pyaccel.hf.families import FAMILIES, Family, stock
 from pyaccel.hf.fast_path import (
@@ -31,6 +32,8 @@ from pyaccel.hf.guard import unfit
 from pyaccel.hf.report import Explanation, Report
 from pyaccel.nn import Int8Linear
 from pyaccel.packing import layout
+from pyaccel.quantization.changes import Changes
+from pyaccel.quantization.convert import quantize_within, record
 
 __all__ = ["accelerate", "explain", "register", "restore"]
 
@@ -44,6 +47,7 @@ def accelerate(
     strict: bool = True,
     prepack: bool = False,
     cuda_graphs: bool = False,
+    skip_logits: bool = False,
 ) -> Report:
     """See :func:`pyaccel.hf.accelerate`."""
     if backend != "auto" and backend not in dispatch.BACKENDS:
@@ -71,10 +75,17 @@ def accelerate(
         "backend": backend,
         "prepack": prepack,
         "cuda_graphs": cuda_graphs,
+        "skip_logits": skip_logits,
     }
     acceleration = _present(model, **asked)
     if acceleration is None:
-        report = Report(packing=packing, backend=backend, prepack=prepack, cuda_graphs=cuda_graphs)
+        report = Report(
+            packing=packing,
+            backend=backend,
+            prepack=prepack,
+            cuda_graphs=cuda_graphs,
+            skip_logits=skip_logits,
+        )
         acceleration = Acceleration(report=report, **asked)
     report = acceleration.report
 
@@ -87,45 +98,59 @@ def accelerate(
     todo = [(name, *candidate) for name, candidate in candidates.items() if reasons[name] is None]
     swapped = {*_swapped(model), *(module for _, _, module in todo)}
     attention_alone = _attention_alone(model, swapped) if backend == "auto" and int8 is None else {}
-    report.not_swapped = {name: reason for name, reason in reasons.items() if reason is not None}
+    not_swapped = {name: reason for name, reason in reasons.items() if reason is not None}
     if strict and not (todo or report.swapped or attention_alone or report.attention):
-        why = "; ".join(f"{name or 'it'}: {reason}" for name, reason in report.not_swapped.items())
+        why = "; ".join(f"{name or 'it'}: {reason}" for name, reason in not_swapped.items())
         known = ", ".join(family.title for family in FAMILIES)
         raise ValueError(
             f"pyaccel.accelerate: nothing in this {type(model).__name__} can be accelerated: "
             f"{why or f'it holds no encoder or layer of a known family ({known} of transformers)'}. "
             f"Pass strict=False to get a report instead."
         )
+    heads, unfit_heads = _masked_lm_heads(model, strict) if skip_logits else ([], {})
     if todo:
         # A backend that was asked for and can't serve must say so before anything is changed.
         _, family, module = todo[0]
         _dry_run(family, layers_of(family, module)[0], acceleration)
 
     reads_padding = _read_in_the_padding(model)
-    for name, family, module in todo:
-        config = _config(family, module)
-        _set_attention(acceleration, config)
-        module.__class__ = subclass_for(family, module)
-        module._pyaccel = Attached(acceleration, config, reads_padding.get(module))
-        report.swapped[name] = type(module).__name__
-    for name, head, decoder in _masked_lm_heads(model):
-        decoder.__class__ = masked_lm.Linear
-        decoder._pyaccel = Attached(acceleration, head.config)
-        report.swapped[name] = "Linear"
-    for name, part in attention_alone.items():
-        _set_attention(acceleration, part.config)
-        part._pyaccel = Attached(acceleration, part.config)
-        report.attention[name] = type(part).__name__
-    if int8 is not None and todo:
-        _make_int8(model, acceleration, int8)
+    with Changes() as changes:  # an error, or Ctrl-C, leaves the model as it was
+        changes.item(report.__dict__, "not_swapped", {**not_swapped, **unfit_heads})
+        for name, family, module in todo:
+            config = _config(family, module)
+            _set_attention(changes, acceleration, config)
+            attached = Attached(acceleration, config, reads_padding.get(module))
+            _set_class(changes, module, subclass_for(family, module), attached)
+            changes.item(report.swapped, name, type(module).__name__)
+        for name, head, decoder in heads:
+            _set_class(changes, decoder, mlm_head.Linear, Attached(acceleration, head.config))
+            if not mlm_head.is_attached(head):
+                changes.make(partial(mlm_head.attach, head, acceleration), partial(mlm_head.detach, head))
+            changes.item(report.swapped, name, "Linear")
+        for name, part in attention_alone.items():
+            _set_attention(changes, acceleration, part.config)
+            changes.item(part.__dict__, "_pyaccel", Attached(acceleration, part.config))
+            changes.item(report.attention, name, type(part).__name__)
+        if int8 is not None and todo:
+            _make_int8(changes, model, acceleration, int8)
     return report
 
 
-def _set_attention(acceleration: Acceleration, config: Any) -> None:
+def _set_class(changes: Changes, module: Any, kind: Any, attached: Attached) -> None:
+    before = type(module)
+    changes.item(module.__dict__, "_pyaccel", attached)
+    changes.make(partial(setattr, module, "__class__", kind), partial(setattr, module, "__class__", before))
+
+
+def _set_attention(changes: Changes, acceleration: Acceleration, config: Any) -> None:
     before = config._attn_implementation
     if before not in NAMES:
-        acceleration.configs.append((config, before))
-        config._attn_implementation = name_for(before)
+        configs = acceleration.configs
+        changes.item(acceleration.__dict__, "configs", [*configs, (config, before)])
+        changes.make(
+            partial(setattr, config, "_attn_implementation", name_for(before)),
+            partial(setattr, config, "_attn_implementation", before),
+        )
 
 
 def _attention_alone(model: nn.Module, swapped: set[Any]) -> dict[str, Any]:
@@ -143,69 +168,82 @@ def _attention_alone(model: nn.Module, swapped: set[Any]) -> dict[str, Any]:
     }
 
 
-def _masked_lm_heads(model: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Last layers of heads whose loss is over masked tokens, on an encoder that is swapped: name, head, layer."""
+def _masked_lm_heads(model: nn.Module, strict: bool) -> tuple[list[tuple[str, Any, Any]], dict[str, str]]:
+    """Heads whose logits can be skipped, as name of the decoder, head and decoder; and why the others' can't."""
+    found, reasons = [], {}
     names = {module: name for name, module in model.named_modules()}
-    found = []
-    for head in model.modules():
-        if not isinstance(head, PreTrainedModel) or not type(head).__name__.endswith(
-            ("ForMaskedLM", "ForPreTraining")
-        ):
-            continue
-        decoder = head.get_output_embeddings()
-        if (
-            type(decoder) is nn.Linear
-            and decoder in names
-            and any(is_encoder(part) and "_pyaccel" in part.__dict__ for part in head.modules())
-        ):
+    for name, head in mlm_head.heads_of(model):
+        decoder: Any = head.get_output_embeddings()
+        reason = mlm_head.unfit(head)
+        if reason is not None:
+            reasons[name] = f"skip_logits: {reason}"
+        elif "_pyaccel" not in decoder.__dict__:
             found.append((names[decoder], head, decoder))
-    return found
+    is_done = any("_pyaccel" in head.get_output_embeddings().__dict__ for _, head in mlm_head.heads_of(model))
+    if strict and not found and not is_done:
+        why = "; ".join(reasons.values()) or "it has no masked-language-model head of a known family"
+        raise ValueError(
+            f"pyaccel.accelerate: skip_logits=True has no effect on this {type(model).__name__}: {why}. "
+            f"Leave it out, or pass strict=False to get a report instead."
+        )
+    return found, reasons
 
 
-def _make_int8(model: nn.Module, acceleration: Acceleration, method: Any) -> None:
-    """Quantise, and keep what was there: `restore` puts the very same layers back."""
+def _make_int8(changes: Changes, model: nn.Module, acceleration: Acceleration, method: Any) -> None:
+    """Quantize, and keep what was there: `restore` puts the very same layers back."""
     before = {(parent, name): child for parent in model.modules() for name, child in parent.named_children()}
-    quantization.quantize(model, method, progress=False)
-    acceleration.floating += [
-        (parent, name, child)
-        for (parent, name), child in before.items()
-        if getattr(parent, name, child) is not child and type(child) is nn.Linear
-    ]
+    kept = [(parent, name, child) for (parent, name), child in before.items() if type(child) is nn.Linear]
+    changes.item(acceleration.__dict__, "floating", [*acceleration.floating, *kept])
+    quantize_within(changes, model, method, progress=False)
+    acceleration.floating = [entry for entry in acceleration.floating if getattr(*entry[:2]) is not entry[2]]
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """See :func:`pyaccel.hf.restore`."""
+    """See :func:`pyaccel.hf.restore`.
+
+    Interrupted, it can be called again: what says that a module is accelerated is removed last.
+    """
     accelerations = _accelerations(model)
-    swapped = [module for module in _swapped(model) if not isinstance(module, PreTrainedModel)]
+    swapped = _swapped(model)
     for module in swapped:
-        if type(module).__module__ not in (fast_path.__name__, masked_lm.__name__):
+        if not isinstance(module, PreTrainedModel) and _base_of(module) is None:
             raise RuntimeError(
                 f"pyaccel.restore: the class of an accelerated {type(module).__name__} was changed again, to "
                 f"{type(module).__module__}.{type(module).__qualname__}; undo that first"
             )
-    for module in swapped:
-        del module._pyaccel
-        module.__class__ = type(module).__mro__[1]
-    for module in _swapped(model):  # those whose attention alone was changed
-        del module._pyaccel
     for acceleration in accelerations:
         for parent, name, child in acceleration.floating:
             here: Any = getattr(parent, name)  # the model may have been moved or cast since
-            like = child.weight if here.bias is None else here.bias
-            setattr(parent, name, child.to(here.weight.device, like.dtype).train(here.training))
+            if here is not child:
+                like = child.weight if here.bias is None else here.bias
+                setattr(parent, name, child.to(here.weight.device, like.dtype).train(here.training))
         if acceleration.floating:
-            _forget_int8(model)
+            record(model, Changes())
         for config, implementation in acceleration.configs:
             if config._attn_implementation in NAMES:  # else it was set to something else since
                 config._attn_implementation = implementation
+    mlm_head.detach(model)
+    for module in swapped:
+        if isinstance(module, PreTrainedModel):  # whose attention alone was changed
+            continue
+        if type(module).__module__ in _OURS:
+            module.__class__ = _base_of(module)
+    for module in swapped:
+        del module._pyaccel
     return model
 
 
-def _forget_int8(model: nn.Module) -> None:
-    for part in model.modules():
-        config: Any = getattr(part, "config", None)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+_OURS = (fast_path.__name__, mlm_head.__name__)
+
+
+def _base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class that an accelerated module had; None if it was changed since to one that isn't known."""
+    kind = type(module)
+    if kind.__module__ in _OURS:
+        return kind.__mro__[1]
+    family = family_of(module)  # of a `restore` that was interrupted
+    known = (nn.Linear,) if family is None else (stock(family).encoder, stock(family).layer)
+    return kind if kind in known else None
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -219,7 +257,7 @@ def explain(model: nn.Module) -> Explanation:
         raise ValueError(
             f"pyaccel.explain: {len(accelerations)} models accelerated apart are in this; pass one of them"
         )
-    first = next(module for module in _swapped(model) if type(module) is not masked_lm.Linear)
+    first = next(module for module in _swapped(model) if type(module) is not mlm_head.Linear)
     with dispatch.record() as choices:
         if isinstance(first, PreTrainedModel):
             weight, int8, unfit_because = next(first.parameters()), {}, None

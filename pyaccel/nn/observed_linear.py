@@ -28,13 +28,14 @@ class ObservedLinear(nn.Linear):
             raise TypeError(
                 f"ObservedLinear: only an nn.Linear can be watched, got a {type(linear).__name__}"
             )
-        linear.__class__ = ObservedLinear
         linear._observe = observe  # type: ignore[assignment]
+        linear.__class__ = ObservedLinear
 
-    def release(self) -> None:
-        """Make it an nn.Linear again."""
-        del self._observe
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+    def release(self: nn.Linear) -> None:
+        """Make it an nn.Linear again, whatever is left of a :meth:`watch` that was interrupted."""
+        if isinstance(self, ObservedLinear):
+            self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__dict__.pop("_observe", None)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight, self.bias)

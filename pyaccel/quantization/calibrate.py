@@ -132,8 +132,7 @@ def watched(model: nn.Module, observer: Callable[[str], Callable[[Tensor, Tensor
         yield
     finally:
         for linear in linears.values():
-            if isinstance(linear, ObservedLinear):
-                linear.release()
+            ObservedLinear.release(linear)
 
 
 @torch.no_grad()
@@ -141,9 +140,9 @@ def run(model: nn.Module, data: Iterable[Any], *, progress: bool, description: s
     """Every batch through the model, in evaluation; returns how many there were."""
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     batches = 0
     try:
+        model.eval()
         console = Console(stderr=True)
         for batch in track(data, description, console=console, transient=True, disable=not progress):
             moved = _to(batch, device)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from pyaccel.nn import Int8Linear
 from pyaccel.nn.int8_files import quantization_config
 from pyaccel.nn.int8_linear import METHODS, Method
 from pyaccel.quantization.calibrate import OBSERVERS, Calibration, Observer, calibrate, encoder_linears
+from pyaccel.quantization.changes import Changes
 from pyaccel.quantization.smooth import smooth_scales
 
 
@@ -82,7 +84,38 @@ def quantize(
     Raises:
         ValueError: nothing to quantise, an unknown method or observer, a pattern that fits nothing, or no data where
             they are needed.
+
+    An error, or Ctrl-C, leaves the model as it was: all layers are made before the first is put in its place.
     """
+    with Changes() as changes:
+        return quantize_within(
+            changes,
+            model,
+            method,
+            calibration=calibration,
+            smooth=smooth,
+            alpha=alpha,
+            observer=observer,
+            percent=percent,
+            skip=skip,
+            progress=progress,
+        )
+
+
+def quantize_within(
+    changes: Changes,
+    model: nn.Module,
+    method: Method = "dynamic",
+    *,
+    calibration: Calibration | Iterable[Any] | None = None,
+    smooth: bool = False,
+    alpha: float = 0.5,
+    observer: Observer = "amax",
+    percent: float = 99.99,
+    skip: Sequence[str] = (),
+    progress: bool = True,
+) -> QuantizationReport:
+    """As :func:`quantize`, with what is to be undone after an error noted in ``changes``."""
     linears, report = _selected(model, method, skip)
     if method == "weight_only" and smooth:
         raise ValueError(
@@ -112,16 +145,19 @@ def quantize(
                 f"quantize: calibration saw nothing of {min(missing)}: calibrate this very model"
             )
     scales = smooth_scales(linears, seen, alpha) if smooth and seen is not None else {}
+    made = {}
     for name, linear in linears.items():
         smoothing = scales.get(name)
         input_scale = None
         if method == "static" and seen is not None:
             input_scale = _static_scale(seen, name, observer, percent, smoothing)
-        _replace(model, name, linear, method, input_scale, smoothing)
+        made[name] = _int8_layer(linear, method, input_scale, smoothing).freeze()
         report.quantized.append(name)
         if smoothing is not None:
             report.smoothed.append(name)
-    freeze(model)
+    for name, layer in made.items():
+        changes.module(model, name, layer)
+    _freeze(model, changes)
     report.bytes_after = _weight_bytes(model)
     return report
 
@@ -139,38 +175,55 @@ def prepare_qat(
             "prepare_qat: a static scale would not follow the training: 'dynamic' or 'weight_only'"
         )
     linears, report = _selected(model, method, skip)
-    for name, linear in linears.items():
-        _replace(model, name, linear, method, None, None)
-        report.quantized.append(name)
+    made = {name: _int8_layer(linear, method, None, None) for name, linear in linears.items()}
+    with Changes() as changes:
+        for name, layer in made.items():
+            changes.module(model, name, layer)
+    report.quantized = list(made)
     report.bytes_after = report.bytes_before
     return report
 
 
 def freeze(model: nn.Module) -> nn.Module:
     """Put int8 codes in the place of every Int8Linear's weight. Raises ValueError if there is none."""
+    with Changes() as changes:
+        _freeze(model, changes)
+    return model
+
+
+def _freeze(model: nn.Module, changes: Changes) -> None:
     found = [module for module in model.modules() if isinstance(module, Int8Linear)]
     if not found:
         raise ValueError(
             f"freeze: there is no Int8Linear in this {type(model).__name__}; quantize or prepare_qat first"
         )
     for layer in found:
-        layer.freeze()
-    _record(model)
-    return model
+        if not layer.is_frozen:
+            changes.make(layer.freeze, partial(_thaw, layer, layer.weight, layer._float))
+    record(model, changes)
+
+
+def _thaw(layer: Int8Linear, weight: nn.Parameter, dtype: torch.dtype | None) -> None:
+    layer.weight, layer.weight_scale, layer._float = weight, None, dtype
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Make every Int8Linear an nn.Linear again, with what its codes stand for. Raises ValueError if there is none."""
+    """Make every Int8Linear an nn.Linear again, with what its codes stand for. Raises ValueError if there is none.
+
+    An error, or Ctrl-C, leaves the model as it was.
+    """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
     if not found:
         raise ValueError(f"dequantize: there is no Int8Linear in this {type(model).__name__}")
-    for name, layer in found.items():
-        _set(model, name, layer.to_linear())
-    _record(model)
+    made = {name: layer.to_linear() for name, layer in found.items()}
+    with Changes() as changes:
+        for name, linear in made.items():
+            changes.module(model, name, linear)
+        record(model, changes)
     return model
 
 
-def _record(model: nn.Module) -> None:
+def record(model: nn.Module, changes: Changes) -> None:
     """Have the ``save_pretrained`` of transformers' models in ``model`` write what is int8 now into config.json."""
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -179,11 +232,24 @@ def _record(model: nn.Module) -> None:
         entry = quantization_config(module, prefix=f"{module.base_model_prefix}.")
         quantizer = getattr(module, "hf_quantizer", None)
         if entry is not None:
-            config.quantization_config = entry
+            changes.item(config.__dict__, "quantization_config", entry)
         elif quantizer is not None:  # from_pretrained made it int8, and knows what else says so
+            for owner in (config, module, quantizer):
+                for name in _OF_QUANTIZERS & owner.__dict__.keys():
+                    changes.item(owner.__dict__, name, owner.__dict__[name])  # so that it is put back
             quantizer.remove_quantization_config(module)
         elif hasattr(config, "quantization_config"):
-            del config.quantization_config
+            changes.item(config.__dict__, "quantization_config", Changes.DELETED)
+
+
+# What transformers' `HfQuantizer.remove_quantization_config` deletes of a model and its config.
+_OF_QUANTIZERS = {
+    "hf_quantizer",
+    "quantization_config",
+    "_pre_quantization_dtype",
+    "quantization_method",
+    "is_quantized",
+}
 
 
 def _selected(
@@ -227,25 +293,15 @@ def _static_scale(
 
 
 @torch.no_grad()
-def _replace(
-    model: nn.Module,
-    name: str,
-    linear: nn.Linear,
-    method: Method,
-    input_scale: float | None,
-    smoothing: Tensor | None,
-) -> None:
+def _int8_layer(
+    linear: nn.Linear, method: Method, input_scale: float | None, smoothing: Tensor | None
+) -> Int8Linear:
     module = Int8Linear.from_linear(linear, method=method, input_scale=input_scale)
     if smoothing is not None:
         module.smooth_scale = smoothing
         weight = linear.weight
         module.weight = nn.Parameter((weight.float() / smoothing).to(weight.dtype), weight.requires_grad)
-    _set(model, name, module)
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    return module
 
 
 def _weight_bytes(model: nn.Module) -> int:
