@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Bound once: whoever puts our function in the place of torch.nn.functional's must not find it calling itself.
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
@@ -21,6 +22,11 @@ _VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 def may_hold(condition: Tensor) -> bool:
     """False only where it is known, at next to no cost, that ``condition`` holds nowhere."""
     return not dispatch.on_host(condition) or bool(condition.any())
+
+
+def forward_mode() -> bool:
+    """Whether derivatives are taken forward (``torch.func.jvp``), which kernels know nothing of."""
+    return forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
 
 
 def sdpa(
@@ -41,6 +47,10 @@ def sdpa(
         is_causal: in place of the two.
         dropout_p: by PyTorch's own mask, not by ours.
     """
+    if forward_mode() and dropout_p == 0.0:
+        if allowed is None:
+            allowed, _ = reference.combine_masks(query, key, None, None, is_causal, None)
+        return _defined(query, key, value, allowed, bias, scale)
     # By a branch: in a graph with dynamic shapes the comparison itself isn't the bool that PyTorch wants.
     gqa = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     # With dropout PyTorch's own two products serve, which hide nothing.
@@ -52,9 +62,8 @@ def sdpa(
         length = key.shape[2]
         may_hide = may_hide and (type(length) is not int or length < _VECTOR)
         if may_hide and reads and not (_finite(query) and _finite(key)):
-            if is_causal:
-                allowed = reference.band_mask(query.shape[2], length, True, None, query.device)
-            return _defined(query, key, value, None if allowed is None else allowed[None, None], None, scale)
+            allowed, _ = reference.combine_masks(query, key, None, None, is_causal, None)
+            return _defined(query, key, value, allowed, None, scale)
         out = torch_sdpa(query, key, value, None, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=gqa)
         return _showing(out, query) if may_hide and not reads else out
     if gqa and allowed.shape[1] > 1:  # whether a key is read then differs between the heads that share it

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops import attention as module
+from pyaccel.ops import _attention_sdpa
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.ops.attention import varlen_attention
 from pyaccel.reference import attention as reference
