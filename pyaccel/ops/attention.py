@@ -428,6 +428,12 @@ def varlen_attention(
             seed,
             return_lse,
         )
+    no_values = query.is_meta or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+    if backend == "reference" and no_values:
+        raise dispatch.NotSupportedError(
+            "pyaccel.ops.varlen_attention: the reference backend reads cu_seqlens, which meta tensors don't hold and a "
+            "trace would keep. Use another one here: pyaccel.use_backend('auto', ops=['varlen_attention'])."
+        )
     lens_q: list[int] = []
     lens_k: list[int] = []
     if on_host or backend == "reference":
