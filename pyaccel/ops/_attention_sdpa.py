@@ -81,10 +81,16 @@ def sdpa(
         key, value = key.masked_fill(idle_keys, 0.0), value.masked_fill(idle_keys, 0.0)
         if may_hide and reads and not (_finite(query) and _finite(key)):
             return _defined(query, key, value, allowed, bias, scale)
+    if bias is not None and may_hide and reads and not _below_infinity(bias):
+        return _defined(
+            query, key, value, allowed, bias, scale
+        )  # PyTorch's gradients don't show what the output does
     if bias is None:
         mask = allowed | idle_rows if has_idle_rows else allowed
     else:
-        if query.device.type != "cpu" and bias.dtype != query.dtype:
+        if query.dtype == torch.float64:
+            bias = bias.to(query.dtype)  # PyTorch's kernel for CPUs would read memory of fp32 as fp64
+        elif query.device.type != "cpu" and bias.dtype != query.dtype:
             # A GPU's kernels want query's dtype. A huge number must not become infinite; what is infinite must.
             finite = torch.finfo(query.dtype)
             bias = bias.clamp(finite.min, finite.max).masked_fill(bias == math.inf, math.inf).to(query.dtype)
@@ -100,6 +106,11 @@ def _finite(x: Tensor) -> bool:
     # A sum is finite only if all of x is; on a CPU it takes a thirtieth (fp32) of the time of masked_fill.
     wide = torch.float32 if x.dtype == torch.float16 else None
     return math.isfinite(x.detach().sum(dtype=wide).item())
+
+
+def _below_infinity(bias: Tensor) -> bool:
+    """Whether a mask without -inf holds neither NaN nor +inf. Not by its sum: padding is the lowest number."""
+    return bias.numel() == 0 or math.isfinite(bias.detach().max().item())
 
 
 def _defined(

@@ -17,6 +17,8 @@ MUTANTS = [
     Mutant("attn_mask: a column of NaN counts as masked", "kernels/attention_tile.py", "(bias != float(\"-inf\")).to(tl.int32)", "(bias > float(\"-inf\")).to(tl.int32)"),
     Mutant("on the CPU: NaN of a short sequence hides", SDPA, "length < _VECTOR)", "length < 0)"),
     Mutant("on the CPU: NaN of keys that a mask leaves alone hides", SDPA, "            return _defined(query, key, value, allowed, bias, scale)\n    if bias", "            pass\n    if bias"),
+    Mutant("on the CPU: a mask of fp32 is read as fp64", SDPA, "bias = bias.to(query.dtype)  # PyTorch", "pass  # PyTorch"),
+    Mutant("on the CPU: +inf in a mask has no NaN in gradients", SDPA, "and not _below_infinity(bias):", "and False:"),
     Mutant("in a graph: NaN of a query hides", SDPA, "_showing(out, query) if may_hide and not reads else out", "out"),
     Mutant("reference: scores of fp16 overflow", REFERENCE, "narrow = wide if dtype == torch.float16 else dtype", "narrow = dtype"),
     Mutant("reference: scores of -inf alone make NaN", REFERENCE, "    scores = scores.masked_fill(empty, 0.0)\n    probs", "    probs"),
