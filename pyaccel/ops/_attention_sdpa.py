@@ -55,13 +55,13 @@ def sdpa(
     gqa = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     # With dropout PyTorch's own two products serve, which hide nothing.
     may_hide = query.device.type == "cpu" and dropout_p == 0.0
-    reads = dispatch.on_host(query)
     if allowed is None:
         if is_causal:  # keys that no query sees may hold anything
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         length = key.shape[2]
         may_hide = may_hide and (type(length) is not int or length < _VECTOR)
-        if may_hide and reads and not (_finite(query) and _finite(key)):
+        reads = may_hide and dispatch.on_host(query)
+        if reads and not (_finite(query) and _finite(key)):
             allowed, _ = reference.combine_masks(query, key, None, None, is_causal, None)
             return _defined(query, key, value, allowed, None, scale)
         out = torch_sdpa(query, key, value, None, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=gqa)
@@ -72,6 +72,7 @@ def sdpa(
         gqa = False
     # PyTorch multiplies what is masked by 0, which makes NaN of NaN and inf; and what its backends make of a
     # row without keys differs. So unread keys are cleared, and an unread query sees all and is cleared later.
+    reads = dispatch.on_host(query)
     idle_rows, idle_keys = reference.unread(allowed)
     has_idle_rows = may_hold(idle_rows)
     if not (
