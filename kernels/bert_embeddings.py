@@ -16,6 +16,7 @@ from torch import Tensor
 from pyaccel.kernels.config import RowConfig
 from pyaccel.kernels.device import device_guard
 from pyaccel.kernels.philox import dropout_tile, keep_scale, threshold_bits
+from pyaccel.kernels.row_tile import row_mean
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def forward_kernel(
         word_ptr, position_ptr, type_ptr, word, position, token_type, o_col, mask,
         stride_word_row, stride_word_col, stride_position_row, stride_position_col, stride_type_row, stride_type_col,
     )  # fmt: skip
-    mean = tl.sum(z, axis=1) / n_cols  # [BLOCK_ROWS]
+    mean = row_mean(z, mask, n_cols)  # [BLOCK_ROWS]
     centred = tl.where(mask, z - mean[:, None], 0.0)  # [BLOCK_ROWS, BLOCK_N]
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
     tl.store(mean_ptr + o_row, mean, mask=m_row)

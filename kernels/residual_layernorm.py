@@ -14,6 +14,7 @@ from pyaccel.kernels.config import RowConfig
 from pyaccel.kernels.device import device_guard
 from pyaccel.kernels.philox import dropout_tile, keep_scale, threshold_bits
 from pyaccel.kernels.quantize_tile import quantize_rows
+from pyaccel.kernels.row_tile import row_mean
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -44,13 +45,18 @@ def forward_kernel(
     if residual_ptr is not None:
         offset = row * stride_residual_row + col.to(tl.int64) * stride_residual_col
         x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if residual_ptr.dtype.element_ty == x_ptr.dtype.element_ty:
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    else:
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    # Rounded to the sum's dtype before its statistics are taken: they belong to what backward reads.
     if sum_ptr is not None:
         tl.store(sum_ptr + row * n_cols + col, x.to(sum_ptr.dtype.element_ty), mask=mask)
 
     if RMS_NORM:
         centred = tl.where(mask, x, 0.0)
     else:
-        mean = tl.sum(x, axis=1) / n_cols  # [BLOCK_ROWS]
+        mean = row_mean(x, mask, n_cols)  # [BLOCK_ROWS]
         if mean_ptr is not None:
             tl.store(mean_ptr + o_row, mean, mask=m_row)
         centred = tl.where(mask, x - mean[:, None], 0.0)  # [BLOCK_ROWS, BLOCK_N]
@@ -92,7 +98,7 @@ def forward(
 
     Shapes: x, residual ``[rows, cols]`` of any strides; out, total (the sum), codes (int8, of the fp32 output) the
     same, contiguous; weight, bias, x_bias ``[cols]`` contiguous; codes_scale, mean, rstd ``[rows]`` fp32. Statistics
-    are those of the fp32 sum, before it is rounded.
+    are those of the sum rounded to its dtype, the promoted one of x and residual.
     """
     n_rows, n_cols = x.shape
     if n_rows == 0:

@@ -12,6 +12,8 @@ from pyaccel.verify.policy import judge
 # Saved statistics are fp32 numbers whatever the dtype of the data: a 16-bit bound would hide a wrong variance.
 STATISTIC_EPS = 32.0
 EQUIVALENT_EPS = 4.0
+# Of a sum that is rounded once: half a unit in the last place at most, whatever plain PyTorch adds up in 16 bits.
+SUM_EPS = 0.5
 # Of random results: standard errors between means, and how far from 1 the ratio of variances.
 MEANS_DIFFER = 5.0
 # Of two losses after as many optimizer steps, relatively: they keep within 5e-7 where nothing is wrong.
@@ -32,6 +34,19 @@ def assert_close_to_truth(out: Tensor, truth: Tensor, naive: Tensor, *, name: st
         f"{name or 'result'}: {verdict}: got {out[verdict.worst].item():.9g}, "
         f"truth {truth[verdict.worst].item():.9g} (dtype {out.dtype}, shape {tuple(out.shape)})"
     )
+
+
+def assert_summed_in_fp32(out: Tensor, truth: Tensor, *, name: str = "") -> None:
+    """A gradient summed over many rows is the fp32 sum, rounded once to its dtype.
+
+    Plain PyTorch is no measure of it: a CPU adds up the rows of some 16-bit gradients in 16 bits.
+
+    Args:
+        truth: the sum in fp64, of the terms that the op was given.
+    """
+    error, size = ((t.detach().double().square().mean().sqrt().item()) for t in (out.double() - truth, truth))
+    bound = SUM_EPS * torch.finfo(out.dtype).eps * size
+    assert error <= bound, f"{name or 'sum'}: RMS error {error:.3g}, over {bound:.3g} (dtype {out.dtype})"
 
 
 def assert_statistic(out: Tensor, truth: Tensor, *, scale: Tensor | float = 0.0, name: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyaccel import dispatch
 from pyaccel.ops._dropout import dropout_reasons
 
 OP = "bert_embeddings"
@@ -100,7 +101,11 @@ def _shape_reasons(
     if position_ids is not None:
         if position_weight is None:
             reasons.append("position_ids were given without a position_weight to look them up in")
-        if tuple(position_ids.shape) not in ((seq,), (1, seq), shape):
+        # Dimensions are counted first: a comparison of sizes would specialize a graph that is traced.
+        fits = position_ids.ndim == 1 and position_ids.shape[0] == seq
+        fits = fits or (position_ids.ndim == len(shape) == 2 and tuple(position_ids.shape) == shape)
+        fits = fits or (position_ids.ndim == 2 and tuple(position_ids.shape) == (1, seq))
+        if not fits:
             reasons.append(
                 f"position_ids must be [{seq}], [1, {seq}] or of input_ids' shape {shape}, got "
                 f"{tuple(position_ids.shape)}"
@@ -130,6 +135,20 @@ def check_range(name: str, ids: Tensor, size: int, packed: bool, at_once: bool) 
     """Raise IndexError for an id that is no row of its table; not ``at_once``, leave that to the device."""
     right = (ids >= 0) & (ids < size)
     if not at_once:
-        torch._assert_async(right.all(), out_of_range(name, size, packed))
+        assert_later(right, out_of_range(name, size, packed))
     elif not right.all():
         raise IndexError(f"{out_of_range(name, size, packed)}, got {int(ids[~right][0])}")
+
+
+def assert_later(right: Tensor, message: str) -> None:
+    """Let the device find out whether all of ``right`` is True; under ``vmap``, of all examples together."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(right.all(), message)
+        return
+    transformed = torch._C._are_functorch_transforms_active()
+    while torch._C._functorch.is_functorch_wrapped_tensor(right):
+        right = torch._C._functorch.get_unwrapped(right)
+    if not (dispatch.on_host(right) or (transformed and right.is_cpu)):
+        torch._assert_async(right.all(), message)
+    elif not right.all():
+        raise IndexError(message)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyaccel.ops._gradients import differentiable_once
+
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
 # Ids are flat [tokens]; token i is at position position_ids[i % period], or i % period.
@@ -228,14 +230,9 @@ def _(
     return _backward_outputs(tables, (want_dword, want_dposition, want_dtype), dweight_dtype, dbias_dtype)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "pyaccel.ops.bert_embeddings: a double backward (the gradient of a gradient) was asked for, and the Triton "
-        "backend has none. Use another backend for this call: pyaccel.use_backend('torch', ops=['bert_embeddings'])."
-    )
-
-
-backward_op.register_autograd(_no_double_backward)
+backward_once = differentiable_once(
+    backward_op, "bert_embeddings", "pyaccel.use_backend('torch', ops=['bert_embeddings'])"
+)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------
@@ -243,6 +240,8 @@ backward_op.register_autograd(_no_double_backward)
 
 class BertEmbeddingsFunction(torch.autograd.Function):
     """Saves ids, mean and rstd in fp32 and the dropout key; the sum is looked up again, the mask drawn again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -287,7 +286,7 @@ class BertEmbeddingsFunction(torch.autograd.Function):
             return (None,) * 15
         needed = ctx.needs_input_grad[4:9]
         dtypes = (d if n else None for d, n in zip(ctx.dtypes, needed[3:], strict=True))
-        out = backward_op(dy, *ctx.saved_tensors, *ctx.numbers, *needed[:3], *dtypes)
+        out = backward_once(dy, *ctx.saved_tensors, *ctx.numbers, *needed[:3], *dtypes)
         wanted = (g if n else None for g, n in zip(out, needed, strict=True))
         return *(None,) * 4, *wanted, *(None,) * 6
 
@@ -312,7 +311,11 @@ def bert_embeddings(
 
     The kernel looks at every id, and reads nothing outside of a table whatever it is.
     """
-    by_token = position_ids is not None and position_ids.shape == input_ids.shape
+    by_token = (
+        position_ids is not None
+        and position_ids.ndim == input_ids.ndim
+        and position_ids.shape == input_ids.shape
+    )
     period = input_ids.numel() if by_token or input_ids.ndim == 1 else input_ids.shape[1]
     tables = (word_weight, position_weight, token_type_weight)
     ids = (

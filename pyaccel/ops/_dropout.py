@@ -34,7 +34,7 @@ def keep_mask_on_host(shape: Sequence[int], dropout_p: float) -> torch.Tensor:
     """
     count = math.prod(shape)
     # 31 random bits, moved up by one: the upper half has 16 of them, the lower one 15 and a zero.
-    draws = torch.empty((count + 1) // 2, dtype=torch.int32).random_().bitwise_left_shift_(1)
+    draws = torch.empty((count + 1) // 2, dtype=torch.int32, device="cpu").random_().bitwise_left_shift_(1)
     dropped = round(dropout_p * 2**15)
     keep: torch.Tensor = draws.view(torch.int16)[:count] >= min(2 * dropped - 2**15, 2**15 - 1)
     return keep.view(tuple(shape))

@@ -9,6 +9,7 @@ twice.
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from collections.abc import Callable, Iterator
 
@@ -35,9 +36,9 @@ def blocks(n_rows: int, n_cols: int) -> Iterator[slice]:
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`pyaccel.reference.quantize_per_token`, bit for bit."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
-    codes = torch.empty(rows.shape, dtype=torch.int8)
-    scale = torch.ones(len(rows))
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    scale = torch.ones(len(rows), device=x.device)
     for block in blocks(*rows.shape) if x.numel() else ():
         part = rows[block].float()
         quantize_block(part, codes[block], scale[block], scratch=part if part.dtype != x.dtype else None)
@@ -49,8 +50,8 @@ def quantize_per_token_with_offset(x: Tensor, factor: Tensor | None = None) -> t
     if not x.numel():
         return reference.quantize_per_token_with_offset(x)
     rows = x.reshape(-1, x.shape[-1])
-    codes = torch.empty(rows.shape, dtype=torch.int8)
-    scale, offset = torch.empty(len(rows)), torch.empty(len(rows))
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    scale, offset = (torch.empty(len(rows), device=x.device) for _ in range(2))
     for block in blocks(*rows.shape):
         part = reference.scaled(rows[block], factor)
         high, low, middle = part.amax(-1), part.amin(-1), offset[block]
@@ -100,8 +101,8 @@ def int8_matmul(
     if a_offset is not None:
         a_offset = a_offset.reshape(-1, 1)
         b_sum = times_b(a.new_ones(1, a.shape[1])).float()  # [1, out_features], exact below 2**24
-    out = torch.empty(len(a), n_out, dtype=torch.int8 if quantize_output else out_dtype)
-    scale = torch.ones(len(a)) if quantize_output else None
+    out = torch.empty(len(a), n_out, dtype=torch.int8 if quantize_output else out_dtype, device=a.device)
+    scale = torch.ones(len(a), device=a.device) if quantize_output else None
     for block in blocks(*out.shape):
         sums = times_b(a[block])
         x = out[block].copy_(sums) if out.dtype == torch.float32 else sums.float()
@@ -158,7 +159,7 @@ def _int_mm_is_exact() -> bool:
         has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         if has and not any(has.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
             return False
-    largest = torch.full((64, 64), 127, dtype=torch.int8)
+    largest = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
     lowest = -largest - 1
     pairs = ((largest, largest), (largest, lowest), (lowest, largest), (lowest, lowest))
     return all(torch.equal(torch._int_mm(a, b.t()), a.int() @ b.int().t()) for a, b in pairs)

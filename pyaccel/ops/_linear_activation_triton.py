@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyaccel import tuned
 from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops._gradients import differentiable_once
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
@@ -100,15 +101,9 @@ def _(
     return _backward_outputs(pre, want_dpre, bias_dtype)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "pyaccel.ops.linear_activation: a double backward (the gradient of a gradient) was asked for, and the Triton "
-        "backend has none. Use another backend for this call: "
-        "pyaccel.use_backend('torch', ops=['linear_activation'])."
-    )
-
-
-backward_op.register_autograd(_no_double_backward)
+backward_once = differentiable_once(
+    backward_op, "linear_activation", "pyaccel.use_backend('torch', ops=['linear_activation'])"
+)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------
@@ -116,6 +111,8 @@ backward_op.register_autograd(_no_double_backward)
 
 class LinearActivationFunction(torch.autograd.Function):
     """Saves x, weight and the rounded pre-activation, each only where a gradient needs it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -150,7 +147,7 @@ class LinearActivationFunction(torch.autograd.Function):
             dpre = dout
             dbias = dout.sum(0, dtype=torch.float32).to(bias_dtype) if want_dbias else None
         else:
-            dpre, dbias = backward_op(dout, pre, ctx.activation, want_dx or want_dweight, bias_dtype)
+            dpre, dbias = backward_once(dout, pre, ctx.activation, want_dx or want_dweight, bias_dtype)
         return (
             dpre @ weight if want_dx else None,
             dpre.mT @ x if want_dweight else None,

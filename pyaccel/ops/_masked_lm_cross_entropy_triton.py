@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.ops._autocast import without_autocast
+from pyaccel.ops._gradients import differentiable_once
 
 OP = "masked_lm_cross_entropy"
 
@@ -53,7 +55,7 @@ def forward_op(
     # As wide as the buffer's rows, so that the kernel's accesses to it are.
     padded_bias = None if bias is None else F.pad(bias, (0, width - vocab))
     want_grad = want_dhidden or want_dweight or want_dbias
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         for first in range(0, index.shape[0], max(chunk_size, 1)):
             chosen = index[first : first + chunk_size]
             x = hidden.index_select(0, chosen)
@@ -216,15 +218,9 @@ def _(
     return _backward_outputs(dhidden, dweight, dbias, hidden_dtype, weight_dtype, bias_dtype)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        f"pyaccel.ops.{OP}: a double backward (the gradient of a gradient) was asked for, and only the reference "
-        f"backend has one: pyaccel.use_backend('reference', ops=['{OP}'])."
-    )
-
-
-forward_op.register_autograd(_no_double_backward)
-backward_op.register_autograd(_no_double_backward)
+_OTHERS = f"pyaccel.use_backend('reference', ops=['{OP}'])"
+forward_once = differentiable_once(forward_op, OP, _OTHERS)
+backward_once = differentiable_once(backward_op, OP, _OTHERS)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------
@@ -236,6 +232,8 @@ class SumFunction(torch.autograd.Function):
     They are saved unscaled, whatever the mean divides by: a share of 1e-5 beside fp16's smallest number would be
     lost before a gradient scaler's factor arrives.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -267,12 +265,14 @@ class SumFunction(torch.autograd.Function):
             return (None,) * 9
         needed = ctx.needs_input_grad[:3]
         dtypes = (d if n else None for d, n in zip(ctx.dtypes, needed, strict=True))
-        out = backward_op(dloss, *ctx.saved_tensors, *dtypes)
+        out = backward_once(dloss, *ctx.saved_tensors, *dtypes)
         return *(g if n else None for g, n in zip(out, needed, strict=True)), *(None,) * 6
 
 
 class PerTokenFunction(torch.autograd.Function):
     """Each token's loss. Saves the inputs; backward computes the logits again, for their rows' factors."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -301,7 +301,7 @@ class PerTokenFunction(torch.autograd.Function):
         dtype, *options = ctx.options
         needed = ctx.needs_input_grad[:3]
         converted = cast(hidden, weight, bias, dtype)
-        grads = forward_op(*converted, labels, dlosses.contiguous(), *options, *needed)[1:]
+        grads = forward_once(*converted, labels, dlosses.contiguous(), *options, *needed)[1:]
         # A gradient that isn't in its input's dtype yet is cast to it; one that is comes back as it is.
         wanted = (
             g.to(t.dtype) if n and t is not None else None

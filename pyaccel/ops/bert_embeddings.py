@@ -6,6 +6,8 @@ Source: arXiv:1810.04805, section 3; LayerNorm, arXiv:1607.06450. The Triton bac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +15,16 @@ from torch import Tensor
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops import _bert_embeddings_triton as triton_backend
 from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._bert_embeddings_arguments import OP, check_range, not_supported_reasons, out_of_range
+from pyaccel.ops._bert_embeddings_arguments import (
+    OP,
+    assert_later,
+    check_range,
+    not_supported_reasons,
+    out_of_range,
+)
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.reference.bert_embeddings import packed_positions
+from pyaccel.reference.residual_layernorm import normalise
 
 MAX_HIDDEN = 16384
 
@@ -92,14 +101,14 @@ def bert_embeddings(
     tables = (word_weight, position_weight, token_type_weight)
     packed = cu_seqlens if position_ids is None and position_weight is not None else None
     choice = _choose(input_ids.numel(), *tables, weight, bias)
-    at_once = device.type == "cpu" and not torch.compiler.is_compiling()
+    at_once = dispatch.on_host(word_weight) and dispatch.on_host(input_ids)
     if choice.backend != "triton" or at_once:
         given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
         if packed is not None:
-            given["position_ids"] = packed_positions(packed, len(input_ids))
+            given["position_ids"] = packed_positions(packed, input_ids.shape[0])
         for (name, ids), table in zip(given.items(), tables, strict=True):
             if ids is not None and table is not None:
-                check_range(name, ids, len(table), packed is not None, at_once)
+                check_range(name, ids, table.shape[0], packed is not None, at_once)
         if choice.backend == "torch":
             position_ids = given["position_ids"]
             ids3 = (input_ids, position_ids, token_type_ids)
@@ -127,12 +136,12 @@ def bert_embeddings(
     )  # fmt: skip
     if not at_once:
         # The kernel has looked at every id, and reads nothing outside of a table whatever it is.
-        rights = in_range.all(dim=1).unbind()
+        rights = in_range.unbind()
         names = ("input_ids", "position_ids", "token_type_ids")
         looked_up = (input_ids, position_ids if packed is None else packed, token_type_ids)
         for name, ids, right, table in zip(names, looked_up, rights, tables, strict=True):
             if ids is not None and table is not None:
-                torch._assert_async(right, out_of_range(name, len(table), packed is not None))
+                assert_later(right, out_of_range(name, table.shape[0], packed is not None))
     return out
 
 
@@ -162,21 +171,49 @@ def _torch_backend(
     padding_idx: int | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    total = F.embedding(input_ids, word_weight, padding_idx)
+    total = _lookup(input_ids, word_weight, padding_idx)
     if token_type_weight is not None:
-        types = (
-            token_type_weight[0] if token_type_ids is None else F.embedding(token_type_ids, token_type_weight)
-        )
+        types = token_type_weight[0] if token_type_ids is None else _lookup(token_type_ids, token_type_weight)
         total = total + types
     if position_weight is not None:
         if position_ids is None:
             total = total + position_weight[: input_ids.shape[1]]
         else:
-            total = total + F.embedding(position_ids, position_weight)
-    # F.layer_norm wants one dtype; 16-bit tables with fp32 parameters are normalised in fp32, as autocast does it.
-    dtype = total.dtype
-    for vector in (weight, bias):
-        dtype = dtype if vector is None else torch.promote_types(dtype, vector.dtype)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    out = F.layer_norm(total.to(dtype), (total.shape[-1],), weight, bias, eps).to(out_dtype)
+            total = total + _lookup(position_ids, position_weight)
+    out = normalise(total, weight, bias, eps=eps, rms_norm=False, out_dtype=out_dtype)
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
+
+
+class LookupFunction(torch.autograd.Function):
+    """``F.embedding``, whose gradient is summed in fp32 and rounded once."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(ids: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+        """The rows ``[*ids.shape, hidden]``."""
+        return F.embedding(ids, table, padding_idx)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ids, table, padding_idx = inputs
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype = table.shape[0], table.dtype
+        ctx.padding = None if padding_idx is None else padding_idx % table.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        ids, rows = ids.reshape(-1), grad.reshape(-1, grad.shape[-1]).float()
+        if ctx.padding is not None:
+            rows = rows.masked_fill((ids == ctx.padding).unsqueeze(-1), 0.0)
+        total = rows.new_zeros(ctx.rows, rows.shape[-1]).index_add(0, ids, rows)
+        return None, total.to(ctx.dtype), None
+
+
+def _lookup(ids: Tensor, table: Tensor, padding_idx: int | None = None) -> Tensor:
+    """``F.embedding``. On a CPU PyTorch adds the gradients of 16-bit rows in 16 bits, where 256 of one token stick."""
+    if table.is_cpu and table.dtype.itemsize == 2 and torch.is_grad_enabled() and table.requires_grad:
+        out: Tensor = LookupFunction.apply(ids, table, padding_idx)
+        return out
+    return F.embedding(ids, table, padding_idx)

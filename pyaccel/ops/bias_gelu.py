@@ -6,12 +6,14 @@ BERT's: arXiv:1606.08415.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
+from pyaccel.ops._gradients import differentiable_once
 
 OP = "bias_gelu"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -94,14 +96,7 @@ def _(
     return _backward_outputs(x, bias, want_dx, want_dbias)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "pyaccel.ops.bias_gelu: a double backward (the gradient of a gradient) was asked for, and the Triton backend "
-        "has none. Use another backend for this call: pyaccel.use_backend('torch', ops=['bias_gelu'])."
-    )
-
-
-backward_op.register_autograd(_no_double_backward)
+backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")
 
 
 # --- autograd -------------------------------------------------------------------------------------------------
@@ -109,6 +104,8 @@ backward_op.register_autograd(_no_double_backward)
 
 class BiasGeluFunction(torch.autograd.Function):
     """Saves x, the pre-activation without its bias, and bias: no intermediate result."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -125,7 +122,7 @@ class BiasGeluFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         want_dx, want_dbias = ctx.needs_input_grad[:2]
-        dx, dbias = backward_op(dy, x, bias, ctx.activation, want_dx, want_dbias)
+        dx, dbias = backward_once(dy, x, bias, ctx.activation, want_dx, want_dbias)
         return dx if want_dx else None, dbias if want_dbias else None, None
 
 
@@ -238,7 +235,7 @@ def _choose(x: Tensor, bias: Tensor | None, quantize_output: bool) -> dispatch.C
         )
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
-    size = (x.shape[:-1].numel(), x.shape[-1])
+    size = (math.prod(x.shape[:-1]), x.shape[-1])
     measured = tuned.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, *measured)
 

@@ -17,17 +17,24 @@ from pyaccel import dispatch
 from pyaccel.ops import linear
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key
-from pyaccel.ops._linear_activation_triton import backward_op as activation_backward
+from pyaccel.ops._gradients import differentiable_once
+from pyaccel.ops._linear_activation_triton import backward_once as activation_backward
 from pyaccel.ops._linear_activation_triton import forward_op as linear_activation_forward
 from pyaccel.ops.bias_gelu import forward_op as activation_forward
-from pyaccel.ops.residual_layernorm import backward_op as layernorm_backward
+from pyaccel.ops.residual_layernorm import backward_once as layernorm_backward
 from pyaccel.ops.residual_layernorm import choose_backend, not_supported_reasons, output_dtype
 from pyaccel.ops.residual_layernorm import forward_op as layernorm_forward
 from pyaccel.ops.residual_layernorm import residual_layernorm as layernorm_function
 
+_OTHERS = "pyaccel.use_backend('torch')"
+activation_again = differentiable_once(activation_forward, "feed_forward", _OTHERS)
+layernorm_again = differentiable_once(layernorm_forward, "feed_forward", _OTHERS)
+
 
 class FeedForwardFunction(torch.autograd.Function):
     """Saves the sum before LayerNorm with its statistics, the pre-activation, the parameters and the dropout key."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -82,13 +89,13 @@ class FeedForwardFunction(torch.autograd.Function):
         dweight1 = dbias1 = dweight2 = None
         if dout is not None:
             if want_dweight2:
-                dweight2 = dout.mT @ activation_forward(pre, None, activation)
+                dweight2 = dout.mT @ activation_again(pre, None, activation)
             if want_layernorm or want_dweight1 or want_dbias1:
                 bias1_dtype = ctx.bias1_dtype if want_dbias1 else None
                 dpre, dbias1 = activation_backward(dout @ weight2, pre, activation, True, bias1_dtype)
             if want_dweight1:
                 # Of the rounded sum, and so what plain LayerNorm gives, whose input is that sum.
-                hidden, *_ = layernorm_forward(
+                hidden, *_ = layernorm_again(
                     total, None, ln_weight, ln_bias, None, None, eps, 0.0, hidden_dtype,
                     False, True, False, False, False,
                 )  # fmt: skip

@@ -6,13 +6,14 @@ of 16 bits'. The gradients are straight-through (arXiv:1308.3432): those of the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyaccel import dispatch
 from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops._gradients import differentiable_once
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
 from pyaccel.ops.linear import ACTIVATIONS
@@ -156,7 +157,7 @@ def _forward(
     """The output; codes, scale and offset of x, those there are; codes and scale of the weight."""
     w_codes, w_scale = quantize_per_channel(weight) if weight_scale is None else (weight, weight_scale)
     if weight_only:
-        out = int8_weight_only_matmul(x.detach().to(out_dtype), w_codes, w_scale, bias, activation)
+        out = int8_weight_only_matmul(x.to(out_dtype), w_codes, w_scale, bias, activation)
         return out, None, None, None, w_codes, w_scale
     codes: Tensor
     offset: Tensor | None = None
@@ -170,6 +171,8 @@ def _forward(
 
 class Int8LinearFunction(torch.autograd.Function):
     """Forward in int8; backward straight-through, from the codes."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -208,60 +211,84 @@ class Int8LinearFunction(torch.autograd.Function):
             bias if activation is not None else None,
             smooth_scale if wants_x else None,
         )
-        ctx.activation = activation
-        ctx.int8_grad_input = int8_grad_input
-        ctx.static = input_scale is not None
-        ctx.weight_only = weight_only
-        ctx.out_dtype = out_dtype
+        ctx.requests = dispatch.requests()
+        ctx.options = _Options(activation, out_dtype, weight_only, int8_grad_input, input_scale is not None)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         nothing = (None,) * 10
         if grad is None:
             return nothing
-        # With weight_only the codes are x itself.
-        codes, scale, offset, w_codes, w_scale, bias, smooth_scale = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        compute = grad.dtype
-        if ctx.activation is not None:
-            bias = None if bias is None else bias.detach()
-            if ctx.weight_only:
-                wide = codes.detach().to(ctx.out_dtype).float()
-                pre = int8_weight_only_matmul(wide, w_codes, w_scale, bias)
-            else:
-                pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)
-            grad = _activation_grad(grad.float(), pre, ctx.activation).to(compute)
-        dx = dweight = dbias = None
-        if wants_x:
-            if ctx.int8_grad_input:
-                dx = _int8_grad_input(grad, w_codes, w_scale)
-            else:
-                # The codes are exact in 16 bits; their scales go to the gradient.
-                dx = (grad.float() * w_scale).to(compute) @ w_codes.to(compute)
-            if ctx.static:
-                dx = dx.masked_fill(codes.abs() == INT8_MAX, 0.0)
-            if smooth_scale is not None:
-                dx = dx.float() * smooth_scale
-            dx = dx.to(x_dtype)
-        if wants_weight or wants_bias:
-            rows = grad.reshape(-1, grad.shape[-1])
-            if wants_weight:
-                columns = codes.reshape(-1, codes.shape[-1]).to(compute)
-                if ctx.weight_only:
-                    dweight = rows.mT @ columns
-                else:
-                    by_row = scale if ctx.static else scale.reshape(-1, 1)
-                    scaled = (rows.float() * by_row).to(compute)
-                    dweight = scaled.mT @ columns
-                if offset is not None:  # of rank 1, as in the forward
-                    dweight = dweight.float() + (rows.float().mT @ offset.reshape(-1)).unsqueeze(-1)
-                dweight = dweight.to(weight_dtype)
-            if wants_bias:
-                dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
-        return dx, dweight, dbias, *nothing[3:]
+        arguments = (grad, ctx.options, ctx.needs_input_grad[:3], ctx.dtypes, *ctx.saved_tensors)
+        if torch.compiler.is_compiling():  # traced where the forward was, with the same requests
+            found = _gradients(*arguments)
+        else:
+            # What was asked for in the forward is asked for here too: on a GPU, backward runs in another thread.
+            with dispatch.use_requests(ctx.requests):
+                found = _gradients(*arguments)
+        return *(g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False)), *nothing[3:]
+
+
+class _Options(NamedTuple):
+    activation: str | None
+    out_dtype: torch.dtype
+    weight_only: bool
+    int8_grad_input: bool
+    static: bool
+
+
+def _backward(
+    grad: Tensor,
+    options: _Options,
+    needed: tuple[bool, bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    codes: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    smooth_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; size 0 for what isn't needed. With weight_only the codes are x itself."""
+    wants_x, wants_weight, wants_bias = needed
+    x_dtype, weight_dtype, bias_dtype = dtypes
+    compute = grad.dtype
+    if options.activation is not None:
+        if options.weight_only:
+            wide = codes.to(options.out_dtype).float()
+            pre = int8_weight_only_matmul(wide, w_codes, w_scale, bias)
+        else:
+            assert scale is not None
+            pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)
+        grad = _activation_grad(grad.float(), pre, options.activation).to(compute)
+    dx, dweight, dbias = (grad.new_empty(0) for _ in range(3))
+    # Products of what the codes stand for: fp16 holds neither sums of codes nor small gradients times scales.
+    if wants_x:
+        if options.int8_grad_input:
+            dx = _int8_grad_input(grad, w_codes, w_scale)
+        else:
+            dx = grad @ dequantize(w_codes, w_scale).to(compute)
+        if options.static:
+            dx = dx.masked_fill(codes.abs() == INT8_MAX, 0.0)
+        if smooth_scale is not None:
+            dx = dx.float() * smooth_scale
+        dx = dx.to(x_dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if wants_weight:
+        x = codes if scale is None else dequantize(codes, scale)
+        if offset is not None:
+            x = x + offset.unsqueeze(-1)
+        dweight = (rows.mT @ x.reshape(-1, x.shape[-1]).to(compute)).to(weight_dtype)
+    if wants_bias:
+        dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
+    return dx, dweight, dbias
+
+
+_gradients = differentiable_once(
+    _backward, "int8_linear", "pyaccel.reference.int8_linear, which is made of PyTorch's ops"
+)
 
 
 def _int8_grad_input(grad: Tensor, w_codes: Tensor, w_scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from pyaccel import dispatch, tuned
 from pyaccel.ops import _int8_torch as on_cpu
 from pyaccel.ops import _int8_triton as on_gpu
+from pyaccel.ops._autocast import without_autocast
 from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
@@ -106,7 +108,7 @@ def int8_matmul(
     )
     measured: tuple[str | None, str] = (None, "")
     if not dispatch.interpreting():  # the interpreter is nobody's measured machine
-        size = (a.shape[:-1].numel(), a.shape[-1], b.shape[0])
+        size = (math.prod(a.shape[:-1]), a.shape[-1], b.shape[0])
         measured = tuned.preferred("int8_matmul", a.device, out_dtype, size, ("triton", "torch"))
     choice = dispatch.choose(
         "int8_matmul",
@@ -117,27 +119,28 @@ def int8_matmul(
         return on_gpu.int8_matmul(
             a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, a_offset
         )
-    if choice.backend == "reference":
-        return reference_int8_matmul(
-            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output,
-            a_offset=a_offset, upcast=False,
-        )  # fmt: skip
-    if a.is_cpu and not torch.compiler.is_compiling():
-        return on_cpu.int8_matmul(
-            a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, a_offset
-        )
-    # In place: one fp32 buffer from the accumulator to the cast.
-    out = _accumulate(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0]).float()
-    out.mul_(a_scale.unsqueeze(-1) if a_scale.dim() else a_scale)
-    if a_offset is not None:
-        out.add_(a_offset.unsqueeze(-1) * b.sum(1, dtype=torch.int32).float())
-    out.mul_(b_scale)
-    if bias is not None:
-        out.add_(bias)
-    out = activate(out, activation)
-    if residual is not None:
-        out.add_(residual)
-    return quantize_per_token(out) if quantize_output else out.to(out_dtype)
+    with without_autocast(a.device):  # where the CPU's product is of fp32, autocast would round its sums
+        if choice.backend == "reference":
+            return reference_int8_matmul(
+                a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output,
+                a_offset=a_offset, upcast=False,
+            )  # fmt: skip
+        if dispatch.on_host(a) and dispatch.on_host(b):
+            return on_cpu.int8_matmul(
+                a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, a_offset
+            )
+        # In place: one fp32 buffer from the accumulator to the cast.
+        out = _accumulate(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0]).float()
+        out.mul_(a_scale.unsqueeze(-1) if a_scale.dim() else a_scale)
+        if a_offset is not None:
+            out.add_(a_offset.unsqueeze(-1) * b.sum(1, dtype=torch.int32).float())
+        out.mul_(b_scale)
+        if bias is not None:
+            out.add_(bias)
+        out = activate(out, activation)
+        if residual is not None:
+            out.add_(residual)
+        return quantize_per_token(out) if quantize_output else out.to(out_dtype)
 
 
 def _accumulate(a: Tensor, b: Tensor) -> Tensor:

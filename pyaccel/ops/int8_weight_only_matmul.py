@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
 from pyaccel.ops import _int8_triton as on_gpu
+from pyaccel.ops._autocast import without_autocast
 from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference.int8_matmul import int8_weight_only_matmul as reference
@@ -40,11 +43,13 @@ def int8_weight_only_matmul(
 
     Triton reads the weight as it is, for 16-bit activations of up to 128 rows unless it is asked for by name: few rows
     are bound by the weight's bytes. The torch backend makes codes floating and calls ``F.linear``, which rounds the
-    product to x's dtype; on a CPU that is never faster than the floating layer, only smaller.
+    product to x's dtype, but for fp16, whose product is in fp32; on a CPU that is never faster than the floating layer,
+    only smaller.
     """
     dispatch.invalid("int8_weight_only_matmul", not_supported_reasons(x, b, b_scale, bias, activation))
     triton_reasons = on_gpu.weight_only_reasons(x, b, bias)
-    many = x.shape[:-1].numel() > MANY_ROWS
+    # A comparison would make an exported program one of few rows, or of many.
+    many = not torch.compiler.is_exporting() and math.prod(x.shape[:-1]) > MANY_ROWS
     choice = dispatch.choose(
         "int8_weight_only_matmul",
         {"triton": triton_reasons, "torch": [], "reference": []},
@@ -53,14 +58,24 @@ def int8_weight_only_matmul(
     )
     if choice.backend == "triton":
         return on_gpu.int8_weight_only_matmul(x, b, b_scale, bias, activation)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if choice.backend == "reference":
             return reference(x, b, b_scale, bias, activation, upcast=False)
-        out = F.linear(x, b.to(x.dtype)).float()
+        out = _product(x, b)
     out = out * b_scale
     if bias is not None:
         out = out + bias.float()
     return activate(out, activation).to(x.dtype)
+
+
+def _product(x: Tensor, b: Tensor) -> Tensor:
+    """``x @ b^T`` in fp32: of fp16 operands the sums of codes, before their scale, may be too large for fp16."""
+    if x.dtype != torch.float16:
+        return F.linear(x, b.to(x.dtype)).float()
+    if not x.is_cuda:
+        return F.linear(x.float(), b.float())
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return torch.mm(rows, b.to(x.dtype).t(), out_dtype=torch.float32).view(*x.shape[:-1], b.shape[0])
 
 
 def not_supported_reasons(

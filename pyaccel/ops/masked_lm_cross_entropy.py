@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
+from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._masked_lm_cross_entropy_triton import (
     OP,
     PerTokenFunction,
@@ -53,7 +54,7 @@ def not_supported_reasons(
     dtypes = {t.dtype for t in (hidden, weight, bias) if t is not None}
     if not all(dtype.is_floating_point for dtype in dtypes):
         reasons.append(f"hidden, weight and bias must be of a floating dtype, got {_names(dtypes)}")
-    elif len(dtypes) > 1 and (torch.float64 in dtypes or not torch.is_autocast_enabled(hidden.device.type)):
+    elif len(dtypes) > 1 and (torch.float64 in dtypes or autocast_dtype(hidden.device) is None):
         reasons.append(
             f"hidden, weight and bias must have one dtype, got {_names(dtypes)}: convert them, or use autocast"
         )
@@ -135,10 +136,9 @@ def masked_lm_cross_entropy(
     )
     choice = _choose(hidden, weight, bias)
     real = labels != ignore_index
-    device_type = hidden.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    dtype = autocast_dtype(hidden.device)
     if choice.backend == "reference":
-        if not torch.compiler.is_compiling():
+        if dispatch.on_host(labels) or not (labels.is_cpu or torch.compiler.is_compiling()):
             check_labels(labels, real, weight.shape[0])
         given = cast(hidden, weight, bias, dtype)
         return reference.masked_lm_cross_entropy(
@@ -167,6 +167,6 @@ def _choose(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dispatch.Cho
     reasons = {"triton": dispatch.triton_reasons(hidden, weight, bias), "torch": [], "reference": []}
     if hidden.device.type == "cpu":
         return dispatch.choose(OP, reasons, "torch", "on the CPU")
-    size = (hidden.shape[:-1].numel(), hidden.shape[-1], weight.shape[0])
+    size = (math.prod(hidden.shape[:-1]), hidden.shape[-1], weight.shape[0])
     measured = tuned.preferred(OP, hidden.device, hidden.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, reasons, *measured)

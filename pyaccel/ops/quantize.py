@@ -124,7 +124,7 @@ def _choose(op: str, triton_reasons: list[str]) -> str:
 
 
 def _in_blocks(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return x.dtype != torch.float64 and dispatch.on_host(x)
 
 
 def _factor_reasons(x: Tensor, factor: Tensor | None) -> list[str]:

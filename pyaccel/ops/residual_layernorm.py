@@ -6,6 +6,7 @@ forward and one backward. Source: LayerNorm, arXiv:1607.06450; RMSNorm, arXiv:19
 
 from __future__ import annotations
 
+import math
 from typing import Any, overload
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key, dropout_reasons, keep_mask_on_host
-from pyaccel.ops._modes import own_gradient, runs_now
+from pyaccel.ops._gradients import differentiable_once, own_gradient
+from pyaccel.ops._modes import runs_now
 from pyaccel.reference.residual_layernorm import normalise
 
 OP = "residual_layernorm"
@@ -228,11 +230,16 @@ def _(
     return _backward_outputs(total, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
 
 
+backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")
+
+
 # --- autograd -------------------------------------------------------------------------------------------------
 
 
 class ResidualLayerNormFunction(torch.autograd.Function):
     """Saves the sum in its own dtype, mean and rstd in fp32, weight and dropout key: the mask is drawn again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -286,7 +293,7 @@ class ResidualLayerNormFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad[:5]
         dx, dresidual, *column = (d if n else None for d, n in zip(ctx.dtypes, needed, strict=True))
         # Two writes even where both gradients are equal: whoever accumulates into one must not change the other.
-        out = backward_op(dy, dsum, total, mean, rstd, weight, key, ctx.dropout_p, dx, dresidual, *column)
+        out = backward_once(dy, dsum, total, mean, rstd, weight, key, ctx.dropout_p, dx, dresidual, *column)
         return *(g if n else None for g, n in zip(out, needed, strict=True)), *(None,) * 6
 
 
@@ -388,7 +395,7 @@ def residual_layernorm(
         what is asked for, in the order output, sum, codes, scales; a tensor if that is one, else a tuple. Output
         ``[..., hidden]``, sum the same, codes the same in int8, scales ``[...]`` fp32. The sum has the promoted dtype
         of x and residual, the output that of the sum; under autocast the output is float32, as ``F.layer_norm``'s is.
-        Statistics are computed in fp32 from the unrounded sum. Codes carry no gradient.
+        Statistics are computed in fp32, of the sum in its dtype. Codes carry no gradient.
 
     Triton serves float32, float16 and bfloat16 and rows of up to 16384, with int8 codes up to 8192. The Triton and
     reference backends draw the same dropout mask (:func:`pyaccel.reference.philox.keep_mask`); the torch backend
@@ -471,7 +478,7 @@ def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> 
         triton.append(f"the kernel makes int8 codes of rows of up to {MAX_CODES_ROW}, not {x.shape[-1]}")
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
-    size = (x.shape[:-1].numel(), x.shape[-1])
+    size = (math.prod(x.shape[:-1]), x.shape[-1])
     measured = tuned.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, *measured)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel.reference.philox import dropout
+from pyaccel.reference.residual_layernorm import normalise
 
 
 class BertEmbeddingsOutput(NamedTuple):
@@ -29,8 +29,13 @@ def packed_positions(cu_seqlens: Tensor, total_tokens: int) -> Tensor:
     token = torch.arange(total_tokens, device=cu_seqlens.device)
     offsets = cu_seqlens.long()
     begun = torch.searchsorted(offsets, token, right=True)  # sequences that begin at or before the token
-    inside = (begun > 0) & (begun < len(offsets))
+    inside = (begun > 0) & (begun < offsets.shape[0])
     return torch.where(inside, token - offsets[(begun - 1).clamp(min=0)], 0)
+
+
+def _lookup(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a table, whose gradient is summed in fp32 at least: a CPU adds 16-bit rows in 16 bits."""
+    return table.to(torch.promote_types(table.dtype, torch.float32))[ids.long()].to(table.dtype)
 
 
 def bert_embeddings(
@@ -71,29 +76,24 @@ def bert_embeddings(
         position_weight, token_type_weight, weight, bias = (
             None if t is None else t.double() for t in (position_weight, token_type_weight, weight, bias)
         )
-    total = word_weight[input_ids.long()]
+    total = _lookup(word_weight, input_ids)
     if padding_idx is not None:
-        padding = (input_ids == padding_idx % len(word_weight)).unsqueeze(-1)
+        padding = (input_ids == padding_idx % word_weight.shape[0]).unsqueeze(-1)
         total = torch.where(padding, total.detach(), total)
     if position_weight is not None:
         if position_ids is not None:
             positions = position_ids.long()
         elif cu_seqlens is not None:
-            positions = packed_positions(cu_seqlens, len(input_ids))
+            positions = packed_positions(cu_seqlens, input_ids.shape[0])
         else:
             positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-        total = total + position_weight[positions]
+        total = total + _lookup(position_weight, positions)
     if token_type_weight is not None:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        total = total + token_type_weight[types.long()]
+        total = total + _lookup(token_type_weight, types)
 
-    # LayerNorm in fp32 for 16-bit tables with fp32 parameters, as autocast runs it.
-    dtype = total.dtype
-    for vector in (weight, bias):
-        dtype = dtype if vector is None else torch.promote_types(dtype, vector.dtype)
     hidden = total.shape[-1]
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    output = F.layer_norm(total.to(dtype), (hidden,), weight, bias, eps).to(out_dtype or word_weight.dtype)
+    output = normalise(total, weight, bias, eps=eps, rms_norm=False, out_dtype=out_dtype or word_weight.dtype)
     if dropout_p > 0.0:
         if dropout_key is None:
             raise ValueError("bert_embeddings: dropout_p > 0 needs a dropout_key to replay")

@@ -51,5 +51,5 @@ def masked_lm_cross_entropy(
 
 def items(real: Tensor, num_items: int | float | Tensor | None) -> Tensor:
     """What the sum is divided by, a 0-dim tensor: the count of ``real``, or ``num_items``; 1 in place of 0."""
-    count = real.sum() if num_items is None else torch.as_tensor(num_items)
+    count = real.sum() if num_items is None else torch.as_tensor(num_items, device=real.device)
     return torch.where(count == 0, 1, count)

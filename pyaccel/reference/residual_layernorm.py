@@ -83,13 +83,23 @@ def normalise(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """torch's own norm of the sum, in the widest dtype there is: fp32 for a 16-bit sum with fp32 parameters, as
-    autocast runs it."""
+    autocast runs it.
+
+    In fp32 too where a CPU's 16-bit kernel is no measure: it adds up the rows of the parameters' gradients in 16 bits,
+    and keeps fp16 statistics in fp16, which doesn't hold 1 / sqrt(1e-12).
+    """
     dtype = torch.promote_types(total.dtype, out_dtype)
     for vector in (weight, bias):
         dtype = dtype if vector is None else torch.promote_types(dtype, vector.dtype)
+    if total.is_cpu and dtype.itemsize == 2 and (dtype == torch.float16 or _trained(weight, bias)):
+        dtype = torch.float32
     total = total.to(dtype)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     if not rms_norm:
         return F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(out_dtype)
     out = F.rms_norm(total, total.shape[-1:], weight, eps)
     return (out if bias is None else out + bias).to(out_dtype)
+
+
+def _trained(*parameters: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)

@@ -8,10 +8,9 @@ OP = "pyaccel/ops/feed_forward.py"
 TESTS = ["tests/ops/test_feed_forward.py"]
 
 MUTANTS = [
-    Mutant("feed_forward: the second weight's gradient of the pre-activation", OP, "dweight2 = dout.mT @ activation_forward(pre, None, activation)", "dweight2 = dout.mT @ pre"),
+    Mutant("feed_forward: the second weight's gradient of the pre-activation", OP, "dweight2 = dout.mT @ activation_again(pre, None, activation)", "dweight2 = dout.mT @ pre"),
     Mutant("feed_forward: the first weight's gradient of the sum", OP, "dweight1 = dpre.mT @ hidden.to(weight1.dtype)", "dweight1 = dpre.mT @ total.to(weight1.dtype)"),
     Mutant("feed_forward: the hidden states' own gradient is lost", OP, "dhidden = _add_product(dhidden, dpre, weight1)", "dhidden = _add_product(None, dpre, weight1)"),
-    Mutant("feed_forward: x's gradient is the residual's too", OP, "        gradients = (*found, dweight1", "        found[1] = found[0] if key is None else found[1]\n        gradients = (*found, dweight1"),
     Mutant("feed_forward: hidden states made again without the LayerNorm's bias", OP, "total, None, ln_weight, ln_bias, None, None", "total, None, ln_weight, None, None, None"),
     Mutant("feed_forward: the first product's bias left out", OP, "pre = F.linear(operand, weight1, bias1)", "pre = F.linear(operand, weight1)"),
     Mutant("feed_forward: active dropout in evaluation", OP, "dropout_p = dropout_p if training else 0.0", "dropout_p = dropout_p"),

@@ -26,7 +26,7 @@ MUTANTS = [
         "tl.sum(x * x, axis=1) / n_cols - mean * mean + eps",
     ),
     Mutant("variance: counts the columns beyond the row", FORWARD, "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]"),
-    Mutant("mean: over the block, not the row", FORWARD, "tl.sum(x, axis=1) / n_cols", "tl.sum(x, axis=1) / BLOCK_N"),
+    Mutant("mean: over the block, not the row", FORWARD, "row_mean(x, mask, n_cols)", "row_mean(x, mask, BLOCK_N)"),
     Mutant("eps: outside the root", FORWARD, "tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)", "1.0 / (tl.sqrt(tl.sum(centred * centred, axis=1) / n_cols) + eps)"),
     Mutant("eps: left out", FORWARD, "/ n_cols + eps)", "/ n_cols)"),
     Mutant(
@@ -35,7 +35,7 @@ MUTANTS = [
         "    eps: float = 1e-12,\n    dropout_p: float = 0.0,\n    training: bool = False,\n    x_bias: Tensor | None = None,\n    rms_norm: bool = False,\n    return_output: bool = True,\n",
         "    eps: float = 1e-5,\n    dropout_p: float = 0.0,\n    training: bool = False,\n    x_bias: Tensor | None = None,\n    rms_norm: bool = False,\n    return_output: bool = True,\n",
     ),
-    Mutant("statistics: of the 16-bit sum", FORWARD, "        mean = tl.sum(x, axis=1)", "        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)\n        mean = tl.sum(x, axis=1)"),
+    Mutant("statistics: of the sum before it is rounded", FORWARD, "== x_ptr.dtype.element_ty:\n            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)", "== x_ptr.dtype.element_ty:\n            x = x * 1.0"),
     Mutant("weight: ignored", FORWARD, "        out *= tl.load(weight_ptr", "        out *= 1.0 + 0.0 * tl.load(weight_ptr"),
     Mutant("bias: added before the weight", FORWARD, "    out = centred * rstd[:, None]\n", "    out = centred * rstd[:, None] + (tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :] if bias_ptr is not None else 0.0)\n"),
     Mutant("residual: left out", FORWARD, "        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)", "        x += 0.0 * tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)"),
@@ -76,6 +76,4 @@ MUTANTS = [
     Mutant("backward, tiled: partial sums start over at every block", BACKWARD, "tl.int32) > pid)", "tl.int32) < pid)"),
     Mutant("column sum: the last partial sums left out", COLUMN_SUM, "range(0, n_partials, BLOCK_P)", "range(0, n_partials - BLOCK_P + 1, BLOCK_P)"),
     Mutant("column sum: two gradients exchanged", COLUMN_SUM, "_sum_columns(out1_ptr, partial1_ptr", "_sum_columns(out1_ptr, partial0_ptr"),
-    Mutant("x's gradient is the residual's too", OP, "*column)\n        return *(g if n", "*column)\n        out = (out[0], out[0] if key is None and out[1].numel() else out[1], *out[2:])\n        return *(g if n"),
-    Mutant("torch: x's gradient is the residual's too", "pyaccel/ops/_modes.py", "return grad.clone()", "return grad"),
 ]  # fmt: skip
