@@ -61,6 +61,10 @@ def _run(arguments: list[str]) -> int:
         command = context.command_path if context is not None else "pyaccel"
         said = error.format_message()  # type: ignore[attr-defined]
         raise BadInputError(f"{said} (see {command} --help)") from None
+    except SystemExit as ended:  # typer's word for a closed pipe
+        if ended.code != 1:
+            raise
+        raise BadInputError("the output was closed before all of it was written") from None
     if code == 130:  # typer's word for an interrupt
         raise KeyboardInterrupt
     return code or 0

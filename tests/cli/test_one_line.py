@@ -12,48 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import pyaccel.cli
 from pyaccel.cli import console
 from pyaccel.cli.errors import BadInputError
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """What was said on stderr, if that is one line and the exit code is 2."""
-        assert self.code == 2, self
-        assert self.err.startswith("pyaccel: "), self
-        assert self.err.count("\n") == 1, self
-        return self.err
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["pyaccel", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            pyaccel.cli.main()
-        said = capsys.readouterr()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 1, said.out, said.err)
-
-    return call
+from tests.cli.conftest import Run
 
 
 @pytest.fixture
