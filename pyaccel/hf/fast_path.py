@@ -323,7 +323,7 @@ def _call_reason(
         return "the model was made with eager attention, whose gradients can be differentiated again"
     if given.get("output_attentions", config.output_attentions):
         return "output_attentions"
-    if given.get("past_key_values") is not None:
+    if any(given.get(name) is not None for name in ("past_key_values", "cache")):  # before and since 5.24
         return "a key/value cache"
     if given.get("encoder_hidden_states") is not None:
         return "cross attention"

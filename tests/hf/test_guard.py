@@ -368,13 +368,16 @@ def test_several_dtypes() -> None:
     assert report.fallbacks == {"its parameters are of several dtypes": 1}
 
 
-def test_a_cache_in_an_encoder() -> None:
-    """As in prefix tuning: keys and values come before those of the input."""
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_cache_in_an_encoder(masked: bool) -> None:
+    """As in prefix tuning: keys and values come before those of the input. Without a mask, only the cache tells."""
     model, batch = tiny(), batch_of("right")
     stock = copy.deepcopy(model)
     report = pyaccel.accelerate(model)
     prefix = [(torch.randn(5, 4, 2, 8), torch.randn(5, 4, 2, 8)) for _ in range(LAYERS)]
-    batch["attention_mask"] = torch.cat([torch.ones(5, 2, dtype=torch.int64), batch["attention_mask"]], 1)
+    prefixed = torch.cat([torch.ones(5, 2, dtype=torch.int64), batch.pop("attention_mask")], 1)
+    if masked:
+        batch["attention_mask"] = prefixed
 
     def run(model: BertModel) -> Tensor:
         cache = DynamicCache()
