@@ -38,10 +38,14 @@ def accelerate(
     BertGeneration, DistilBERT and ALBERT found in ``model``, which may be the model itself, one with a head, or
     anything that holds one. Only the class of these modules changes (to a subclass of the same name) and the attention
     implementation of their config (to ``"pyaccel"``): parameters, names, hooks, buffers, tied weights and optimizers
-    stay as they are, and what is changed in the weights later is seen at once. At the first call the weights of query,
-    key and value are moved into one buffer, so that one matrix product serves the three; no copy is kept but where
-    ``prepack`` asks for it. Other models whose attention goes through transformers' interface (decoders, GPT-2,
+    stay what they were. No weight is moved or copied, except where ``prepack`` asks for copies, so later updates take
+    effect immediately. Other models whose attention goes through transformers' interface (decoders, GPT-2,
     ModernBERT ...) get that alone.
+
+    A call inside a ``torch.func`` transform, ``torch.jit.trace`` or another's dispatch or function mode runs the stock
+    modules and changes nothing of the model; ``torch.compile`` and ``torch.export`` trace the fast path. A patched
+    ``forward`` of a stock class is noticed at the next call. A model made with eager attention keeps it wherever
+    gradients are recorded, because that attention can be differentiated twice.
 
     The fast path serves evaluation and training, in any dtype and under autocast, with gradient checkpointing and LoRA
     adapters. Dropout acts as in the stock model, by other random numbers. A cache, ``output_attentions``, 4-D masks,
@@ -56,8 +60,9 @@ def accelerate(
             back once. Padding positions of ``last_hidden_state`` are then 0, where the stock model
             computes values that nothing should read: a loss over them (labels other than -100 in the padding)
             differs. Position 0 of every row is always computed, because poolers read it; under a question-answering
-            head, whose loss is over all positions, padding is kept. With False all layers run padded and padding
-            positions are the stock model's.
+            head (a subclass of one of transformers', or any module with ``qa_outputs``), whose loss is over all
+            positions, padding is kept. Pass ``packing=False`` for a head of your own that reads padding.
+            With False all layers run padded and padding positions are the stock model's.
         int8: ``"dynamic"`` or ``"weight_only"``: also quantise the layers' linear modules, as
             :func:`pyaccel.quantization.quantize` does. The floating ones are kept in memory for :func:`restore`.
         backend: ``"auto"``, or ``"triton"``, ``"torch"`` or ``"reference"`` for every op while this model
@@ -155,4 +160,9 @@ def __getattr__(name: str) -> Any:
         from pyaccel.hf import quantizer
 
         return quantizer.PyaccelInt8Config
+    if name.rpartition("_")[2][:1].isupper():  # a class that a pickle names, such as bert_BertLayer
+        _swap()
+        from pyaccel.hf import fast_path
+
+        return getattr(fast_path, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

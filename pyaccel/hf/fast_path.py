@@ -115,7 +115,7 @@ def _subclass(family: Family, base: type[nn.Module], forward: Callable[..., Any]
     names = {
         "forward": forward,
         "_pyaccel_family": family,
-        "__module__": __name__,
+        "__module__": "pyaccel.hf",  # what pickles say: a name that stays wherever this file goes
         "__qualname__": _qualified(family, base.__name__),
         "__doc__": f"transformers' {base.__name__} with a fast path.",
     }

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyaccel import dispatch, ops, tuned
-from pyaccel.hf import fast_path, mlm_head
+from pyaccel.hf import mlm_head
 from pyaccel.hf.attention import NAMES, name_for, register
 from pyaccel.hf.families import FAMILIES, Family, stock
 from pyaccel.hf.fast_path import (
@@ -233,7 +233,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-_OURS = (fast_path.__name__, mlm_head.__name__)
+_OURS = ("pyaccel.hf", mlm_head.__name__)
 
 
 def _base_of(module: nn.Module) -> type[nn.Module] | None:
