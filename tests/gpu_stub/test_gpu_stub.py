@@ -48,11 +48,8 @@ def said(
 ) -> dict[str, str]:
     if reason := missing():
         pytest.skip(reason)  # the reason is printed: pyproject.toml has -ra
-    cache = (
-        pytestconfig.cache.mkdir("gpu_stub_triton")
-        if pytestconfig.cache
-        else tmp_path_factory.mktemp("cache")
-    )
+    kept = getattr(pytestconfig, "cache", None)  # not there under -p no:cacheprovider
+    cache = kept.mkdir("gpu_stub_triton") if kept else tmp_path_factory.mktemp("cache")
     # One process for all the checks that this run has selected: importing takes longer than most of them.
     names = [item.name for item in request.session.items if item.path == Path(__file__)]
     wanted = [check for check in CHECKS if f"{test_on_a_card_that_is_not_there.__name__}[{check}]" in names]

@@ -26,7 +26,8 @@ OLDEST = lane_constraints.oldest((ROOT / "pyproject.toml").read_text())["triton"
 @pytest.fixture(scope="session")
 def environment(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of processes that import the oldest Triton."""
-    cache = pytestconfig.cache.mkdir("triton") if pytestconfig.cache else tmp_path_factory.mktemp("triton")
+    kept = getattr(pytestconfig, "cache", None)  # not there under -p no:cacheprovider
+    cache = kept.mkdir("triton") if kept else tmp_path_factory.mktemp("triton")
     folder = cache / f"{OLDEST}-{sys.implementation.cache_tag}"
     if not (folder / "triton").exists():
         partial = tmp_path_factory.mktemp("pip")
