@@ -123,7 +123,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'gpt2'"):
         bert_config(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="could not be read"):
+    with pytest.raises(ValueError, match="is not a JSON object"):
         bert_config(str(tmp_path))
 
 
