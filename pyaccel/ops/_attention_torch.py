@@ -189,13 +189,9 @@ def varlen_on_device(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """By ``varlen_attn`` where it serves, else padded: nothing leaves the device."""
-    total, heads, _ = query.shape
-    if 0 in (cu_seqlens_q.shape[0] - 1, total, key.shape[0], max_seqlen_q, max_seqlen_k):
+    if 0 in (cu_seqlens_q.shape[0] - 1, query.shape[0], key.shape[0], max_seqlen_q, max_seqlen_k):
         out = reference.zero_output(query, value.shape[2])
-        lse = torch.full(
-            (heads, total), -math.inf, dtype=reference.lse_dtype(query.dtype), device=query.device
-        )
-        return (out, lse) if return_lse else out
+        return (out, reference.no_lse(query)) if return_lse else out
     args = (
         query,
         key,

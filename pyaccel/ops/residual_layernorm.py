@@ -18,7 +18,7 @@ from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key, dropout_reasons, keep_mask_on_host
 from pyaccel.ops._gradients import differentiable_once, own_gradient
 from pyaccel.ops._modes import runs_now
-from pyaccel.reference.residual_layernorm import normalise
+from pyaccel.reference.residual_layernorm import add_bias, normalise
 
 OP = "residual_layernorm"
 MAX_ROW = 16384
@@ -499,7 +499,7 @@ def _torch_backend(
     rms_norm: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    total = x if x_bias is None else x + x_bias.to(x.dtype)
+    total = x if x_bias is None else add_bias(x, x_bias)
     if residual is not None and 0.0 < dropout_p < 1.0 and _drops_on_host(total, residual):
         keep = keep_mask_on_host(total.shape, dropout_p).to(total.dtype)
         total = torch.addcmul(residual, total, keep, value=1.0 / (1.0 - dropout_p))

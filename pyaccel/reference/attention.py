@@ -148,8 +148,7 @@ def varlen_attention(
     outs.append(zero_output(rest, value.shape[-1]).to(dtype))
     if not return_lse:
         return torch.cat(outs)
-    no_lse = torch.full((1, heads, rest.shape[0]), -math.inf, dtype=lse_dtype(dtype), device=query.device)
-    return torch.cat(outs), torch.cat([*lses, no_lse], dim=2).squeeze(0)
+    return torch.cat(outs), torch.cat([*lses, no_lse(rest.to(dtype))[None]], dim=2).squeeze(0)
 
 
 def attention_probs(
@@ -207,6 +206,12 @@ def zero_output(query: Tensor, value_dim: int) -> Tensor:
     """The output ``[rows, heads, value_dim]`` of packed queries without keys: 0, and gradient 0 for them."""
     everywhere = torch.ones((), dtype=torch.bool, device=query.device)
     return query[..., :1].masked_fill(everywhere, 0.0).repeat(1, 1, value_dim)
+
+
+def no_lse(query: Tensor) -> Tensor:
+    """The LSE ``[heads, rows]`` of packed queries without keys: -inf, and gradient 0 for them."""
+    everywhere = torch.ones((), dtype=torch.bool, device=query.device)
+    return query[..., 0].T.to(lse_dtype(query.dtype)).masked_fill(everywhere, -math.inf)
 
 
 def band_mask(

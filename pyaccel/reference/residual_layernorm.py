@@ -57,7 +57,7 @@ def residual_layernorm(
         residual, weight, bias, x_bias = (
             None if t is None else t.double() for t in (residual, weight, bias, x_bias)
         )
-    branch = x if x_bias is None else x + x_bias.to(x.dtype)
+    branch = x if x_bias is None else add_bias(x, x_bias)
     if dropout_p > 0.0:
         if dropout_key is None:
             raise ValueError("residual_layernorm: dropout_p > 0 needs a dropout_key to replay")
@@ -71,6 +71,11 @@ def residual_layernorm(
     if rms_norm:
         variance, mean = stats.square().mean(-1), torch.zeros_like(mean)
     return ResidualLayerNormOutput(output, total, mean, torch.rsqrt(variance + eps))
+
+
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """``x + bias`` in x's dtype. A row alone gets a dimension: added to its like, both would get one gradient."""
+    return x + bias.to(x.dtype) if x.dim() > 1 else (x[None] + bias.to(x.dtype))[0]
 
 
 def normalise(

@@ -47,7 +47,10 @@ def fuzz(
     try_case = lane(name)
     end, calls, case, faults = time.monotonic() + seconds, 0, first, []
     while time.monotonic() < end and (count is None or case < first + count):
-        tried = try_case(seed, case)
+        try:
+            tried = try_case(seed, case)
+        except Exception as error:  # of what judges: a fault of the lane, and no reason to stop
+            tried = Tried("the lane itself", wrong=[f"{type(error).__name__}: {error}"])
         calls += tried.calls
         for what in tried.wrong:
             fault = Fault(name, seed, case, f"{tried.name}: {what}")

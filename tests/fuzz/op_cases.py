@@ -70,12 +70,19 @@ def maybe(draw: Draw, p: float, make: Callable[[], Any]) -> Any:
 
 
 def spoil_some(draw: Draw, arguments: Arguments, names: tuple[str, ...], p: float = 0.08) -> None:
-    """NaN or infinities in one of the tensors of those names, now and then."""
+    """NaN or infinities in one of the tensors of those names, now and then.
+
+    Of queries and keys NaN alone: an infinite one makes scores of -inf, which PyTorch's kernels and ours take for
+    masked.
+    """
     if draw.chance(p):
         name = draw.pick(*names)
         value = arguments.get(name)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            arguments[name] = draw.place(name, draw.spoiled(value.clone()))
+            spoiled = draw.spoiled(value.clone())
+            if name in ("query", "key"):
+                spoiled = spoiled.masked_fill(spoiled.isinf(), math.nan)
+            arguments[name] = draw.place(name, spoiled)
 
 
 def wanted(draw: Draw, arguments: Arguments, names: tuple[str, ...], p: float = 0.6) -> list[str]:

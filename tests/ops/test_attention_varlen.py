@@ -292,3 +292,14 @@ def test_compiled_equals_eager(backend: str, dynamic: bool, device: torch.device
         results.append([out, *torch.autograd.grad(out.square().sum(), rows)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_the_lse_of_no_sequence_at_all_has_a_gradient_of_zero(backend: str, device: torch.device) -> None:
+    query = torch.randn(5, 2, 16, device=device, requires_grad=True)
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    with dispatch.use_backend(backend):
+        _, lse = varlen_attention(query, query, query, none, none, 0, 0, return_lse=True)
+    assert lse.shape == (2, 5)
+    assert (lse == -math.inf).all()
+    assert not torch.autograd.grad(lse, query, torch.ones_like(lse))[0].any()

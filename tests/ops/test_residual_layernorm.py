@@ -510,3 +510,14 @@ def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -
 
 def test_the_function_is_exported() -> None:
     assert ops.residual_layernorm is public
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_a_row_alone_and_its_bias_do_not_share_a_gradient(backend: str, device: torch.device) -> None:
+    x, x_bias = (torch.randn(8, device=device, requires_grad=True) for _ in range(2))
+    with dispatch.use_backend(backend):
+        out = ops.residual_layernorm(x, None, None, None, x_bias=x_bias)
+    assert out.shape == (8,)
+    dx, dx_bias = torch.autograd.grad(out, (x, x_bias), torch.randn(8, device=device))
+    assert torch.equal(dx, dx_bias)
+    assert dx.untyped_storage().data_ptr() != dx_bias.untyped_storage().data_ptr()
