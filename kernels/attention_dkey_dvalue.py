@@ -11,6 +11,7 @@ from torch import Tensor
 from pyaccel.kernels.attention_call import AttentionCall
 from pyaccel.kernels.attention_config import AttentionConfig
 from pyaccel.kernels.attention_tile import (
+    any_counts,
     band,
     clear_tail,
     dot_rows,
@@ -125,7 +126,7 @@ def dkey_dvalue_kernel(
                         base_mask, row_offset, o_n.to(tl.int64)[:, None] * stride_mask[3], m_tile
                     )
                     if SKIP_MASKED:
-                        live = tl.max(tl.max(bias, axis=1), axis=0) > float("-inf")
+                        live = tl.max(any_counts(bias, 1).to(tl.int32), axis=0) > 0
                 if live:
                     offset_lse = base_lse + first_q + o_m
                     lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]

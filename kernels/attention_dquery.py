@@ -17,6 +17,7 @@ from torch import Tensor
 from pyaccel.kernels.attention_call import AttentionCall
 from pyaccel.kernels.attention_config import AttentionConfig
 from pyaccel.kernels.attention_tile import (
+    any_counts,
     apply_band,
     band,
     clear_tail,
@@ -114,7 +115,7 @@ def dquery_kernel(
                 if BANDED:
                     bias = apply_band(bias, o_m[:, None], o_n[None, :], low, high)
                 # A key that none of these queries attends to isn't read: 0 * NaN would be NaN.
-                m_n &= tl.max(bias, axis=0) > float("-inf")
+                m_n &= any_counts(bias, 0)
                 if SKIP_MASKED:
                     live = tl.max(m_n.to(tl.int32), axis=0) > 0
             if live:

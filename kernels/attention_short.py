@@ -17,6 +17,7 @@ from pyaccel.kernels.attention_call import AttentionCall
 from pyaccel.kernels.attention_config import AttentionConfig
 from pyaccel.kernels.attention_tile import (
     LOG2E,
+    any_counts,
     apply_band,
     band,
     clear_tail,
@@ -62,7 +63,7 @@ def _masks(
         if BANDED:
             bias = apply_band(bias, o_m[:, None], o_n[None, :], low, high)
         # A key that none of these queries attends to isn't read: 0 * NaN would be NaN.
-        return m_n & (tl.max(bias, axis=0) > float("-inf")), bias
+        return m_n & any_counts(bias, 0), bias
 
 
 @triton.jit(do_not_specialize=["threshold"])

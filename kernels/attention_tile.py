@@ -123,6 +123,12 @@ def load_bias(mask_ptr, row_offset, col_offset, m_tile):
 
 
 @triton.jit
+def any_counts(bias, AXIS: tl.constexpr):
+    """Whether some score along the axis counts by a tile of :func:`load_bias`. One of NaN does: it is a value."""
+    return tl.max((bias != float("-inf")).to(tl.int32), axis=AXIS) > 0
+
+
+@triton.jit
 def apply_band(x, o_row, o_col, low, high):
     """-inf where ``column - row`` isn't from low to high; o_row and o_col broadcast to the tile."""
     return tl.where((o_col - o_row >= low) & (o_col - o_row <= high), x, float("-inf"))

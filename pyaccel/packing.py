@@ -85,7 +85,7 @@ def layout(attention_mask: Tensor, *, sort_by_length: bool = False, keep_first: 
     batch_size, seq_len = keys.shape
     if keys.device.type == "cpu":
         if bool(keys.all()):
-            return _full(batch_size, seq_len)
+            return _full(batch_size, seq_len, keys.device)
         if not keep_first or bool(keys[:, 0].all()):
             return _on_host(keys, sort_by_length)
     queries = keys
@@ -181,6 +181,8 @@ class _Gather(torch.autograd.Function):
     """index_select for indices that occur once. Its own backward adds (atomics on a GPU, a sort when asked to
     be deterministic); with unique indices a plain store per row is enough."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(source: Tensor, indices: Tensor) -> Tensor:
         return source.index_select(0, indices)
@@ -201,10 +203,10 @@ def _scatter(source: Tensor, indices: Tensor, rows: int) -> Tensor:
     return source.new_zeros(rows, *source.shape[1:]).index_copy_(0, indices, source)
 
 
-def _full(batch_size: int, seq_len: int) -> PackedLayout:
+def _full(batch_size: int, seq_len: int, device: torch.device) -> PackedLayout:
     """The layout of a batch without padding: there is nothing to look for."""
-    offsets = torch.arange(batch_size + 1, dtype=torch.int32) * seq_len
-    indices = torch.arange(batch_size * seq_len)
+    offsets = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
+    indices = torch.arange(batch_size * seq_len, device=device)
     return _of_own_keys(indices, offsets, seq_len if batch_size else 0, batch_size, seq_len)
 
 
@@ -218,7 +220,7 @@ def _on_host(keys: Tensor, sort_by_length: bool) -> PackedLayout:
     if order == sorted(order):
         indices = keys.flatten().nonzero().flatten()
     else:
-        by_length = torch.tensor(order)
+        by_length = torch.tensor(order, device=keys.device)
         row, column = keys[by_length].nonzero(as_tuple=True)
         indices = by_length[row] * seq_len + column
     offsets = torch.tensor(

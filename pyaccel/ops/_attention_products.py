@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
+from pyaccel.ops._attention_sdpa import forward_mode
 from pyaccel.ops._dropout import keep_mask_on_host
 
 # Lengths at which, where no table of this machine says it, products beat PyTorch's flash kernel (two cores with
@@ -49,13 +50,9 @@ def serve(query: Tensor, length: int, *, training: bool, dropout_p: float) -> tu
     heads, head_dim = query.shape[1:]
     if length > LONGEST:
         return False, f"longer than {LONGEST}, where products would take much memory"
-    if (training or dropout_p > 0.0) and (
-        query.dtype not in _EVALUATION
-        or type(query) is not Tensor
-        or dropout_p == 1.0
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return False, "products take plain fp32 and bf16 tensors, and a dropout_p below 1"
+    if query.dtype not in _EVALUATION or dropout_p == 1.0 or forward_mode():
+        # Products of fp16 may overflow.
+        return False, "products take fp32 and bf16, a dropout_p below 1, and have no forward-mode derivative"
     if dropout_p > 0.0:
         return True, "with dropout PyTorch's way is products too, and a slower one"
     op = "varlen_attention_training" if training else "varlen_attention"

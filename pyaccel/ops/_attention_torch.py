@@ -1,6 +1,6 @@
-"""The torch backend of attention: stock PyTorch ops, chosen and guarded so that masks mean what they should.
+"""The torch backend of packed attention: stock PyTorch ops; of padded, see :mod:`pyaccel.ops._attention_sdpa`.
 
-Padded, on any device; packed on a CPU, by groups of sequences of equal lengths; packed elsewhere and in graphs, by
+On a CPU, by groups of sequences of equal lengths; elsewhere and in graphs, by
 PyTorch's own kernel for packed batches where it serves, else padded on the device. Arguments are checked by
 :mod:`pyaccel.ops.attention`, which calls this.
 """
@@ -15,82 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bound once: whoever puts our function in the place of torch.nn.functional's must not find it calling itself.
-from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
-
-from pyaccel import dispatch
 from pyaccel.ops import _attention_products as products
+from pyaccel.ops._attention_sdpa import sdpa
 from pyaccel.reference import attention as reference
 
 Window = tuple[int, int]
 
 
-def may_hold(condition: Tensor) -> bool:
-    """False only where it is known, at next to no cost, that ``condition`` holds nowhere."""
-    return not dispatch.on_host(condition) or bool(condition.any())
-
-
 def records(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-# --- the torch backend, padded ------------------------------------------------------------------------------
-
-
-def sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    allowed: Tensor | None,
-    bias: Tensor | None,
-    scale: float | None,
-    *,
-    is_causal: bool = False,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """``F.scaled_dot_product_attention``, made safe for what a mask leaves unread.
-
-    Args:
-        allowed, bias: from :func:`pyaccel.reference.attention.combine_masks`.
-        is_causal: in place of the two.
-        dropout_p: by PyTorch's own mask, not by ours.
-    """
-    # By a branch: in a graph with dynamic shapes the comparison itself isn't the bool that PyTorch wants.
-    gqa = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
-    if allowed is None:
-        if is_causal:  # keys that no query sees may hold anything
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        return torch_sdpa(
-            query, key, value, None, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=gqa
-        )
-    if gqa and allowed.shape[1] > 1:  # whether a key is read then differs between the heads that share it
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        gqa = False
-    # PyTorch multiplies what is masked by 0, which makes NaN of NaN and inf; and what its backends make of a
-    # row without keys differs. So unread keys are cleared, and an unread query sees all and is cleared later.
-    idle_rows, idle_keys = reference.unread(allowed)
-    has_idle_rows = may_hold(idle_rows)
-    key, value = _cleared(key, idle_keys), _cleared(value, idle_keys)
-    if has_idle_rows:
-        query = _cleared(query, idle_rows)
-    if bias is None:
-        mask = allowed | idle_rows if has_idle_rows else allowed
-    else:
-        if query.device.type != "cpu" and bias.dtype != query.dtype:
-            # A GPU's kernels want query's dtype. A huge negative number must not become -inf, which masks.
-            bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
-        mask = bias.masked_fill(~allowed, -math.inf).masked_fill(idle_rows, 0.0)
-    out = torch_sdpa(query, key, value, mask, dropout_p, scale=scale, enable_gqa=gqa)
-    return out.masked_fill(idle_rows, 0.0) if has_idle_rows else out
-
-
-def _cleared(x: Tensor, idle: Tensor) -> Tensor:
-    """``x`` with 0 where ``idle``; ``x`` itself where it is known to be finite and so can't leak anything."""
-    # A sum is finite only if all of x is; on a CPU it takes a thirtieth (fp32) of the time of masked_fill.
-    if dispatch.on_host(x) and math.isfinite(x.detach().sum().item()):
-        return x
-    return x.masked_fill(idle, 0.0)
 
 
 # --- the torch backend, packed, on the host -----------------------------------------------------------------

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyaccel import dispatch, tuned
+from pyaccel.ops._attention_sdpa import forward_mode
 
 MAX_HEAD_DIM = 256
 MAX_FP32_HEAD_DIM = 64
@@ -257,17 +259,6 @@ def _(
     return _backward_outputs(query, key, value, attn_mask, want_dmask)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "pyaccel.ops.scaled_dot_product_attention: a double backward (the gradient of a gradient) was asked for, "
-        "and the Triton backend has none. Use another backend for this call: "
-        "pyaccel.use_backend('torch', ops=['scaled_dot_product_attention', 'varlen_attention'])."
-    )
-
-
-backward_op.register_autograd(_no_double_backward)
-
-
 @torch.library.custom_op("pyaccel::attention_probs", mutates_args=())
 def probs_op(
     query: Tensor,
@@ -356,6 +347,8 @@ def _call(
 class AttentionFunction(torch.autograd.Function):
     """Saves query, key, value, output, LSE, and masks and dropout key as they came: nothing of a score's size."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         query: Tensor,
@@ -383,15 +376,71 @@ class AttentionFunction(torch.autograd.Function):
             dout = out.new_zeros(()).expand_as(out)
         if dlse is not None:
             dlse = dlse.contiguous()
+        # A graph has no double backward of its own accord, and takes no Function in that of another.
+        run = backward_op if torch.compiler.is_compiling() else _BackwardFunction.apply
         want_dmask = ctx.needs_input_grad[3]
-        grads = backward_op(dout, dlse, out, lse, lse_error, *inputs, *ctx.options, want_dmask)
+        grads = run(dout, dlse, out, lse, lse_error, *inputs, *ctx.options, want_dmask)
         needed = ctx.needs_input_grad[:4]
         return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * (
             4 + len(ctx.options)
         )
 
 
+class _BackwardFunction(torch.autograd.Function):
+    """:func:`backward_op`, under torch.func's transforms too, which run it with gradients recorded."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return backward_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "pyaccel.ops.scaled_dot_product_attention: a double backward (the gradient of a gradient) was asked for, "
+            "and the Triton backend has none. Use another backend for this call: "
+            "pyaccel.use_backend('torch', ops=['scaled_dot_product_attention', 'varlen_attention'])."
+        )
+
+
+def _in_turn(op: Any) -> None:
+    """Let torch.func.vmap run ``op`` for one after the other of what it maps over."""
+
+    def run(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    op.register_vmap(run)
+
+
+for _op in (forward_op, backward_op, probs_op):
+    _in_turn(_op)
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise where a derivative is taken forward: a registered op would drop it without a word."""
+    if forward_mode() and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            "pyaccel.ops: a forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad) of attention was asked "
+            "for, and the Triton backend has none. Use another backend for this call: pyaccel.use_backend('torch', "
+            "ops=['scaled_dot_product_attention', 'varlen_attention', 'attention_probs'])."
+        )
+
+
 def _attend(*arguments: Any, want_lse: bool) -> tuple[Tensor, Tensor]:
+    _refuse_forward_mode(*arguments[:4])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
         if torch.compiler.is_compiling():
             arguments = _distinct(arguments)
@@ -471,6 +520,7 @@ def probs(
     window_size: Window | None,
 ) -> Tensor:
     """:func:`pyaccel.ops.attention_probs` of valid 4-D arguments."""
+    _refuse_forward_mode(query, key, lse, attn_mask)
     attn_mask, key_mask = _masks(attn_mask, key_padding_mask)
     window = window_size or (-1, -1)
     return probs_op(

@@ -27,6 +27,7 @@ from pyaccel.ops import _attention_arguments as arguments
 from pyaccel.ops import _attention_torch as torch_backend
 from pyaccel.ops import _attention_triton as triton_backend
 from pyaccel.ops._attention_arguments import Window
+from pyaccel.ops._attention_sdpa import may_hold, sdpa
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._dropout import dropout_key
 from pyaccel.reference import attention as reference
@@ -213,18 +214,16 @@ def scaled_dot_product_attention(
             return_lse,
         )
         return _without_leading(result, absent) if absent else result
-    if key_padding_mask is not None and not torch_backend.may_hold(~key_padding_mask):
+    if key_padding_mask is not None and not may_hold(~key_padding_mask):
         key_padding_mask = None
     if backend == "torch" and seed is None and not return_lse:
         if is_causal and attn_mask is None and key_padding_mask is None and window_size is None:
-            result = torch_backend.sdpa(
-                query, key, value, None, None, scale, is_causal=True, dropout_p=dropout_p
-            )
+            result = sdpa(query, key, value, None, None, scale, is_causal=True, dropout_p=dropout_p)
         else:
             allowed, bias = reference.combine_masks(
                 query, key, attn_mask, key_padding_mask, is_causal, window_size
             )
-            result = torch_backend.sdpa(query, key, value, allowed, bias, scale, dropout_p=dropout_p)
+            result = sdpa(query, key, value, allowed, bias, scale, dropout_p=dropout_p)
     else:
         result = cast(
             "Tensor | tuple[Tensor, Tensor]",
@@ -428,6 +427,12 @@ def varlen_attention(
             dropout_p,
             seed,
             return_lse,
+        )
+    no_values = query.is_meta or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+    if backend == "reference" and no_values:
+        raise dispatch.NotSupportedError(
+            "pyaccel.ops.varlen_attention: the reference backend reads cu_seqlens, which meta tensors don't hold and a "
+            "trace would keep. Use another one here: pyaccel.use_backend('auto', ops=['varlen_attention'])."
         )
     lens_q: list[int] = []
     lens_k: list[int] = []

@@ -6,7 +6,9 @@ FlashAttention's ``flash_attn_func`` and ``flash_attn_varlen_func``.
 
 What the masks mean, in every backend:
 
-* A query that may attend to no key gives output 0, log-sum-exp -inf and gradient 0.
+* A query that may attend to no key gives output 0, log-sum-exp -inf and gradient 0. So does one whose scores are all
+  -inf for another reason (an infinite query, say), as in PyTorch.
+* -inf in a float mask masks, and nothing else of it does: NaN and +inf are values, and make NaN of the query's row.
 * A key that no query of its head may attend to is never read: NaN or inf there changes neither outputs nor
   gradients. The same goes for a query that may attend to no key.
 * ``is_causal`` is aligned to the top left, as PyTorch's is: query ``i`` sees keys ``j <= i``.
@@ -64,7 +66,8 @@ def scaled_dot_product_attention(
             ``upcast`` or the inputs are, else fp32 (in fp32 throughout, whatever the dtype).
         return_probs: also return the softmax weights before dropout, ``[batch, heads, seq_q, seq_k]``.
         upcast: True computes and returns fp64, the truth. False is what good plain PyTorch (Hugging Face's
-            eager attention) does in the dtype: products in it, softmax in fp32, weights rounded to it.
+            eager attention) does in the dtype: products in it (of fp16 in fp32, where they don't overflow),
+            softmax in fp32, weights rounded to it.
 
     Returns:
         the output ``[batch, heads, seq_q, value_dim]``, or a tuple of it with what else was asked for.
@@ -298,6 +301,8 @@ def masked_attention(
     """
     dtype = torch.float64 if upcast else query.dtype
     wide = lse_dtype(dtype)
+    # Products of fp16 overflow: q.k before its scale, and the gradient of the weights in backward.
+    narrow = wide if dtype == torch.float16 else dtype
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     if allowed is not None:
@@ -305,28 +310,20 @@ def masked_attention(
         idle_rows, idle_keys = unread(allowed)
         query = query.masked_fill(idle_rows, 0.0)
         key, value = key.masked_fill(idle_keys, 0.0), value.masked_fill(idle_keys, 0.0)
-
-    def masked_scores(dtype: torch.dtype) -> Tensor:
-        scores = (query.to(dtype) @ key.to(dtype).mT).to(wide) * scale  # [batch, heads, seq_q, seq_k]
-        if bias is not None:
-            scores = scores + bias.to(wide)
-        if allowed is not None:
-            # A row of -inf alone has a NaN softmax and NaN gradients: it is computed as zeros, then cleared.
-            scores = scores.masked_fill(~allowed, -math.inf).masked_fill(idle_rows, 0.0)
-        return scores
-
-    scores = masked_scores(dtype)
-    probs = torch.softmax(scores, -1)
-    if allowed is not None:
-        probs = probs.masked_fill(idle_rows, 0.0)
+    scores = _masked_scores(query.to(narrow), key.to(narrow), allowed, bias, scale, wide)
+    # A row of -inf alone has a NaN softmax and NaN gradients: it is computed as zeros, then cleared.
+    empty = (scores.detach() == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    probs = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     lse = scores.new_empty(0)
     if return_lse:  # a statistic: fp32 from the first, where the output may do with the dtype's scores
-        scores = scores if dtype == wide else masked_scores(wide)
+        if narrow != wide:
+            scores = _masked_scores(query.to(wide), key.to(wide), allowed, bias, scale, wide)
+            scores = scores.masked_fill(empty, 0.0)
         # Its gradient is exp(scores - lse), which needs the difference exact: beside the lowest number it isn't.
         about = torch.logsumexp(scores.detach(), -1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
         lse = torch.logsumexp(scores - about, -1) + about.squeeze(-1)
-        if allowed is not None:
-            lse = lse.masked_fill(idle_rows.squeeze(-1), -math.inf)
+        lse = lse.masked_fill(empty.squeeze(-1), -math.inf)
     weights = probs
     if dropout_p > 0.0:
         if dropout_key is None:
@@ -337,4 +334,14 @@ def masked_attention(
         stream = first_stream + torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1)
         keep = keep_mask(dropout_key, rows, cols, dropout_p, stream)
         weights = torch.where(keep, probs * keep_scale(dropout_p), 0.0)
-    return weights.to(dtype) @ value.to(dtype), lse, probs.to(dtype)
+    return (weights.to(narrow) @ value.to(narrow)).to(dtype), lse, probs.to(dtype)
+
+
+def _masked_scores(
+    query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float, wide: torch.dtype
+) -> Tensor:
+    """The scores in ``wide``, of products in query's dtype, -inf where masked: ``[batch, heads, seq_q, seq_k]``."""
+    scores = (query @ key.mT).to(wide) * scale
+    if bias is not None:
+        scores = scores + bias.to(wide)
+    return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
