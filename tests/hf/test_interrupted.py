@@ -263,6 +263,22 @@ def test_ctrl_c_while_changes_are_undone_waits() -> None:
     assert done == [2, 1, 0]
 
 
+def test_a_change_that_fails_halfway_is_undone() -> None:
+    items: dict[str, int] = {}
+
+    def halfway() -> None:
+        items["a"] = 1
+        raise KeyboardInterrupt
+
+    def broken() -> None:
+        with Changes() as changes:
+            changes.make(halfway, items.clear)
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    assert not items
+
+
 def test_items_come_back_in_their_order() -> None:
     items = {"a": 1, "b": 2, "c": 3}
 
