@@ -155,6 +155,7 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
         with acceleration.use_backend():
             if torch.compiler.is_compiling():
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
+            plan: Structure | str | None
             if acceleration.cuda_graphs:
                 plan = _graphed(known, self, hidden_states, attention_mask, args, kwargs)
                 if not isinstance(plan, str):
@@ -172,6 +173,7 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
             if isinstance(plan, str):
                 acceleration.report.not_packed[plan] += 1
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
+            assert plan is not None  # it is None in a graph alone
             hidden = family.enter(self, hidden_states)
             if kwargs.get("cu_seq_lens_q") is not None:
                 tokens = layout_from_cu_seqlens(
@@ -369,6 +371,7 @@ def _graphed(
         or _not_packable(hidden, mask, kwargs)
         or _structure(known, encoder, layers)
     )
+    assert plan is not None  # it is None in a graph alone
     if isinstance(plan, str):
         return plan
     if any(_drops(known.family.view(layer)) for layer in layers):

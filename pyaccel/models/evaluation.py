@@ -143,11 +143,12 @@ class StraightLayer:
         if copies is None or state != copies.state:
             with torch.inference_mode(False), torch.no_grad():
                 weights, biases = zip(*self.projections, strict=True)
-                rest = (self.first[0], self.inner[0], self.second[0])
                 copies = Reordered(
-                    linear.prepacked(torch.cat(weights)),
-                    torch.cat(biases),
-                    *map(linear.prepacked, rest),
+                    qkv=linear.prepacked(torch.cat(weights)),
+                    qkv_bias=torch.cat(biases),
+                    first=linear.prepacked(self.first[0]),
+                    inner=linear.prepacked(self.inner[0]),
+                    second=linear.prepacked(self.second[0]),
                     state=state,
                     held=[p.detach() for p in self.parameters],
                 )

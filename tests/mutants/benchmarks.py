@@ -28,7 +28,7 @@ TESTS = [
 MUTANTS = [
     Mutant("tuned: the slowest way", TUNED, "best = min(ways, key=self.us.__getitem__)", "best = max(ways, key=self.us.__getitem__)"),
     Mutant("tuned: noise decides", TUNED, "return ways[0] if self.us[ways[0]] <= NOISE * self.us[best] else best", "return best"),
-    Mutant("tuned: what ships comes before one's own", TUNED, '((FOLDER, "shipped"), (user_folder(), "measured here"))', '((user_folder(), "measured here"), (FOLDER, "shipped"))'),
+    Mutant("tuned: what ships comes before one's own", TUNED, '((lambda: FOLDER, "shipped"), (user_folder, "measured here"))', '((user_folder, "measured here"), (lambda: FOLDER, "shipped"))'),
     Mutant("tuned: a size far away decides", TUNED, "if found is not None and distance(found) <= math.log(FARTHEST) else None", ""),
     Mutant("tuned: another width's launch", TUNED, "or (exactly and found.size != size)", ""),
     Mutant("tuned: another machine's table is lost", TUNED, "[*kept, *new.values()]", "[*new.values()]"),
