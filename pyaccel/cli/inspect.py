@@ -75,9 +75,6 @@ def inspect(
 
     Needs triton and no GPU. Exits with 1 where a kernel doesn't compile, with 2 for bad options or no triton.
     """
-    commit = ""
-    if diff is not None:  # before minutes of compilation
-        commit = _git(diff, "rev-parse", "--verify", "--end-of-options", f"{diff}^{{commit}}")
     try:
         if importlib.util.find_spec("triton") is None:
             raise ValueError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
@@ -102,7 +99,7 @@ def inspect(
         raise typer.Exit(1) from None
     rows = [{field: getattr(code, field) for field in JSON_FIELDS} for code in codes]
     if diff is not None:
-        _show_difference(_rows_of_revision(commit, op, arch, dtype, name, workers), rows, diff, as_json)
+        _show_difference(_rows_of_revision(diff, op, arch, dtype, name, workers), rows, diff, as_json)
     elif as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
@@ -167,25 +164,8 @@ def _print_listings(todo: list[tuple[KernelSpec, str]], kind: str, workers: int 
         typer.echo(f"// {spec} on {arch}\n{text.rstrip()}\n")
 
 
-_ROOT = Path(__file__).resolve().parents[2]
-
-
-def _git(revision: str, *arguments: str) -> str:
-    """What git prints in the checkout that pyaccel is imported from."""
-    try:
-        command = ["git", "-C", str(_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except FileNotFoundError:
-        raise BadInputError("--diff needs git") from None
-    except (subprocess.CalledProcessError, ValueError) as error:  # ValueError: a NUL in it
-        said = " ".join((getattr(error, "stderr", "") or str(error)).split())
-        raise BadInputError(
-            f"--diff {revision}: {said}: give a revision of the checkout that pyaccel is imported from, {_ROOT}"
-        ) from None
-
-
 def _rows_of_revision(
-    commit: str,
+    revision: str,
     op: list[str] | None,
     arch: list[str] | None,
     dtype: list[str] | None,
@@ -193,9 +173,29 @@ def _rows_of_revision(
     workers: int | None,
 ) -> list[dict[str, Any]]:
     """What `inspect --json` gives in a copy of that revision, compiled by this environment."""
+    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, "tree.tar")
-        _git(commit, "archive", "--output", str(archive), commit, "kernels", "pyaccel")
+        command = [
+            "git",
+            "-C",
+            str(root),
+            "archive",
+            "--output",
+            str(archive),
+            revision,
+            "kernels",
+            "pyaccel",
+        ]
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except FileNotFoundError:
+            raise BadInputError("--diff needs git") from None
+        except subprocess.CalledProcessError as error:
+            raise BadInputError(
+                f"--diff {revision}: {error.stderr.strip()}: give a revision of the checkout that pyaccel is "
+                f"imported from, {root}"
+            ) from None
         with tarfile.open(archive) as tree:
             tree.extractall(folder, filter="data")
         options = [
@@ -215,7 +215,7 @@ def _rows_of_revision(
         )
     if done.returncode != 0:
         raise BadInputError(
-            f"--diff {commit}: pyaccel inspect of that revision failed, with exit code {done.returncode}"
+            f"--diff {revision}: pyaccel inspect of that revision failed, with exit code {done.returncode}"
         )
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return [row for row in rows if re.search(name, f"{row['name']} [{row['config']}]")]
