@@ -87,6 +87,7 @@ def inspect(
         if not wanted:
             raise ValueError(f"no kernel is left by --name {name}")
         todo = tasks(wanted, arch or ["sm_90"])
+        commit = None if diff is None else _commit(diff)  # before minutes of compiling
         if sass or ptx:
             _print_listings(todo, "sass" if sass else "ptx", workers)
             return
@@ -98,8 +99,8 @@ def inspect(
         typer.echo(f"pyaccel inspect: {error}", err=True)
         raise typer.Exit(1) from None
     rows = [{field: getattr(code, field) for field in JSON_FIELDS} for code in codes]
-    if diff is not None:
-        _show_difference(_rows_of_revision(diff, op, arch, dtype, name, workers), rows, diff, as_json)
+    if diff is not None and commit is not None:
+        _show_difference(_rows_of_revision(commit, op, arch, dtype, name, workers), rows, diff, as_json)
     elif as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
@@ -164,6 +165,28 @@ def _print_listings(todo: list[tuple[KernelSpec, str]], kind: str, workers: int 
         typer.echo(f"// {spec} on {arch}\n{text.rstrip()}\n")
 
 
+def _commit(revision: str) -> str:
+    """The commit that a revision of this checkout names; an option of git's is none."""
+    return _git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").strip()
+
+
+def _git(*arguments: str) -> str:
+    """What git prints in the checkout that pyaccel is imported from."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+    except FileNotFoundError:
+        raise BadInputError("--diff needs git") from None
+    except subprocess.CalledProcessError as error:
+        raise BadInputError(
+            f"--diff: {error.stderr.strip()} (git {' '.join(arguments)}): give a revision of the checkout that "
+            f"pyaccel is imported from, {root}"
+        ) from None
+    return done.stdout
+
+
 def _rows_of_revision(
     revision: str,
     op: list[str] | None,
@@ -173,29 +196,9 @@ def _rows_of_revision(
     workers: int | None,
 ) -> list[dict[str, Any]]:
     """What `inspect --json` gives in a copy of that revision, compiled by this environment."""
-    root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder, "tree.tar")
-        command = [
-            "git",
-            "-C",
-            str(root),
-            "archive",
-            "--output",
-            str(archive),
-            revision,
-            "kernels",
-            "pyaccel",
-        ]
-        try:
-            subprocess.run(command, capture_output=True, text=True, check=True)
-        except FileNotFoundError:
-            raise BadInputError("--diff needs git") from None
-        except subprocess.CalledProcessError as error:
-            raise BadInputError(
-                f"--diff {revision}: {error.stderr.strip()}: give a revision of the checkout that pyaccel is "
-                f"imported from, {root}"
-            ) from None
+        _git("archive", "--output", str(archive), revision, "kernels", "pyaccel")
         with tarfile.open(archive) as tree:
             tree.extractall(folder, filter="data")
         options = [

@@ -383,3 +383,8 @@ def test_the_loader_runs_no_code_and_reads_no_pickle(
     (folder / "modules.json").write_text(json.dumps([{"type": "evil.Transformer", "path": ""}]))
     assert run(*job).code == 0
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("revision", ["--", "", "no-such-revision", "--output=x", "HEAD:README.md"])
+def test_inspect_refuses_what_is_no_revision_before_it_compiles(run: Run, revision: str) -> None:
+    assert f"{revision}^{{commit}}" in run("inspect", f"--diff={revision}").line

@@ -483,7 +483,9 @@ def ended_wrong(arguments: list[str], ended: Ended, interrupt: float | None) -> 
     elif ended.code == 130 and interrupt is None:
         found.append("exit code 130, and nothing interrupted it")
     elif ended.code == 2:
-        lines = [line for line in ended.err.splitlines() if line.startswith("pyaccel: ")]
+        lines = [
+            line for line in ended.err.splitlines() if line.startswith(("pyaccel: ", "pyaccel inspect: "))
+        ]
         squeezed = "".join((ended.err + ended.out).split())  # a terminal may be one column wide
         usage = "Usage:" in squeezed or "Invalidvalue" in squeezed or "requires" in squeezed
         if len(lines) != 1 and not usage:

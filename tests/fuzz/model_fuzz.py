@@ -605,13 +605,13 @@ class ModelCase:
 def in_one(found: dict[str, Tensor], truth: dict[str, Tensor], names: list[str]) -> Tensor:
     """Gradients in one vector, each over the largest element that it should have.
 
-    Where that is a ten-thousandth of the largest of all, what should cancel is rounding: such as of queries with one
-    key.
+    Where that is below a ten-thousandth of the largest of all, it is what cancels, such as of queries with one key, and
+    its rounding that of the largest: over which it is taken.
     """
     largest = {n: truth[n].abs().max() for n in names}
-    least = 1e-4 * max(largest.values()) + 1e-30
-    scaled = [(found[n].double() / largest[n].clamp(min=least)).flatten() for n in names]
-    return torch.cat(scaled).to(found[names[0]].dtype)
+    most = max(largest.values()).clamp(min=1e-30)
+    over = {n: own if own > 1e-4 * most else most for n, own in largest.items()}
+    return torch.cat([(found[n].double() / over[n]).flatten() for n in names]).to(found[names[0]].dtype)
 
 
 def judged(out: Tensor, truth: Tensor, *naives: Tensor) -> str | None:

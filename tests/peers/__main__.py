@@ -77,6 +77,8 @@ def outcomes(
             "-p",
             "no:cacheprovider",
             "--tb=no",
+            "-o",
+            "addopts=",
             f"--junitxml={report}",
         ]
         command += ["-p", suite.plugin] * accelerated + tests
