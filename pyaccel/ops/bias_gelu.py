@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._gradients import differentiable_once
+from pyaccel.reference.residual_layernorm import add_bias
 
 OP = "bias_gelu"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -245,5 +246,5 @@ def _torch_backend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if quantize_output:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-    y = reference.activation(x if bias is None else x + bias.to(x.dtype), activation)
+    y = reference.activation(x if bias is None else add_bias(x, bias), activation)
     return reference.quantize_per_token(y) if quantize_output else y

@@ -21,6 +21,7 @@ from pyaccel.ops import _linear_activation_triton as triton_backend
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._modes import runs_now
 from pyaccel.ops.bias_gelu import bias_gelu
+from pyaccel.ops.residual_layernorm import not_supported_reasons as layernorm_reasons
 from pyaccel.ops.residual_layernorm import residual_layernorm
 
 ONEDNN_ACTIVATIONS = {
@@ -146,13 +147,17 @@ def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]
     return reasons
 
 
+def _dtype_reasons(x: Tensor, weight: Tensor) -> list[str]:
+    if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
+        return [f"x is {x.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast"]
+    return []
+
+
 def not_supported_reasons(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> list[str]:
     """Every reason why these arguments of :func:`linear_activation` make no sense; empty if they do."""
-    reasons = _linear_reasons(x, weight, bias)
-    if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
-        reasons.append(f"x is {x.dtype} and weight {weight.dtype}: cast one of them, or use torch.autocast")
+    reasons = _linear_reasons(x, weight, bias) + _dtype_reasons(x, weight)
     if activation not in ACTIVATIONS:
         reasons.append(f"unknown activation {activation!r}: expected one of {ACTIVATIONS}")
     return reasons
@@ -272,11 +277,18 @@ def linear_residual_layernorm(
 
     Returns:
         ``[..., hidden]``.
+
+    Raises:
+        ValueError: naming every argument that makes no sense.
     """
     reasons = _linear_reasons(x, weight, bias)
     if not reasons and residual.shape != (*x.shape[:-1], weight.shape[0]):
         reasons.append(
             f"residual must be {(*x.shape[:-1], weight.shape[0])}, the product's shape, got {tuple(residual.shape)}"
+        )
+    if not reasons:  # residual stands for the product, which has its shape
+        reasons = _dtype_reasons(x, weight) + layernorm_reasons(
+            residual, None, ln_weight, ln_bias, eps=eps, dropout_p=dropout_p, x_bias=bias
         )
     dispatch.invalid("linear_residual_layernorm", reasons)
     dropout_p = dropout_p if training else 0.0

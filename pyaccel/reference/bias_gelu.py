@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyaccel.reference.activation import activation as apply_activation
 from pyaccel.reference.quantize import quantize_per_token
+from pyaccel.reference.residual_layernorm import add_bias
 
 
 def bias_gelu(
@@ -33,5 +34,5 @@ def bias_gelu(
         if quantize_output
         else x.dtype
     )
-    y = apply_activation(x if bias is None else x + bias.to(x.dtype), activation)
+    y = apply_activation(x if bias is None else add_bias(x, bias), activation)
     return quantize_per_token(y) if quantize_output else y

@@ -357,3 +357,11 @@ def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -
 
 def test_the_function_is_exported() -> None:
     assert ops.bias_gelu is public
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_a_lone_row_and_its_bias_get_gradients_of_their_own(backend: str, device: torch.device) -> None:
+    x, bias = (torch.randn(8, device=device, requires_grad=True) for _ in range(2))
+    with dispatch.use_backend(backend):
+        dx, dbias = torch.autograd.grad(ops.bias_gelu(x, bias).sum(), (x, bias))
+    assert dx.untyped_storage().data_ptr() != dbias.untyped_storage().data_ptr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,3 +119,24 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
         ops.linear_activation(x, weight, x[0])
     with pytest.raises(ValueError, match=r"residual must be \(4, 5\)"):
         ops.linear_residual_layernorm(x, weight, None, x, None, None)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eps": -1e-5}, "eps must be at least 0"),
+        ({"ln_bias": torch.zeros(3)}, "bias must be"),
+        ({"weight": torch.zeros(8, 16, dtype=torch.float64)}, "cast one of them"),
+        ({"x": torch.zeros(4, 16, dtype=torch.int8)}, "cast one of them"),
+        ({"dropout_p": 1.5}, "dropout_p must be between 0 and 1"),
+    ],
+)
+def test_every_backend_refuses_the_same_layernorms(backend: str, changes: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = {
+        "x": torch.zeros(4, 16), "weight": torch.zeros(8, 16), "bias": torch.zeros(8), "residual": torch.zeros(4, 8),
+        "ln_weight": torch.ones(8), "ln_bias": torch.zeros(8),
+    }  # fmt: skip
+    asked = dispatch.use_backend(backend, ops=["residual_layernorm"])
+    with torch.no_grad(), asked, pytest.raises(dispatch.InvalidArgumentError, match=said):
+        ops.linear_residual_layernorm(**{**given, **changes})
