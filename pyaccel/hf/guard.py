@@ -68,7 +68,7 @@ def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = 
 
 def _kinds(stock: Stock, layer: nn.Module) -> list[type[nn.Module]]:
     """The classes whose forwards the fast path stands in for; an activation that it doesn't know is called."""
-    activation = layer.get_submodule(stock.family.activation)
+    activation = attrgetter(stock.family.activation)(layer)  # a module or a function
     fused = [type(activation)] if activation_name(activation) else []
     return [*dict.fromkeys((stock.encoder, stock.layer, *stock.parts.values(), *fused))]
 

@@ -167,27 +167,34 @@ def _broadcast(*sizes: int) -> int | None:
     return n
 
 
+def _listed(shapes: tuple[Shape, ...]) -> str:
+    return ", ".join(
+        f"{shape}" for shape in shapes
+    )  # for errors alone: a graph with dynamic sizes can't have it
+
+
 def _padded_shapes(shapes: tuple[Shape, ...], enable_gqa: bool) -> tuple[list[str], Scores]:
     """What is wrong with the shapes of query, key and, if there is one, value; and the shape of the scores."""
     q, k, v = shapes if len(shapes) == 3 else (*shapes, shapes[1])
     if len(q) == 4 and q[:2] == k[:2] == v[:2] and q[3] == k[3] and k[2:3] == v[2:3] and 0 not in q[1::2]:
         return [], (*q[:3], k[2])  # what nearly every call is
-    names, got = _names(shapes), ", ".join(f"{shape}" for shape in shapes)
+    names = _names(shapes)
     reasons = []
     if not all(2 <= len(shape) <= 4 for shape in shapes):
         reasons.append(
-            f"{names} must be [batch, heads, seq, head_dim], [heads, seq, head_dim] or [seq, head_dim], got {got}"
+            f"{names} must be [batch, heads, seq, head_dim], [heads, seq, head_dim] or [seq, head_dim], "
+            f"got {_listed(shapes)}"
         )
         if not all(shape[1:] for shape in shapes):  # a rank below 2: there is no sequence to speak of
             return reasons, (None,) * 4
     q, k, v = ((1,) * (4 - len(shape)) + shape[-4:] for shape in (q, k, v))
     batch = _broadcast(q[0], k[0], v[0])
     if batch is None:
-        reasons.append(f"the batch sizes of {names} must be equal or 1, got {got}")
+        reasons.append(f"the batch sizes of {names} must be equal or 1, got {_listed(shapes)}")
     heads: int | None = q[1]
     divides = 0 not in (k[1], v[1]) and q[1] % k[1] == q[1] % v[1] == 0
     if 0 in (q[1], k[1], v[1], q[3]):
-        reasons.append(f"there must be a head and head_dim must not be 0, got {got}")
+        reasons.append(f"there must be a head and head_dim must not be 0, got {_listed(shapes)}")
         heads = None
     elif enable_gqa and not (divides or q[1] == k[1] == v[1]):
         reasons.append(f"query's {q[1]} heads must be a multiple of key's {k[1]} (value: {v[1]})")

@@ -20,6 +20,7 @@ What the masks mean, in every backend:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -310,14 +311,15 @@ def masked_attention(
         idle_rows, idle_keys = unread(allowed)
         query = query.masked_fill(idle_rows, 0.0)
         key, value = key.masked_fill(idle_keys, 0.0), value.masked_fill(idle_keys, 0.0)
-    scores = _masked_scores(query.to(narrow), key.to(narrow), allowed, bias, scale, wide)
+    is_rounded = narrow != dtype
+    scores = _masked_scores(query.to(narrow), key.to(narrow), allowed, bias, scale, wide, is_rounded)
     # A row of -inf alone has a NaN softmax and NaN gradients: it is computed as zeros, then cleared.
     empty = (scores.detach() == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
     probs = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     lse = scores.new_empty(0)
     if return_lse:  # a statistic: fp32 from the first, where the output may do with the dtype's scores
-        if narrow != wide:
+        if is_rounded or narrow != wide:
             scores = _masked_scores(query.to(wide), key.to(wide), allowed, bias, scale, wide)
             scores = scores.masked_fill(empty, 0.0)
         # Its gradient is exp(scores - lse), which needs the difference exact: beside the lowest number it isn't.
@@ -334,14 +336,47 @@ def masked_attention(
         stream = first_stream + torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1)
         keep = keep_mask(dropout_key, rows, cols, dropout_p, stream)
         weights = torch.where(keep, probs * keep_scale(dropout_p), 0.0)
-    return (weights.to(narrow) @ value.to(narrow)).to(dtype), lse, probs.to(dtype)
+    weights = _InFp16.apply(weights) if is_rounded else weights.to(narrow)
+    return (weights @ value.to(narrow)).to(dtype), lse, probs.to(dtype)
+
+
+class _InFp16(torch.autograd.Function):
+    """Rounds to fp16 what doesn't overflow there, and its gradient too: what plain fp16 products give otherwise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        rounded = x.to(torch.float16).to(x.dtype)
+        return torch.where(rounded.isfinite(), rounded, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is saved."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        rounded: Tensor = _InFp16.apply(grad)
+        return rounded
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        rounded: Tensor = _InFp16.apply(tangent)
+        return rounded
 
 
 def _masked_scores(
-    query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float, wide: torch.dtype
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    wide: torch.dtype,
+    is_rounded: bool = False,
 ) -> Tensor:
     """The scores in ``wide``, of products in query's dtype, -inf where masked: ``[batch, heads, seq_q, seq_k]``."""
-    scores = (query @ key.mT).to(wide) * scale
+    product = query @ key.mT
+    scores = (_InFp16.apply(product) if is_rounded else product).to(wide) * scale
     if bias is not None:
         scores = scores + bias.to(wide)
     return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)

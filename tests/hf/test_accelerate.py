@@ -563,7 +563,7 @@ def test_twice() -> None:
     with pytest.raises(
         RuntimeError,
         match=r"accelerated already \(packing=True, int8=None, backend='auto', prepack=False, "
-        r"cuda_graphs=False\).*restore",
+        r"cuda_graphs=False, skip_logits=False\).*restore",
     ):
         pyaccel.accelerate(model, packing=False)
 
