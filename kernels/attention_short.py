@@ -45,8 +45,9 @@ def _masks(
     m_n = (
         (o_n >= start_m + low)
         & (o_n < tl.minimum(start_m + BLOCK_M, len_q) + high)
+        & (o_n < len_k)
         # None without queries. A scalar condition is no mask to Triton 3.9's interpreter.
-        & (o_n < tl.where(start_m < len_q, len_k, 0))
+        & (start_m + tl.zeros_like(o_n) < len_q)
     )
     if key_mask_ptr is not None:
         offset = (

@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant("dkey: a whole block counts as allowed too early", DKEY, "full_begin = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - high, 0), BLOCK_M)", "full_begin = tl.cdiv(tl.maximum(start_n - high, 0), BLOCK_M)"),
     Mutant("dvalue: without dropout's scale", DKEY, "tl.where(keep, p * keep_scale, 0.0)", "tl.where(keep, p, 0.0)"),
     Mutant("dkey: only one head of a group counts", DKEY, "head = kv_head * group + member", "head = kv_head * group + member * 0"),
-    Mutant("short forward: keys beyond the last count", SHORT, "len_q, len_k, 0))", "len_q, len_k + 1, 0))"),
+    Mutant("short forward: keys beyond the last count", SHORT, " & (o_n < len_k)\n", " & (o_n < len_k + 1)\n"),
     Mutant("short forward: a program's last tile left out", SHORT, "range(first_tile, tl.minimum(first_tile + TILES, n_tiles))", "range(first_tile, tl.minimum(first_tile + TILES - 1, n_tiles))"),
     Mutant("short backward: dropout mask shifted", SHORT, "keep_tile(key_ptr, o_m, start_n, stream", "keep_tile(key_ptr, o_m, start_n + 4, stream"),
     Mutant("short backward: dquery of the last block of keys alone", SHORT, "dq = tl.dot(ds, k, dq, input_precision=PRECISION)", "dq = tl.dot(ds, k, input_precision=PRECISION)"),
