@@ -308,24 +308,6 @@ def launches_go_to_the_current_stream() -> None:
 
 
 @check
-def the_card_refuses_memory_of_the_host() -> None:
-    """The stub can tell: else it would prove nothing about where tensors are."""
-    from pyaccel.kernels import bias_gelu as kernel
-    from pyaccel.kernels import config
-
-    x = torch.randn(4, HIDDEN, dtype=BF16)
-    for wrong in (x, x.to("cuda:1")):
-        try:
-            with torch.cuda.device(0):
-                kernel.forward_kernel[(1,)](
-                    wrong, wrong, None, HIDDEN, 1, 4, HIDDEN, "gelu",
-                    config.bias_gelu_forward(HIDDEN).block_rows, config.bias_gelu_forward(HIDDEN).block_n,
-                )  # fmt: skip
-        except (ValueError, RuntimeError):
-            continue
-        raise AssertionError(f"a launch took a tensor on {wrong.device}")
-
-
 # ---- whole models ----
 
 
