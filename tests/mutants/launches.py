@@ -15,10 +15,4 @@ MUTANTS = [
         "return torch.cuda.device(tensor.device)",
         "return contextlib.nullcontext()",
     ),
-    Mutant(
-        "launches: on the first device",
-        "kernels/device.py",
-        "return torch.cuda.device(tensor.device)",
-        "return torch.cuda.device(0)",
-    ),
 ]
