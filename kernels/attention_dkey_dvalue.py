@@ -130,10 +130,11 @@ def dkey_dvalue_kernel(
                 if live:
                     offset_lse = base_lse + first_q + o_m
                     lse = load_lse(lse_ptr, offset_lse, m_m)  # [BLOCK_M]
-                    lse_error = (
-                        None if lse_error_ptr is None else tl.load(lse_error_ptr + offset_lse, m_m, 0.0)
-                    )
-                    delta = tl.load(delta_ptr + offset_lse, mask=m_m, other=0.0)
+                    lse_error = None
+                    if lse_error_ptr is not None:
+                        lse_error = tl.load(lse_error_ptr + offset_lse, mask=m_m, other=0.0)
+                    # Its offset is written out: shared with that of the LSE, it costs registers.
+                    delta = tl.load(delta_ptr + base_lse + first_q + o_m, mask=m_m, other=0.0)
                     if IDLE_ROWS:
                         m_m &= lse < float("inf")
                     offset_q = base_q + (first_q + o_m) * stride_q[2]
