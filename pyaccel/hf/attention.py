@@ -164,7 +164,17 @@ def _attend(
     is_stock = module.training or (not is_traced and inside() is not None)
     weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
     if weights or (is_eager and (is_stock or torch.is_grad_enabled())):
-        mask = _additive(_four_dimensional(attention_mask), query, key, causal)
+        mask = _four_dimensional(attention_mask)
+        # transformers drops a mask that hides nothing, which decides the dtype under autocast.
+        if (
+            mask is not None
+            and mask is not attention_mask
+            and not is_traced
+            and inside() is None
+            and bool(mask.all())
+        ):
+            mask = None
+        mask = _additive(module, mask, query, key, causal)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         return eager_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout)
     if is_stock:
@@ -230,13 +240,19 @@ def _four_dimensional(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
 
 
-def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
-    """The mask as transformers' eager attention takes it: 0 to attend, the dtype's minimum not to."""
+def _additive(
+    module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor, causal: bool
+) -> Tensor | None:
+    """The mask as transformers' eager attention takes it: 0 to attend, the dtype's minimum not to.
+
+    In the dtype of the model, as theirs is: under autocast the scores are of fewer bits, and the sum is of its.
+    """
     if causal:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.where(mask, query.new_zeros(()), torch.finfo(query.dtype).min)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), query.dtype)
+    return torch.where(mask, query.new_zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 
 def name_for(implementation: str) -> str:

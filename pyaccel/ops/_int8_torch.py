@@ -9,7 +9,6 @@ twice.
 from __future__ import annotations
 
 import functools
-import math
 import platform
 from collections.abc import Callable, Iterator
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyaccel.ops._rows import rows
 from pyaccel.reference import activation as activate
 from pyaccel.reference import quantize as reference
 
@@ -36,11 +36,11 @@ def blocks(n_rows: int, n_cols: int) -> Iterator[slice]:
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`pyaccel.reference.quantize_per_token`, bit for bit."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
-    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    scale = torch.ones(len(rows), device=x.device)
-    for block in blocks(*rows.shape) if x.numel() else ():
-        part = rows[block].float()
+    x_rows = rows(x)
+    codes = torch.empty(x_rows.shape, dtype=torch.int8, device=x.device)
+    scale = torch.ones(len(x_rows), device=x.device)
+    for block in blocks(*x_rows.shape) if x.numel() else ():
+        part = x_rows[block].float()
         quantize_block(part, codes[block], scale[block], scratch=part if part.dtype != x.dtype else None)
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
@@ -49,11 +49,11 @@ def quantize_per_token_with_offset(x: Tensor, factor: Tensor | None = None) -> t
     """As :func:`pyaccel.reference.quantize_per_token_with_offset`, bit for bit."""
     if not x.numel():
         return reference.quantize_per_token_with_offset(x)
-    rows = x.reshape(-1, x.shape[-1])
-    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    scale, offset = (torch.empty(len(rows), device=x.device) for _ in range(2))
-    for block in blocks(*rows.shape):
-        part = reference.scaled(rows[block], factor)
+    x_rows = rows(x)
+    codes = torch.empty(x_rows.shape, dtype=torch.int8, device=x.device)
+    scale, offset = (torch.empty(len(x_rows), device=x.device) for _ in range(2))
+    for block in blocks(*x_rows.shape):
+        part = reference.scaled(x_rows[block], factor)
         high, low, middle = part.amax(-1), part.amin(-1), offset[block]
         torch.add(high * 0.5, low * 0.5, out=middle).add_(0.0)
         centred = part - middle.unsqueeze(-1)
@@ -92,8 +92,8 @@ def int8_matmul(
     a_offset: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`pyaccel.ops.int8_matmul`. Steps and their order are the reference's, so the bits are too."""
-    rows, n_out = a.shape[:-1], b.shape[0]
-    a = a.reshape(rows.numel(), a.shape[-1])
+    leading, n_out = a.shape[:-1], b.shape[0]
+    a = rows(a)
     bias = None if bias is None else bias.float()
     by_row = a_scale.reshape(-1, 1) if a_scale.dim() else None
     residual = None if residual is None else residual.reshape(len(a), n_out)
@@ -103,7 +103,7 @@ def int8_matmul(
         b_sum = times_b(a.new_ones(1, a.shape[1])).float()  # [1, out_features], exact below 2**24
     out = torch.empty(len(a), n_out, dtype=torch.int8 if quantize_output else out_dtype, device=a.device)
     scale = torch.ones(len(a), device=a.device) if quantize_output else None
-    for block in blocks(*out.shape):
+    for block in blocks(*out.shape) if out.numel() else ():
         sums = times_b(a[block])
         x = out[block].copy_(sums) if out.dtype == torch.float32 else sums.float()
         x.mul_(a_scale if by_row is None else by_row[block])
@@ -119,8 +119,8 @@ def int8_matmul(
             quantize_block(x, out[block], scale[block], scratch=x)
         elif x.data_ptr() != out[block].data_ptr():
             out[block].copy_(x)
-    out = out.view(*rows, n_out)
-    return out if scale is None else (out, scale.view(rows))
+    out = out.view(*leading, n_out)
+    return out if scale is None else (out, scale.view(leading))
 
 
 def product(b: Tensor) -> Callable[[Tensor], Tensor]:

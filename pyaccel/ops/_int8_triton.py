@@ -6,13 +6,12 @@ Arguments are checked by :mod:`pyaccel.ops.quantize`, :mod:`pyaccel.ops.int8_mat
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
+from pyaccel.ops._rows import rows
 
 # kernels/config.py's MAX_ROW and MAX_CODES_ROW, which aren't imported where Triton may be missing
 MAX_ROW = 16384
@@ -230,19 +229,19 @@ def _aligned(x: Tensor) -> Tensor:
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`pyaccel.ops.quantize_per_token`."""
-    codes, scale, _ = quantize_rows_op(_rows(x), None, False)
+    codes, scale, _ = quantize_rows_op(rows(x), None, False)
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
 def quantize_per_token_with_offset(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`pyaccel.ops.quantize_per_token_with_offset`."""
-    codes, scale, offset = quantize_rows_op(_rows(x), _contiguous(factor), True)
+    codes, scale, offset = quantize_rows_op(rows(x), _contiguous(factor), True)
     return codes.view(x.shape), scale.view(x.shape[:-1]), offset.view(x.shape[:-1])
 
 
 def quantize_per_tensor(x: Tensor, scale: Tensor, factor: Tensor | None) -> Tensor:
     """Codes as of :func:`pyaccel.ops.quantize_per_tensor`, whose scale is given."""
-    return quantize_tensor_op(_rows(x), _contiguous(factor), scale).view(x.shape)
+    return quantize_tensor_op(rows(x), _contiguous(factor), scale).view(x.shape)
 
 
 def int8_matmul(
@@ -260,13 +259,13 @@ def int8_matmul(
     """As :func:`pyaccel.ops.int8_matmul`."""
     leading, n_out = a.shape[:-1], b.shape[0]
     out, scale = matmul_op(
-        _rows(a),
+        rows(a),
         b,
         a_scale.reshape(-1) if a_scale.dim() else a_scale,
         b_scale,
         None if a_offset is None else a_offset.reshape(-1),
         bias,
-        None if residual is None else _rows(residual),
+        None if residual is None else rows(residual),
         activation,
         None if quantize_output else out_dtype,
     )
@@ -278,13 +277,8 @@ def int8_weight_only_matmul(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """As :func:`pyaccel.ops.int8_weight_only_matmul`."""
-    out = weight_only_op(_rows(x), weight, weight_scale, bias, activation)
+    out = weight_only_op(rows(x), weight, weight_scale, bias, activation)
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., cols]`` as a matrix, without a copy where strides allow it."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyaccel import dispatch
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._gradients import differentiable_once
+from pyaccel.ops._rows import rows
 from pyaccel.ops.int8_matmul import int8_matmul
 from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
 from pyaccel.ops.linear import ACTIVATIONS
@@ -275,14 +276,14 @@ def _backward(
         if smooth_scale is not None:
             dx = dx.float() * smooth_scale
         dx = dx.to(x_dtype)
-    rows = grad.reshape(-1, grad.shape[-1])
+    by_row = rows(grad)
     if wants_weight:
         x = codes if scale is None else dequantize(codes, scale)
         if offset is not None:
             x = x + offset.unsqueeze(-1)
-        dweight = (rows.mT @ x.reshape(-1, x.shape[-1]).to(compute)).to(weight_dtype)
+        dweight = (by_row.mT @ rows(x).to(compute)).to(weight_dtype)
     if wants_bias:
-        dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
+        dbias = by_row.sum(0, dtype=torch.float32).to(bias_dtype)
     return dx, dweight, dbias
 
 

@@ -13,6 +13,7 @@ from pyaccel import dispatch, tuned
 from pyaccel.ops import _int8_torch as on_cpu
 from pyaccel.ops import _int8_triton as on_gpu
 from pyaccel.ops._autocast import without_autocast
+from pyaccel.ops._rows import rows
 from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
@@ -101,7 +102,7 @@ def int8_matmul(
         not_supported_reasons(a, b, a_scale, b_scale, bias, activation, residual, out_dtype, a_offset),
     )
     torch_reasons = (
-        [] if a.device.type in ("cpu", "cuda") else [f"torch._int_mm has no {a.device.type} kernel"]
+        [] if a.device.type in ("cpu", "cuda", "meta") else [f"torch._int_mm has no {a.device.type} kernel"]
     )
     triton_reasons = on_gpu.matmul_reasons(
         b, a_scale, b_scale, bias, residual, quantize_output=quantize_output
@@ -130,7 +131,7 @@ def int8_matmul(
                 a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, a_offset
             )
         # In place: one fp32 buffer from the accumulator to the cast.
-        out = _accumulate(a.reshape(-1, a.shape[-1]), b).view(*a.shape[:-1], b.shape[0]).float()
+        out = _accumulate(rows(a), b).view(*a.shape[:-1], b.shape[0]).float()
         out.mul_(a_scale.unsqueeze(-1) if a_scale.dim() else a_scale)
         if a_offset is not None:
             out.add_(a_offset.unsqueeze(-1) * b.sum(1, dtype=torch.int32).float())
@@ -145,12 +146,14 @@ def int8_matmul(
 
 def _accumulate(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b^T`` in int32, exact: ``[rows, in_features]`` and ``[out_features, in_features]``."""
-    rows, out_features = a.shape[0], b.shape[0]
+    n_rows, out_features = a.shape[0], b.shape[0]
+    if a.is_meta:
+        return a.new_empty(n_rows, out_features, dtype=torch.int32)
     if a.is_cpu:
         return on_cpu.product(b)(a)
     if a.is_cuda:
         a, b = _pad_for_cublas(a, b)
-    return torch._int_mm(a, b.t())[:rows, :out_features]
+    return torch._int_mm(a, b.t())[:n_rows, :out_features]
 
 
 def _pad_for_cublas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,18 +188,21 @@ def not_supported_reasons(
         return [*reasons, f"a must be [..., in_features] and b [out_features, in_features], got {got}"]
     if a.shape[-1] > MAX_IN_FEATURES:
         reasons.append(f"in_features is {a.shape[-1]}: above {MAX_IN_FEATURES} the int32 sum could overflow")
-    rows, out_features = tuple(a.shape[:-1]), b.shape[0]
+    leading, out_features = tuple(a.shape[:-1]), b.shape[0]
     for name, scale, shape, what in (
-        ("a_scale", a_scale, rows, "a's leading shape"),
+        ("a_scale", a_scale, leading, "a's leading shape"),
         ("b_scale", b_scale, (out_features,), "[out_features]"),
     ):
         if scale.dtype != torch.float32 or tuple(scale.shape) not in ((), shape):
             got = f"{scale.dtype} {tuple(scale.shape)}"
             reasons.append(f"{name} must be float32, of {what} {shape} or a scalar, got {got}")
-    if a_offset is not None and (a_offset.dtype != torch.float32 or tuple(a_offset.shape) != rows):
+    if a_offset is not None and (a_offset.dtype != torch.float32 or tuple(a_offset.shape) != leading):
         got = f"{a_offset.dtype} {tuple(a_offset.shape)}"
-        reasons.append(f"a_offset must be float32, of a's leading shape {rows}, got {got}")
-    for name, term, shape in (("bias", bias, (out_features,)), ("residual", residual, (*rows, out_features))):
+        reasons.append(f"a_offset must be float32, of a's leading shape {leading}, got {got}")
+    for name, term, shape in (
+        ("bias", bias, (out_features,)),
+        ("residual", residual, (*leading, out_features)),
+    ):
         if term is not None and (not term.is_floating_point() or tuple(term.shape) != shape):
             reasons.append(f"{name} must be floating point {shape}, got {term.dtype} {tuple(term.shape)}")
     if activation not in ACTIVATIONS:

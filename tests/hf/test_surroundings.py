@@ -414,6 +414,20 @@ def test_gradients_of_a_model_made_with_eager_attention_have_gradients(training:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["left", "none"])
+def test_attentions_under_autocast_are_of_the_stock_models_dtype(kind: str, training: bool) -> None:
+    """There the scores are bf16 and the mask is of the model's dtype, and so is their sum."""
+    stock = tiny(attn_implementation="eager", **PLAIN).train(training)
+    model, batch = copy.deepcopy(stock), batch_of(kind)
+    pyaccel.accelerate(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (each(**batch, output_attentions=True).attentions for each in (model, stock))
+    assert [a.dtype for a in ours] == [a.dtype for a in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_equivalent(mine.float(), other.float())
+
+
 def test_a_mixed_layer_is_explained_and_runs_as_stock() -> None:
     model, batch = tiny(), batch_of("right")
     pyaccel.accelerate(model)

@@ -142,6 +142,39 @@ def test_nothing_to_quantise(backend: str, device: torch.device) -> None:
         assert scale.tolist() == [1.0] * shape[0]
 
 
+@pytest.mark.parametrize("quantize_output", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 5, 0), (2, 0, 5, 4), (2, 0, 0, 0)], ids=str)
+def test_products_of_sizes_with_a_zero(
+    shape: tuple[int, ...],
+    with_offset: bool,
+    activation: str | None,
+    quantize_output: bool,
+    device: torch.device,
+) -> None:
+    """``[*leading, in_features, out_features]``, on the meta device too."""
+    *leading, n_in, n_out = shape
+    a, b = torch.ones(*leading, n_in, dtype=torch.int8), torch.ones(n_out, n_in, dtype=torch.int8)
+    scales = torch.full(leading, 0.5), torch.full((n_out,), 2.0)
+    bias, offset = torch.full((n_out,), 3.0), torch.full(leading, 0.25) if with_offset else None
+    found = []
+    for backend, place in (("auto", device), ("torch", device), ("reference", device), ("auto", "meta")):
+        arguments = [t if t is None else t.to(place) for t in (a, b, *scales, bias)]
+        with dispatch.use_backend(backend):
+            out = int8_matmul(
+                *arguments, activation, quantize_output=quantize_output,
+                a_offset=None if offset is None else offset.to(place),
+            )  # fmt: skip
+        found.append(out if quantize_output else (out,))
+    expected = found[2]
+    for each in found[:2]:
+        for mine, other in zip(each, expected, strict=True):
+            assert_bits_equal(mine, other)
+    assert [(t.shape, t.dtype) for t in found[3]] == [(t.shape, t.dtype) for t in expected]
+    assert expected[0].shape == (*leading, n_out)
+
+
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [*SIZES, (0, 8, 8), (4, 0, 4), (3, 2000, 5)])
 def test_accumulation_is_exact(rows: int, n_in: int, n_out: int, device: torch.device) -> None:
     a = torch.randint(-128, 128, (rows, n_in), dtype=torch.int8, device=device)

@@ -162,6 +162,27 @@ def test_broadcast_gradients_empty_input_and_nothing_to_do(device: torch.device)
         assert not int8_linear(x, weight, bias).requires_grad
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static", "weight only"])
+@pytest.mark.parametrize(("n_in", "n_out"), [(8, 0), (0, 8), (0, 0)])
+def test_gradients_of_a_weight_with_a_size_of_zero(
+    n_in: int, n_out: int, kind: str, device: torch.device, backend: str
+) -> None:
+    x, weight, bias = (
+        torch.zeros(shape, device=device, requires_grad=True)
+        for shape in ((2, 3, n_in), (n_out, n_in), (n_out,))
+    )
+    options: dict[str, Any] = {"dynamic": {}, "static": {"input_scale": torch.ones((), device=device)}}.get(
+        kind, {"weight_only": True}
+    )
+    with dispatch.use_backend("torch" if backend == "triton" else backend):  # no kernel takes such a weight
+        out = int8_linear(x, weight, bias, "gelu", **options)
+        gradients = torch.autograd.grad(out, (x, weight, bias), torch.ones_like(out))
+    assert out.shape == (2, 3, n_out)
+    assert [g.shape for g in gradients] == [t.shape for t in (x, weight, bias)]
+    assert not gradients[0].any()
+    assert (gradients[2] == 3.0).all()  # six rows, and half of each: GELU's slope at 0
+
+
 def test_autocast(device: torch.device) -> None:
     x, weight, bias = operands(device)
     with torch.autocast(device.type, BF16):
