@@ -176,6 +176,9 @@ def _preferred(
 # ---- launch configurations ----
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
+# Kernels with measured configurations that could not be launched.
+_refused: set[tuple[str, Any]] = set()
 
 # Of this thread or asyncio task. Kernel -> the configuration to launch; kernel -> where to note what is launched.
 _trying: ContextVar[dict[str, Any]] = ContextVar("pyaccel_trying", default={})  # noqa: B039  never written to
@@ -200,7 +203,37 @@ def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config,
     found = nearest(f"launch_{kernel}", x.device, x.dtype, size)
     if found is None or not found.config or (exactly and found.size != size):
         return default
-    return _measured_config(kernel, default, tuple(found.config.items()))
+    config: Config = _measured_config(kernel, default, tuple(found.config.items()))
+    return default if (kernel, config) in _refused else config
+
+
+def run(
+    kernel: str,
+    x: torch.Tensor,
+    size: tuple[int, ...],
+    default: Config,
+    call: Callable[[Config], Result],
+    *,
+    exactly: bool,
+) -> Result:
+    """``call`` with the configuration of :func:`launch`; with the default, after one warning, where it fails.
+
+    A configuration can be in the range of each field and still ask for more shared memory or registers than the device
+    has.
+    """
+    config = launch(kernel, x, size, default, exactly=exactly)
+    if config == default or kernel in _trying.get():  # who tries one wants to know that it fails
+        return call(config)
+    try:
+        return call(config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    result = call(default)  # an error of its own if it isn't the configuration that was wrong
+    _refused.add((kernel, config))
+    _warn(f"{kernel} couldn't be launched as measured, with {config} ({why})")
+    return result
 
 
 @functools.lru_cache(maxsize=4096)
@@ -391,5 +424,6 @@ def forget() -> None:
     with _lock:
         _loaded = None
         _warned.clear()
+        _refused.clear()
     for cached in (_nearest, _preferred, _measured_config):
         cached.cache_clear()

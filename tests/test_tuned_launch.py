@@ -162,6 +162,132 @@ def test_the_table_of_a_kernel(launched: list[Any]) -> None:
     assert launched[-1] == expected
 
 
+class OutOfResources(Exception):
+    """What Triton raises before it launches what needs more shared memory than there is."""
+
+
+def launches_of(kernel: str) -> tuple[Any, str, Any]:
+    """The launcher's module and name, and a call of an op that launches it by a measured configuration."""
+    from pyaccel.kernels import (
+        attention,
+        attention_dkey_dvalue,
+        attention_dquery,
+        int8_matmul,
+        linear_activation,
+        residual_layernorm,
+        residual_layernorm_backward,
+    )
+
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    x, weight, bias = randn(9, 64), randn(64), randn(64)
+    qkv = [randn(1, 2, 96, 32) for _ in range(3)]
+    matrix = randn(32, 64)
+    a, b = (torch.randint(-9, 9, (n, 64), dtype=torch.int8, generator=generator) for n in (9, 32))
+    scales = torch.rand(9, generator=generator), torch.rand(32, generator=generator)
+    layernorm = lambda: ops.residual_layernorm(x, None, weight, bias)  # noqa: E731
+    attend = lambda: ops.scaled_dot_product_attention(*qkv)  # noqa: E731
+    return {
+        "residual_layernorm_forward": (residual_layernorm, "forward", layernorm),
+        "residual_layernorm_backward": (residual_layernorm_backward, "backward", layernorm),
+        "attention_forward": (attention, "forward", attend),
+        "attention_dquery": (attention_dquery, "dquery", attend),
+        "attention_dkey_dvalue": (attention_dkey_dvalue, "dkey_dvalue", attend),
+        "linear_activation": (
+            linear_activation,
+            "forward",
+            lambda: ops.linear_activation(x, matrix, None, "gelu"),
+        ),
+        "int8_matmul": (int8_matmul, "matmul", lambda: ops.int8_matmul(a, b, *scales)),
+    }[kernel]
+
+
+def results(call: Any) -> list[torch.Tensor]:
+    with dispatch.use_backend("triton"):
+        out = call()
+        leaves = [t for t in call.__closure__ or () for t in _tensors(t.cell_contents) if t.requires_grad]
+        gradients = torch.autograd.grad(out.square().sum(), leaves) if out.requires_grad else ()
+    return [out.detach(), *gradients]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [
+        t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)
+    ]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "residual_layernorm_forward",
+        "residual_layernorm_backward",
+        "attention_forward",
+        "attention_dquery",
+        "attention_dkey_dvalue",
+        "linear_activation",
+        "int8_matmul",
+    ],
+)
+def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each field may be in its range, and the whole ask for more than there is."""
+    module, name, call = launches_of(kernel)
+    found = tuned.asked(kernel, lambda: results(call))
+    assert found is not None
+    expected = results(call)
+    size, default = found
+    stages = default.num_stages % 6 + 1 if hasattr(default, "num_stages") else None
+    changed = {"num_stages": stages} if stages else {"num_warps": 16 if default.num_warps != 16 else 8}
+    dtype = torch.int8 if kernel == "int8_matmul" else torch.float32
+    rows = [{"size": list(size), "us": {"default": 2.0, "best": 1.0}, "config": changed}]
+    table = {"machine": tuned.machine(CPU), "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    tuned.write(tuned.user_folder() / f"launch_{kernel}.json", [table])
+    launcher, tried = getattr(module, name), []
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        config = next(each for each in reversed(args) if type(each) is type(default))
+        tried.append(config)
+        if config != default:
+            raise OutOfResources("out of resource: shared memory, Required: 294912, Hardware limit: 232448")
+        return launcher(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, refusing)
+    with pytest.warns(
+        UserWarning, match=rf"{kernel} couldn't be launched as measured.*OutOfResources: out of"
+    ):
+        found = results(call)
+    assert any(each != default for each in tried)
+    for mine, other in zip(found, expected, strict=True):
+        assert_bits_equal(mine, other)
+    tried.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results(call)
+    assert tried
+    assert all(each == default for each in tried)
+    with tuned.trying(kernel, tune.dataclasses.replace(default, **changed)), pytest.raises(OutOfResources):
+        results(call)  # who tries one is told
+
+
+def test_an_error_of_the_call_itself_is_no_fault_of_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyaccel.kernels import residual_layernorm
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    write([64], {"num_warps": 8})
+    monkeypatch.setattr(residual_layernorm, "forward", failing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            normalise()
+    assert not tuned._refused
+
+
 def test_a_default_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "measure", lambda *_, **__: [])
     with pytest.raises(tune.WrongAnswerError, match="was not timed"):

@@ -176,7 +176,8 @@ def _listed(shapes: tuple[Shape, ...]) -> str:
 def _padded_shapes(shapes: tuple[Shape, ...], enable_gqa: bool) -> tuple[list[str], Scores]:
     """What is wrong with the shapes of query, key and, if there is one, value; and the shape of the scores."""
     q, k, v = shapes if len(shapes) == 3 else (*shapes, shapes[1])
-    if len(q) == 4 and q[:2] == k[:2] == v[:2] and q[3] == k[3] and k[2:3] == v[2:3] and 0 not in q[1::2]:
+    is_4d = len(q) == len(k) == len(v) == 4
+    if is_4d and q[:2] == k[:2] == v[:2] and q[3] == k[3] and k[2:3] == v[2:3] and 0 not in q[1::2]:
         return [], (*q[:3], k[2])  # what nearly every call is
     names = _names(shapes)
     reasons = []

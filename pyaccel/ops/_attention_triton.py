@@ -7,7 +7,8 @@ dim]`` with offsets. Arguments are checked by :mod:`pyaccel.ops.attention`, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,18 +110,19 @@ def forward_op(
     if short is not None:
         attention_short.forward_short(out, *wanted, call, short)
     else:
-        attention.forward(out, *wanted, call, _launch("forward", query, call))
+        _launch("forward", query, call, partial(attention.forward, out, *wanted, call))
     return out, lse, lse_error
 
 
-def _launch(kernel: str, query: Tensor, call: Any) -> Any:
+def _launch(kernel: str, query: Tensor, call: Any, launch: Callable[[Any], None]) -> None:
+    """``launch`` with the kernel's configuration for this call."""
     from pyaccel.kernels import attention_config
 
     shape = call.shape
     # Mask and dropout take registers: what is best without them may spill with them.
     size = (shape.head_dim, 1 + shape.has_mask + 2 * shape.has_dropout)
     default = attention_config.attention(kernel, shape)
-    return tuned.launch(f"attention_{kernel}", query, size, default, exactly=True)
+    tuned.run(f"attention_{kernel}", query, size, default, launch, exactly=True)
 
 
 def _wanted(x: Tensor) -> Tensor | None:
@@ -207,10 +209,10 @@ def backward_op(
         attention_short.backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
         return dq, dk, dv, dmask
     delta = torch.empty_like(lse)
-    attention_dquery.dquery(dq, delta, dout, out, lse, error, dlse, call, _launch("dquery", query, call))
-    attention_dkey_dvalue.dkey_dvalue(
-        dk, dv, dout, lse, error, delta, call, _launch("dkey_dvalue", query, call)
-    )
+    dquery = partial(attention_dquery.dquery, dq, delta, dout, out, lse, error, dlse, call)
+    _launch("dquery", query, call, dquery)
+    dkey_dvalue = partial(attention_dkey_dvalue.dkey_dvalue, dk, dv, dout, lse, error, delta, call)
+    _launch("dkey_dvalue", query, call, dkey_dvalue)
     if want_dmask:
         attention_scores.dmask(dmask, dout, lse, error, delta, call, config.attention("scores", call.shape))
     return dq, dk, dv, dmask

@@ -6,6 +6,8 @@ Arguments are checked by :mod:`pyaccel.ops.quantize`, :mod:`pyaccel.ops.int8_mat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,16 +150,19 @@ def matmul_op(
     )
     arch = device_info(a.device).arch
     sizes = (a.shape[0], b.shape[0], a.shape[1])
-    launch = int8_matmul_config.int8_matmul(*sizes[:2], arch)
-    launch = tuned.launch("int8_matmul", a, sizes, launch, exactly=False)
-    n_splits = int8_matmul_config.splits(*sizes, arch, launch)
-    if out_dtype is not None and n_splits == 1:
-        int8_matmul.matmul(out, a, b, epilogue, launch)
-        return out, out_scale
-    sums = a.new_empty(n_splits, *sizes[:2], dtype=torch.int32)
-    int8_matmul.matmul(sums, a, b, None, launch)
-    finish = config.int8_finish(b.shape[0], quantize=out_dtype is None)
-    int8_epilogue.finish(out, out_scale if out_dtype is None else None, sums, epilogue, finish)
+
+    def multiply(launch: Any) -> None:
+        n_splits = int8_matmul_config.splits(*sizes, arch, launch)
+        if out_dtype is not None and n_splits == 1:
+            int8_matmul.matmul(out, a, b, epilogue, launch)
+            return
+        sums = a.new_empty(n_splits, *sizes[:2], dtype=torch.int32)
+        int8_matmul.matmul(sums, a, b, None, launch)
+        finish = config.int8_finish(b.shape[0], quantize=out_dtype is None)
+        int8_epilogue.finish(out, out_scale if out_dtype is None else None, sums, epilogue, finish)
+
+    default = int8_matmul_config.int8_matmul(*sizes[:2], arch)
+    tuned.run("int8_matmul", a, sizes, default, multiply, exactly=False)
     return out, out_scale
 
 

@@ -8,6 +8,7 @@ gradient.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,12 +43,19 @@ def forward_op(
     config = linear_activation_config.linear_activation(
         n_rows, n_out, n_in, x.itemsize, device_info(x.device).arch
     )
-    config = tuned.launch("linear_activation", x, (n_rows, n_out, n_in), config, exactly=False)
     # PyTorch's own flag for products of fp32 on CUDA.
     allow_tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    linear_activation.forward(
-        out, pre if want_pre else None, x, weight, bias, activation, config, allow_tf32=allow_tf32
+    call = partial(
+        linear_activation.forward,
+        out,
+        pre if want_pre else None,
+        x,
+        weight,
+        bias,
+        activation,
+        allow_tf32=allow_tf32,
     )
+    tuned.run("linear_activation", x, (n_rows, n_out, n_in), config, call, exactly=False)
     return out, pre
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -119,15 +120,19 @@ def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
     return reference.activation(F.linear(x, weight, bias), activation)
 
 
+def faster_way(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
+    """On a CPU where oneDNN can serve: :func:`by_onednn` or :func:`by_torch`, whichever was faster near this size."""
+    return by_torch if not weight.is_mkldnn and _measured(x, weight)[0] == "plain" else by_onednn
+
+
 def evaluate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """``activation(x @ weight.T + bias)`` on a CPU where oneDNN can serve, in the way that was faster."""
-    way = "onednn" if weight.is_mkldnn else _measured(x, weight)[0]
-    return (by_torch if way == "plain" else by_onednn)(x, weight, bias, activation)
+    """``activation(x @ weight.T + bias)`` in the faster way."""
+    return faster_way(x, weight)(x, weight, bias, activation)
 
 
 def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias + residual`` in the same way."""
-    if not weight.is_mkldnn and _measured(x, weight)[0] == "plain":
+    """``x @ weight.T + bias + residual`` in the faster way."""
+    if faster_way(x, weight) is by_torch:
         return F.linear(x, weight, bias) + residual
     return by_onednn(x, weight, bias, residual=residual)
 

@@ -7,6 +7,7 @@ forward and one backward. Source: LayerNorm, arXiv:1607.06450; RMSNorm, arXiv:19
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -54,7 +55,8 @@ def forward_op(
         x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics
     )
     out, total, codes, codes_scale, mean, rstd = outputs
-    residual_layernorm.forward(
+    call = partial(
+        residual_layernorm.forward,
         out if want_out else None,
         total if want_sum else None,
         codes if want_codes else None,
@@ -70,14 +72,9 @@ def forward_op(
         eps,
         dropout_p,
         rms_norm,
-        tuned.launch(
-            "residual_layernorm_forward",
-            x,
-            (x.shape[1],),
-            config.residual_layernorm_forward(x.shape[1]),
-            exactly=True,
-        ),
     )
+    default = config.residual_layernorm_forward(x.shape[1])
+    tuned.run("residual_layernorm_forward", x, (x.shape[1],), default, call, exactly=True)
     return outputs
 
 
@@ -148,41 +145,38 @@ def backward_op(
     dtypes = (dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
     grads = _backward_outputs(total, *dtypes)
     n_rows, n_cols = total.shape
-    row_config = tuned.launch(
-        "residual_layernorm_backward",
-        total,
-        (n_cols,),
-        config.residual_layernorm_backward(n_cols),
-        exactly=True,
-    )
-    n_programs = config.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
     dx, dresidual, dweight, dbias, dx_bias = (
         grad if dtype is not None else None for grad, dtype in zip(grads, dtypes, strict=True)
     )
-    dweight_partial, dbias_partial, dx_bias_partial = (
-        None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
-        for grad in (dweight, dbias, dx_bias)
-    )
-    residual_layernorm_backward.backward(
-        dx,
-        dresidual,
-        dweight_partial,
-        dbias_partial,
-        dx_bias_partial,
-        dy,
-        dsum,
-        total,
-        mean if mean.numel() else None,
-        rstd,
-        weight,
-        dropout_key,
-        dropout_p,
-        n_programs,
-        row_config,
-    )
-    column_sum.column_sum(
-        (dweight, dbias, dx_bias), (dweight_partial, dbias_partial, dx_bias_partial), config.column_sum()
-    )
+
+    def call(row_config: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        n_programs = config.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
+        dweight_partial, dbias_partial, dx_bias_partial = (
+            None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
+            for grad in (dweight, dbias, dx_bias)
+        )
+        residual_layernorm_backward.backward(
+            dx,
+            dresidual,
+            dweight_partial,
+            dbias_partial,
+            dx_bias_partial,
+            dy,
+            dsum,
+            total,
+            mean if mean.numel() else None,
+            rstd,
+            weight,
+            dropout_key,
+            dropout_p,
+            n_programs,
+            row_config,
+        )
+        return dweight_partial, dbias_partial, dx_bias_partial
+
+    default = config.residual_layernorm_backward(n_cols)
+    partials = tuned.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
+    column_sum.column_sum((dweight, dbias, dx_bias), partials, config.column_sum())
     return grads
 
 

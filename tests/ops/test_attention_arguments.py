@@ -88,6 +88,20 @@ def test_shapes_mean_what_they_mean_in_torch(case: str, backend: str, device: to
             assert probs.shape == (*lse.shape, inputs[1].shape[-2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_dimension_more_is_refused(which: str, masked: bool, backend: str, device: torch.device) -> None:
+    given = {name: torch.randn(2, 3, 8, 1, device=device) for name in ("query", "key", "value")}
+    given[which] = given[which].unsqueeze(-1)
+    mask = torch.ones(1, 3, 8, 8, dtype=torch.bool, device=device) if masked else None
+    with (
+        dispatch.use_backend(backend),
+        pytest.raises(ValueError, match=r"must be \[batch, heads, seq, head_dim\]"),
+    ):
+        scaled_dot_product_attention(**given, attn_mask=mask)
+
+
 def test_broadcast_dimensions_are_views(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     q = torch.randn(2, 4, 5, 8, device=device)
     k, v = torch.randn(1, 1, 7, 8, device=device), torch.randn(1, 1, 7, 8, device=device)
