@@ -131,8 +131,7 @@ class Judged:
         self.naive |= self.define(False, self.upstream)
         self.truth = self.define(True, self.upstream)
         self.errors: list[dict[str, Tensor]] = []
-        # What was computed and then dropped may show a NaN, as it does in PyTorch: 0 * NaN is NaN.
-        self.may_be_nan = call.dropout and not all(
+        self.is_spoiled = not all(
             (value.isfinite() | (value == -math.inf if name == "attn_mask" else False)).all()
             for name, value in call.arguments.items()
             if isinstance(value, Tensor) and value.is_floating_point()
@@ -231,7 +230,7 @@ class Judged:
                 )
             elif random:
                 plain = truth.isfinite().all() and naive.isfinite().all()
-                if not tensor.isfinite().all() and plain and not self.may_be_nan:
+                if not tensor.isfinite().all() and plain and not self.is_spoiled:
                     found.append(f"{name} isn't finite")
             elif name.startswith("exact"):
                 if not same_bits(one_nan(tensor), one_nan(naive)):
@@ -249,7 +248,7 @@ class Judged:
         out, naive = out.detach(), naive.to(out.dtype)
         if out.dtype == F64:  # the truth is fp64 itself, and rounded as much: judged as fp32 numbers
             out, naive = out.float(), naive.float()
-        if self.may_be_nan:
+        if self.may_be_nan(name):
             hidden = out.isnan()
             out, truth, naive = (t.masked_fill(hidden, 0.0) for t in (out, truth, naive))
         if what := classes_wrong(out, truth, naive):
@@ -269,6 +268,15 @@ class Judged:
         if verdict.right:
             return None
         return f"{verdict}: got {out[verdict.worst].item():.9g}, truth {truth[verdict.worst].item():.9g}"
+
+    def may_be_nan(self, name: str) -> bool:
+        """Whether a result may show a NaN of the input that the definition hides, as PyTorch's own does.
+
+        What was computed and then dropped: 0 * NaN is NaN. And a query whose weights are NaN gives that to the
+        gradients of all keys, those too that it doesn't attend to.
+        """
+        of_keys = name in ("the gradient of key", "the gradient of value")
+        return self.is_spoiled and (self.call.dropout or of_keys)
 
     def error_of_like_inputs(self, look: int) -> dict[str, Tensor]:
         """What plain PyTorch's results are off by, of the same call with all values scaled by one number."""
