@@ -26,6 +26,7 @@ from tests.assertions import (
 from tests.hf import accelerate_everything
 from tests.hf.models import VOCAB, mask_of, randomise, read
 from tests.hf.test_attention_alone import MODELS
+from tests.pairwise import pairwise
 
 BERT_SIZES = {
     "hidden_size": 32,
@@ -203,9 +204,19 @@ def test_padded(family: str, kind: str) -> None:
     assert not report.fallbacks
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("where", ["attention", "hidden"])
-@pytest.mark.parametrize("family", ["BERT", "DistilBERT", "ALBERT"])
+@pytest.mark.parametrize(
+    ("family", "where", "packing"),
+    [
+        tuple(case.values())
+        for case in pairwise(
+            {
+                "family": ["BERT", "DistilBERT", "ALBERT"],
+                "where": ["attention", "hidden"],
+                "packing": [True, False],
+            }
+        )
+    ],
+)
 def test_dropout_has_the_stock_distribution(family: str, where: str, packing: bool) -> None:
     """In training, of each kind alone: outputs have the means and the spread of the stock model's."""
     _, sizes = TINY[family]

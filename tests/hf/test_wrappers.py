@@ -145,67 +145,82 @@ import pyaccel
 from tests.hf.models import batch_of, tiny
 from transformers import BertForSequenceClassification
 
-how, packing = sys.argv[1], sys.argv[2] == "True"
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-torch.manual_seed(0)
-model = tiny(BertForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
-stock = copy.deepcopy(model)
-batch = batch_of("right") | {"labels": torch.arange(5) % 3}
-report = pyaccel.accelerate(model, packing=packing)
-if how == "ddp":
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-else:
-    from torch.distributed.fsdp import fully_shard
-    if how == "fsdp2, checkpointed":
-        model.gradient_checkpointing_enable()
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    wrapped = model
-optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
-rows = slice(0, 3) if rank == 0 else slice(2, 5)
-mine = {name: value[rows] for name, value in batch.items()}
-theirs = torch.optim.SGD(stock.parameters(), lr=0.05)
-for step in range(3):
-    loss = wrapped(**mine).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    both = sum(stock(**{n: v[r] for n, v in batch.items()}).loss for r in (slice(0, 3), slice(2, 5))) / 2
-    both.backward()
-    theirs.step()
-    theirs.zero_grad()
-for (name, p), q in zip(model.named_parameters(), stock.parameters()):
-    p = p.full_tensor() if hasattr(p, "full_tensor") else p
-    torch.testing.assert_close(p.detach(), q.detach(), msg=name)
-assert not report.fallbacks, report
-assert not report.not_packed, report
-assert report.fast.keys() == {"packed" if packing else "padded"}, report
-dist.barrier()
-print("the same", flush=True)
+
+
+def train(how, packing):
+    torch.manual_seed(0)
+    model = tiny(BertForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    stock = copy.deepcopy(model)
+    batch = batch_of("right") | {"labels": torch.arange(5) % 3}
+    report = pyaccel.accelerate(model, packing=packing)
+    if how == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+        if how == "fsdp2, checkpointed":
+            model.gradient_checkpointing_enable()
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        for layer in model.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        wrapped = model
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    rows = slice(0, 3) if rank == 0 else slice(2, 5)
+    mine = {name: value[rows] for name, value in batch.items()}
+    theirs = torch.optim.SGD(stock.parameters(), lr=0.05)
+    for step in range(3):
+        loss = wrapped(**mine).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        both = sum(stock(**{n: v[r] for n, v in batch.items()}).loss for r in (slice(0, 3), slice(2, 5))) / 2
+        both.backward()
+        theirs.step()
+        theirs.zero_grad()
+    for (name, p), q in zip(model.named_parameters(), stock.parameters()):
+        p = p.full_tensor() if hasattr(p, "full_tensor") else p
+        torch.testing.assert_close(p.detach(), q.detach(), msg=name)
+    assert not report.fallbacks, report
+    assert not report.not_packed, report
+    assert report.fast.keys() == {"packed" if packing else "padded"}, report
+    dist.barrier()
+    print(f"{how} {packing}: the same", flush=True)
+
+
+for how, packing in zip(sys.argv[1::2], sys.argv[2::2]):
+    train(how, packing == "True")
 # Not by the interpreter's end, where a thread of gloo's may outlive what it works on: that aborts, now and then.
 os._exit(0)
 """
 
 
-@pytest.mark.parametrize(
-    ("how", "packing"), [("ddp", True), ("fsdp2", True), ("fsdp2", False), ("fsdp2, checkpointed", True)]
-)
-def test_two_processes_train_as_one(how: str, packing: bool, tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
+HOW = [("ddp", True), ("fsdp2", True), ("fsdp2", False), ("fsdp2, checkpointed", True)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """Two processes that train in each way in turn: they take longer to start than to train."""
+    script = tmp_path_factory.mktemp("worker") / "worker.py"
     script.write_text(WORKER)
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-         "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(script), how, str(packing)],
+         "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(script),
+         *(str(word) for way in HOW for word in way)],
         capture_output=True, text=True, timeout=240,
         env={**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
              "GLOO_SOCKET_IFNAME": "lo"},  # a machine's own name may not be known to it
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same") == 2
+
+
+@pytest.mark.parametrize(("how", "packing"), HOW)
+def test_two_processes_train_as_one(
+    how: str, packing: bool, trained: subprocess.CompletedProcess[str]
+) -> None:
+    assert trained.stdout.count(f"{how} {packing}: the same") == 2, trained.stderr[-3000:]
+    assert trained.returncode == 0, trained.stderr[-3000:]
 
 
 # --- int8 by one word ---

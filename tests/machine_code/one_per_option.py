@@ -1,18 +1,21 @@
-"""``python -m tests.machine_code.one_per_option OP``: compile each kernel of an op once with each of its options.
+"""``python -m tests.machine_code.one_per_option``: compile each kernel of every op once with each of its options.
 
 For sm_90, in bf16, with the smallest head dimension and the first configuration: a version of Triton that can't
-translate one of them can't translate the others. Prints a JSON object: Triton's version, and spec -> error (empty where
-it compiles).
+translate one of them can't translate the others. Down to Triton's own representation for GPUs: what a version of Triton
+doesn't know of the language ends there. One spec of each kernel function goes all the way to machine code; so do all
+under PYACCEL_EVERY_ARCH=1. Prints a JSON object: Triton's version, and op -> spec -> error (empty where it compiles).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-import sys
+from typing import Any
 
-from pyaccel.verify.kernel_specs import KernelSpec, specs
+from pyaccel.verify.kernel_specs import BUILDERS, KernelSpec, specs
 from pyaccel.verify.machine_code import CompilationError, _compile, _results
+from tests.machine_code import EVERY
 
 ARCH = "sm_90"
 
@@ -32,6 +35,10 @@ def one_per_option(op: str) -> list[KernelSpec]:
     return list(chosen.values())
 
 
+class Translated(Exception):
+    """Raised where LLVM would begin: what is left of the way to machine code is not for this spec."""
+
+
 def error_of(task: tuple[KernelSpec, str]) -> str:
     try:
         _compile(*task)
@@ -40,15 +47,40 @@ def error_of(task: tuple[KernelSpec, str]) -> str:
     return ""
 
 
-def main(op: str) -> None:
+def error_of_translation(task: tuple[KernelSpec, str]) -> str:
+    """As :func:`error_of`, but only down to Triton's representation for GPUs."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise Translated
+
+    whole, CUDABackend.make_llir = CUDABackend.make_llir, stop
+    try:
+        _compile(*task)
+    except CompilationError as error:
+        return "" if isinstance(error.__cause__, Translated) else str(error)
+    finally:
+        CUDABackend.make_llir = whole
+    return ""  # it is in Triton's cache
+
+
+def error_of_one(task: tuple[KernelSpec, str], whole: frozenset[str]) -> str:
+    """Of the specs in `whole` of all of the compiler, of others of the translation alone."""
+    return (error_of if str(task[0]) in whole else error_of_translation)(task)
+
+
+def main() -> None:
     import triton
 
-    chosen = one_per_option(op)
-    errors = _results(error_of, [(spec, ARCH) for spec in chosen], None)
-    print(
-        json.dumps({"triton": triton.__version__, "errors": dict(zip(map(str, chosen), errors, strict=True))})
-    )
+    chosen = {op: one_per_option(op) for op in BUILDERS}
+    everything = [spec for of_op in chosen.values() for spec in of_op]
+    first = {spec.fn: str(spec) for spec in reversed(everything)}  # of each kernel function
+    whole = frozenset(map(str, everything) if EVERY else first.values())
+    error_of_each = functools.partial(error_of_one, whole=whole)
+    errors = iter(list(_results(error_of_each, [(spec, ARCH) for spec in everything], None)))
+    by_op = {op: {str(spec): next(errors) for spec in of_op} for op, of_op in chosen.items()}
+    print(json.dumps({"triton": triton.__version__, "errors": by_op}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,14 +1,16 @@
 """Machine code of the attention family: every launch configuration that ships, for real GPUs.
 
-What is compiled: in bf16, which is what users run, every configuration for sm_90, with the calls that take most
-registers; for the other architectures, and in fp32 for sm_80, head dimension 64 alone. PYACCEL_EVERY_ARCH=1 adds every
-configuration for each architecture and in fp32, and on sm_90 every kind of call. fp16 is left out: it is bf16 with
-another conversion instruction.
+What is compiled: in bf16, which is what users run, every configuration for sm_90, with the calls and the head dimension
+that take most registers; for the other architectures, and in fp32 for sm_80, head dimension 64 and the calls with
+dropout or a mask alone. PYACCEL_EVERY_ARCH=1 adds every configuration for each architecture and in fp32, by every head
+dimension that has it, and on sm_90 every kind of call. fp16 is left out: it is bf16 with another conversion
+instruction.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,9 +40,30 @@ HARDEST = {*(("bf16", arch) for arch in DISTINCT_ARCHS), ("fp32", "sm_80")}
 Compiled = list[tuple[KernelSpec, MachineCode]]
 
 
-def asks_most(spec: KernelSpec) -> bool:
+def asks_most(spec: KernelSpec, arch: str) -> bool:
     """Whether its call is the one of its configuration that takes most registers."""
-    return spec.name.endswith((attention_specs.PLAIN[-1], *attention_specs.EXTRAS))
+    plain = attention_specs.PLAIN[-1:] if EVERY or arch == "sm_90" else ()
+    return spec.name.endswith((*plain, *attention_specs.EXTRAS))
+
+
+def hardest(chosen: list[tuple[KernelSpec, str]]) -> list[tuple[KernelSpec, str]]:
+    """Without those that another one with the same blocks and warps outdoes, in registers too.
+
+    It has a larger head dimension; or one as large, and dropout or a mask beside.
+    """
+    kept: dict[tuple[str, ...], tuple[KernelSpec, str]] = {}
+    for spec, arch in sorted(chosen, key=lambda task: dims(task[0])):
+        label, has = re.fullmatch(r"(.*)head dim \d+, (.*)", spec.name).groups()  # type: ignore[union-attr]
+        key = (label, spec.config, spec.dtype, arch)
+        plain = (*key, attention_specs.PLAIN[-1])
+        if has in attention_specs.EXTRAS and plain in kept and dims(kept[plain][0]) <= dims(spec):
+            del kept[plain]
+        kept[(*key, has)] = (spec, arch)
+    return list(kept.values())
+
+
+def dims(spec: KernelSpec) -> int:
+    return int(spec.constexprs["HEAD_DIM"])
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +72,10 @@ def compiled() -> Compiled:
     wanted = [
         (spec, arch)
         for spec, arch in tasks(specs("attention"), sorted({arch for _, arch in HARDEST}))
-        if (spec.dtype, arch) in FULL or ((spec.dtype, arch) in HARDEST and asks_most(spec))
+        if (spec.dtype, arch) in FULL or ((spec.dtype, arch) in HARDEST and asks_most(spec, arch))
         if (arch, spec.dtype) in COMPLETE or "head dim 64," in spec.name
     ]
+    wanted = wanted if EVERY else hardest(wanted)
     return [(spec, code) for (spec, _), code in zip(wanted, compile_tasks(wanted), strict=True)]
 
 

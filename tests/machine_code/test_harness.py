@@ -284,7 +284,7 @@ def test_the_inner_loop_is_found(codes) -> None:
 
 @pytest.mark.parametrize(("kind", "word"), [("--sass", "EXIT"), ("--ptx", ".visible .entry")])
 def test_listings(run, kind: str, word: str) -> None:
-    options = ["--op", "bias_gelu", "--dtype", "bf16", "--name", "^forward", kind]
+    options = ["--op", "bias_gelu", "--dtype", "bf16", "--name", "^forward, gelu .*512", kind]
     done = run(*options)
     assert done.exit_code == 0, done.output
     assert word in done.stdout
@@ -304,12 +304,11 @@ def test_two_revisions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         subprocess.run([*git, *command], check=True)
     heuristics = tree / "kernels" / "config.py"
     text = heuristics.read_text()
-    changed = re.sub(
-        r"(def column_sum.*?num_warps=)(\d+)", lambda m: m[1] + str(2 * int(m[2])), text, flags=re.DOTALL
-    )
+    changed = text.replace("num_warps=block_n // 256,", "num_warps=block_n // 256 if block_n > 1024 else 8,")
     assert changed != text
     heuristics.write_text(changed)
-    options = ["--op", "residual_layernorm", "--dtype", "bf16", "--name", "column sum"]
+    # An op of few kernels: those of the earlier revision are compiled whatever their name.
+    options = ["--op", "masked_lm_cross_entropy", "--dtype", "bf16", "--name", "scaled"]
     env = {**os.environ, "PYTHONPATH": str(tree)}
 
     def run(revision: str) -> subprocess.CompletedProcess[str]:
@@ -318,8 +317,8 @@ def test_two_revisions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     done = run("HEAD")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^gone: .*column sum.* on sm_90$", done.stdout, re.MULTILINE)
-    assert re.search(r"^new: .*column sum.* on sm_90$", done.stdout, re.MULTILINE)
-    assert done.stdout.endswith("2 differ from HEAD, 0 are the same\n")
+    assert re.search(r"^gone: .*scaled .*1024.* on sm_90$", done.stdout, re.MULTILINE)
+    assert re.search(r"^new: .*scaled .*1024.* on sm_90$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith("2 differ from HEAD, 1 are the same\n")
     done = run("no-such-revision")
     assert (done.returncode, "no-such-revision" in done.stderr) == (2, True)

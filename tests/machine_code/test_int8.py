@@ -1,9 +1,10 @@
 """Machine code of quantisation and of the int8 products: every launch configuration that ships, for real GPUs.
 
-What is compiled: products in bf16 with all terms and erf GELU by every configuration for every architecture; in fp32,
-without a residual, of inner dimensions that no block divides and of no epilogue (split products) by every
-configuration for sm_90, the other activations by its largest. Rows that are finished or quantised: with all terms in
-fp32, which takes most registers, for sm_90 and gfx942, in bf16 and lean for sm_90. fp16 is left out: it
+What is compiled: products in bf16 with all terms and erf GELU by every configuration for every architecture; for sm_90
+in fp32, of inner dimensions that no block divides, of no epilogue (split products) and by the other activations with
+its largest configurations, with and without the copy engine. Rows that are finished or quantised: with all terms in
+fp32, which takes most registers, for sm_90, and of the longest rows for gfx942; lean, and in bf16, for sm_90.
+PYACCEL_EVERY_ARCH=1 takes every configuration for each of these, and products without a residual. fp16 is left out: it
 is bf16 with another conversion instruction.
 """
 
@@ -23,25 +24,42 @@ from pyaccel.ops.linear import ACTIVATIONS
 from pyaccel.verify import int8_matmul_specs, quantize_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
-from tests.machine_code import ARCHS, ROW_ARCHS
+from tests.machine_code import ARCHS, DISTINCT_ARCHS, EVERY, ROW_ARCHS
 
 Compiled = list[tuple[KernelSpec, MachineCode]]
+
+
+LARGEST = config.CONFIGS["hopper"][0].label
+BOTH_LARGEST = {LARGEST, config.TMA_CONFIGS["hopper"][0].label}
+LONGEST = {
+    row_config.quantize(row_config.MAX_ROW).label,
+    row_config.int8_finish(row_config.MAX_CODES_ROW, quantize=True).label,
+}
 
 
 def wanted(spec: KernelSpec, arch: str) -> bool:
     if spec.dtype == "fp16":
         return False
     if spec.op == "quantize" or spec.name.startswith("finish"):
-        full = spec.name in ("rows, offset and factor", "finish", "finish, int8") and spec.dtype == "fp32"
-        return arch == "sm_90" or (full and arch in ROW_ARCHS)
+        full = spec.name in ("rows, offset and factor", "finish", "finish, int8")
+        if arch == "sm_90":
+            # Full ones in fp32 take most registers; lean ones are compiled in the dtype that users run.
+            return EVERY or full == (spec.dtype == "fp32") or spec.name in ("tensor", "row sum", "finish")
+        longest = EVERY or spec.name == "finish" or spec.config in LONGEST
+        return full and longest and spec.dtype == "fp32" and arch in ROW_ARCHS
     if spec.name in ("everything, gelu", "weight only") and spec.dtype == "bf16":
-        return True
+        return arch in DISTINCT_ARCHS
     activation = spec.name.rsplit(", ", 1)[-1]
     if activation in ACTIVATIONS and activation != "gelu":
-        largest = spec.config == config.CONFIGS["hopper"][0].label
+        largest = spec.config == LARGEST
         return (
             arch == "sm_90" and largest and spec.name.startswith("everything") and "uneven" not in spec.name
         )
+    if not EVERY and (
+        spec.name.startswith("dynamic")
+        or not (spec.config in BOTH_LARGEST or spec.name.startswith("weight only"))
+    ):
+        return False
     return arch == "sm_90" and (spec.dtype != "fp32" or spec.name == "everything, gelu")
 
 
@@ -64,12 +82,12 @@ def products(compiled: Compiled) -> Compiled:
 
 
 def test_every_configuration_is_there(compiled: Compiled) -> None:
-    for arch in ARCHS:
+    for arch in DISTINCT_ARCHS:
         part = config.int8_matmul_part(arch)
         shipped = {c.label for c in (*config.CONFIGS[part], *config.TMA_CONFIGS.get(part, ()))}
         for name in ("everything, gelu", "sums") if arch == "sm_90" else ("everything, gelu",):
             there = {s.config for s, c in compiled if (c.arch, s.name) == (arch, name) and s.dtype != "fp32"}
-            assert there == shipped
+            assert there == (shipped if EVERY or name != "sums" else BOTH_LARGEST)
     names = {spec.name for spec, _ in compiled}
     assert {f"everything, {a}" for a in ACTIVATIONS if a is not None} <= names
     assert {"rows", "rows, offset and factor", "tensor", "row sum", "finish", "finish, int8"} <= names

@@ -213,8 +213,8 @@ def test_autocast_casts_to_its_dtype(backend: str, device: torch.device) -> None
         assert_bits_equal(weights, attention_probs(*narrow[:2], lse))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+# The other two are in test_registration.py and test_attention_transforms.py.
+@pytest.mark.parametrize(("backend", "dynamic"), [("triton", True), ("torch", False)])
 def test_compiled_equals_eager(backend: str, dynamic: bool, device: torch.device) -> None:
     inputs = [leaf(t) for t in padded_inputs("", F32, device)]
     mask = lengths_mask([19, 7, 0], L, device)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pyaccel import dispatch, packing, use_backend
 from pyaccel.ops import attention_probs, scaled_dot_product_attention, varlen_attention
 from tests.ops.attention_helpers import BACKENDS
+from tests.pairwise import pairwise
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 SHAPE = (2, 2, 5, 8)
@@ -143,13 +144,23 @@ def test_torch_func_of_packed_and_of_probs(backend: str, device: torch.device) -
 # --- graphs and traces --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "option", [{"dropout_p": 0.1}, {"return_lse": True}, {"is_causal": True}, {}], ids=str
+GRAPHS = pairwise(
+    {
+        "backend": BACKENDS,
+        "option": [{"dropout_p": 0.1}, {"return_lse": True}, {"is_causal": True}, {}],
+        "kv_heads": [2, 1],
+        "how": ["eager", "aot_eager"],
+    }
 )
-@pytest.mark.parametrize("kv_heads", [2, 1])
-@every_backend
+
+
+@pytest.mark.parametrize(
+    ("backend", "kv_heads", "option", "how"),
+    [(case["backend"], case["kv_heads"], case["option"], case["how"]) for case in GRAPHS],
+    ids=str,
+)
 def test_without_a_mask_it_is_one_graph(
-    backend: str, kv_heads: int, option: dict[str, Any], device: torch.device
+    backend: str, kv_heads: int, option: dict[str, Any], how: str, device: torch.device
 ) -> None:
     torch._dynamo.reset()
 
@@ -157,13 +168,12 @@ def test_without_a_mask_it_is_one_graph(
         return scaled_dot_product_attention(query, key, key, enable_gqa=kv_heads == 1, **option)
 
     with use_backend(backend):
-        for how in ("eager", "aot_eager"):
-            compiled = torch.compile(attend, backend=how, fullgraph=True, dynamic=True)
-            for seq in (5, 9):
-                query = torch.randn(2, 2, seq, 8, device=device, requires_grad=how == "aot_eager")
-                key = torch.randn(2, kv_heads, seq, 8, device=device)
-                out = compiled(query, key)
-                assert (out[0] if isinstance(out, tuple) else out).shape == query.shape
+        compiled = torch.compile(attend, backend=how, fullgraph=True, dynamic=True)
+        for seq in (5, 9):
+            query = torch.randn(2, 2, seq, 8, device=device, requires_grad=how == "aot_eager")
+            key = torch.randn(2, kv_heads, seq, 8, device=device)
+            out = compiled(query, key)
+            assert (out[0] if isinstance(out, tuple) else out).shape == query.shape
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,11 @@ def test_a_recorded_step() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kind", ["fused", "parts", "int8", "int8, deployed"])
-@pytest.mark.parametrize("seq", [7, 131])
+@pytest.mark.parametrize(
+    ("seq", "kind"),
+    # Long sequences have other kernels of attention, which no kind but int8 changes anything around.
+    [(7, "fused"), (7, "parts"), (7, "int8"), (7, "int8, deployed"), (131, "fused"), (131, "int8")],
+)
 def test_our_ops_launch_as_many_kernels_as_is_said(
     seq: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

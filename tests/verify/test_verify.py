@@ -64,12 +64,22 @@ def marked(layer: int) -> Any:
 # --- right where it is right ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["right", "left", "holes", "none"])
-def test_an_unharmed_model_is_right(dtype: str, kind: str) -> None:
+# By the reference too where padding is as usual, and without any: it packs no other way.
+@pytest.mark.parametrize(
+    ("kind", "dtype", "backends"),
+    [
+        pytest.param("right", "fp32", ["torch", "reference"], id="right-fp32"),
+        pytest.param("left", "bf16", ["torch"], id="left-bf16"),
+        pytest.param("holes", "fp32", ["torch"], id="holes-fp32"),
+        pytest.param("none", "bf16", ["torch", "reference"], id="none-bf16"),
+    ],
+)
+def test_an_unharmed_model_is_right(kind: str, dtype: str, backends: list[str]) -> None:
     torch.manual_seed(0)
-    report = verify(tiny(), batch_of(kind), dtypes=[dtype], compiled=False, ops=False)
+    wanted = None if "reference" in backends else backends
+    report = verify(tiny(), batch_of(kind), dtypes=[dtype], compiled=False, ops=False, backends=wanted)
     assert report.right, str(report)
+    assert {check.backend for check in report.checks} == set(backends)
     kinds = {check.kind for check in report.checks}
     assert kinds == {"packing", "layer", "output", "gradient", "dropout", "bits"}
     layers = [
