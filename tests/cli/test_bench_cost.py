@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,18 @@ import torch
 from typer.testing import CliRunner
 
 from pyaccel import dispatch
-from pyaccel.cli import app
+from pyaccel.cli import app, bench_cost
 from pyaccel.cli.errors import BadInputError
 from pyaccel.verify.model_cost import MIXES, bert_config, figures, length_mix, model_costs
 from tests.hf.models import tiny
+
+measured_once = functools.cache(bench_cost.measured_card)
+
+
+@pytest.fixture(autouse=True)
+def this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured, but not by each test anew."""
+    monkeypatch.setattr(bench_cost, "measured_card", measured_once)
 
 
 def run(*options: str) -> Any:
