@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-TESTS = ("tests/ops/test_int8.py", "tests/nn/test_int8_linear.py", "tests/ops/test_int8_linear.py")
+TESTS = (
+    "tests/ops/test_int8.py",
+    "tests/nn/test_int8_linear.py",
+    "tests/ops/test_int8_linear.py",
+)
 
 CPU = "pyaccel/ops/_int8_torch.py"
 OP = "pyaccel/ops/int8_linear.py"
@@ -32,7 +36,7 @@ MUTANTS = [
     Mutant("int8_linear: the activation's derivative left out", OP, "grad = _activation_grad(grad.float(), pre, options.activation).to(compute)", "grad = grad + 0 * pre.to(compute)"),
     Mutant("int8_linear: the pre-activation made again without its offset", OP, "pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)", "pre = int8_matmul(codes, w_codes, scale, w_scale, bias)"),
     Mutant("int8_linear: a gradient where a static scale has clamped", OP, "        if options.static:\n            dx =", "        if False:\n            dx ="),
-    Mutant("int8_linear: the bias's gradient in 16 bits", OP, "rows.sum(0, dtype=torch.float32)", "rows.cumsum(0)[-1]"),
+    Mutant("int8_linear: the bias's gradient in 16 bits", OP, "by_row.sum(0, dtype=torch.float32)", "by_row.sum(0)"),
     Mutant("int8_linear: the input itself is saved", OP, "            (x if weight_only else codes) if needs_input else None,", "            x if needs_input else None,"),
     Mutant("Int8Linear: scales follow a cast", MODULE, "setattr(self, name, moved if same else _moved(scale, moved))", "setattr(self, name, moved)"),
     Mutant("Int8Linear: smoothing forgotten on the way back", MODULE, "                    values = values * self.smooth_scale\n", "                    values = values * 1.0\n"),
