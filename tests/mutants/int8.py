@@ -8,6 +8,7 @@ TESTS = (
     "tests/ops/test_int8.py",
     "tests/nn/test_int8_linear.py",
     "tests/ops/test_int8_linear.py",
+    "tests/ops/test_edges.py::test_fp16_gradients_of_int8_linear",
 )
 
 CPU = "pyaccel/ops/_int8_torch.py"
@@ -42,5 +43,6 @@ MUTANTS = [
     Mutant("Int8Linear: smoothing forgotten on the way back", MODULE, "                    values = values * self.smooth_scale\n", "                    values = values * 1.0\n"),
     Mutant("Int8Linear: frozen weights load into trainable ones as floats", MODULE, "(saved.dtype == torch.int8) != self.is_frozen", "saved.dtype == torch.int16"),
     Mutant("int8_linear: the input's gradient without smoothing", OP, "            dx = dx.float() * smooth_scale\n", "            dx = dx.float() * 1.0\n"),
+    Mutant("int8_linear: the input's gradient by products of codes", OP, "dx = grad @ dequantize(w_codes, w_scale).to(compute)\n", "dx = (grad.float() * w_scale).to(compute) @ w_codes.to(compute)\n"),
     Mutant("weight only: the bias before the scales", "pyaccel/ops/int8_weight_only_matmul.py", "    out = out * b_scale\n    if bias is not None:\n        out = out + bias.float()\n", "    if bias is not None:\n        out = out + bias.float()\n    out = out * b_scale\n"),
 ]  # fmt: skip
