@@ -258,7 +258,8 @@ def test_ctrl_c_while_changes_are_undone_waits() -> None:
                 changes.make(lambda: None, lambda number=number: undo(number))
             raise RuntimeError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
+    # A Ctrl-C that comes out fails this test, and doesn't end all tests.
+    with pytest.raises((RuntimeError, KeyboardInterrupt), match="broken"):
         broken()
     assert done == [2, 1, 0]
 

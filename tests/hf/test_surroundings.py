@@ -375,10 +375,22 @@ class Spans(nn.Module):
         self.qa_outputs = nn.Linear(32, 2)
 
 
+class OwnForQuestionAnswering(nn.Module):
+    """One that is known by its name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = tiny()
+
+
+class Renamed(OwnForQuestionAnswering):
+    """And one by its base's."""
+
+
 def test_heads_that_read_the_padding_keep_it() -> None:
-    for model in (tiny(Answering), Spans()):
+    for model in (tiny(Answering), Spans(), OwnForQuestionAnswering(), Renamed()):
         report = pyaccel.accelerate(model)
-        bert = model.encoder if isinstance(model, Spans) else model.bert
+        bert = model.bert if isinstance(model, Answering) else model.encoder
         stock = copy.deepcopy(bert)
         pyaccel.restore(stock)
         Truth(stock).check(bert, batch_of("left"), ["last_hidden_state"])

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-TESTS = ("tests/ops/test_int8.py", "tests/nn/test_int8_linear.py", "tests/ops/test_int8_linear.py")
+TESTS = (
+    "tests/ops/test_int8.py",
+    "tests/nn/test_int8_linear.py",
+    "tests/ops/test_int8_linear.py",
+    "tests/ops/test_edges.py::test_fp16_gradients_of_int8_linear",
+)
 
 CPU = "pyaccel/ops/_int8_torch.py"
 OP = "pyaccel/ops/int8_linear.py"
@@ -32,11 +37,12 @@ MUTANTS = [
     Mutant("int8_linear: the activation's derivative left out", OP, "grad = _activation_grad(grad.float(), pre, options.activation).to(compute)", "grad = grad + 0 * pre.to(compute)"),
     Mutant("int8_linear: the pre-activation made again without its offset", OP, "pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)", "pre = int8_matmul(codes, w_codes, scale, w_scale, bias)"),
     Mutant("int8_linear: a gradient where a static scale has clamped", OP, "        if options.static:\n            dx =", "        if False:\n            dx ="),
-    Mutant("int8_linear: the bias's gradient in 16 bits", OP, "rows.sum(0, dtype=torch.float32)", "rows.cumsum(0)[-1]"),
+    Mutant("int8_linear: the bias's gradient in 16 bits", OP, "by_row.sum(0, dtype=torch.float32)", "by_row.sum(0)"),
     Mutant("int8_linear: the input itself is saved", OP, "            (x if weight_only else codes) if needs_input else None,", "            x if needs_input else None,"),
     Mutant("Int8Linear: scales follow a cast", MODULE, "setattr(self, name, moved if same else _moved(scale, moved))", "setattr(self, name, moved)"),
     Mutant("Int8Linear: smoothing forgotten on the way back", MODULE, "                    values = values * self.smooth_scale\n", "                    values = values * 1.0\n"),
     Mutant("Int8Linear: frozen weights load into trainable ones as floats", MODULE, "(saved.dtype == torch.int8) != self.is_frozen", "saved.dtype == torch.int16"),
     Mutant("int8_linear: the input's gradient without smoothing", OP, "            dx = dx.float() * smooth_scale\n", "            dx = dx.float() * 1.0\n"),
+    Mutant("int8_linear: the input's gradient by products of codes", OP, "dx = grad @ dequantize(w_codes, w_scale).to(compute)\n", "dx = (grad.float() * w_scale).to(compute) @ w_codes.to(compute)\n"),
     Mutant("weight only: the bias before the scales", "pyaccel/ops/int8_weight_only_matmul.py", "    out = out * b_scale\n    if bias is not None:\n        out = out + bias.float()\n", "    if bias is not None:\n        out = out + bias.float()\n    out = out * b_scale\n"),
 ]  # fmt: skip

@@ -15,4 +15,10 @@ MUTANTS = [
         "return torch.cuda.device(tensor.device)",
         "return contextlib.nullcontext()",
     ),
+    Mutant(
+        "launches: on the first device",
+        "kernels/device.py",
+        "return torch.cuda.device(tensor.device)",
+        "return torch.cuda.device(0)",
+    ),
 ]

@@ -41,4 +41,5 @@ MUTANTS = [
     Mutant("model: prepacked weights don't follow changes in place", EVALUATION, "(p.data_ptr(), p._version) for p", "(p.data_ptr(), 0) for p"),
     Mutant("model: prepacked weights don't follow other memory", EVALUATION, "(p.data_ptr(), p._version) for p", "(0, p._version) for p"),
     Mutant("model: memory of prepacked weights is given back", EVALUATION, "held=[p.detach() for p in self.parameters]", "held=[]"),
+    Mutant("model: prepacked weights are made each time", EVALUATION, "if copies is None or state != copies.state:", "if True:"),
 ]  # fmt: skip

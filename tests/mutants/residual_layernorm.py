@@ -35,6 +35,7 @@ MUTANTS = [
         "    eps: float = 1e-12,\n    dropout_p: float = 0.0,\n    training: bool = False,\n    x_bias: Tensor | None = None,\n    rms_norm: bool = False,\n    return_output: bool = True,\n",
         "    eps: float = 1e-5,\n    dropout_p: float = 0.0,\n    training: bool = False,\n    x_bias: Tensor | None = None,\n    rms_norm: bool = False,\n    return_output: bool = True,\n",
     ),
+    Mutant("statistics: of the sum before it is rounded", FORWARD, "== x_ptr.dtype.element_ty:\n            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)", "== x_ptr.dtype.element_ty:\n            x = x * 1.0"),
     Mutant("weight: ignored", FORWARD, "        out *= tl.load(weight_ptr", "        out *= 1.0 + 0.0 * tl.load(weight_ptr"),
     Mutant("bias: added before the weight", FORWARD, "    out = centred * rstd[:, None]\n", "    out = centred * rstd[:, None] + (tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :] if bias_ptr is not None else 0.0)\n"),
     Mutant("residual: left out", FORWARD, "        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)", "        x += 0.0 * tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)"),

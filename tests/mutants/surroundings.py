@@ -24,4 +24,5 @@ MUTANTS = [
     Mutant("surroundings: a plan keeps lent parameters", FAST_PATH, "if not are_its_own(layers):", "if False:"),
     Mutant("surroundings: eager models lose their second gradients", FAST_PATH, "if config._attn_implementation == attention.EAGER and torch.is_grad_enabled():", "if False:"),
     Mutant("surroundings: masks of three dimensions are taken", ATTENTION, "if attention_mask is not None and attention_mask.dim() != 4:", "if False:"),
+    Mutant("surroundings: question answering is known by its last name alone", SWAP, "for kind in type(head).__mro__)", "for kind in type(head).__mro__[:1])"),
 ]  # fmt: skip

@@ -45,6 +45,11 @@ def test_the_ends() -> None:
     assert keep_mask_on_host((), 0.3).shape == ()
 
 
+def test_it_is_drawn_on_the_host_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert keep_mask_on_host((3, 5), 0.5).device.type == "cpu"
+
+
 def test_the_seed_says_which() -> None:
     masks = []
     for seed in (3, 3, 4):

@@ -162,6 +162,14 @@ def test_broadcast_gradients_empty_input_and_nothing_to_do(device: torch.device)
         assert not int8_linear(x, weight, bias).requires_grad
 
 
+def test_a_wide_biass_gradient_is_summed_in_its_dtype(device: torch.device) -> None:
+    """257 is no number of bf16."""
+    x, weight = (torch.ones(shape, dtype=BF16, device=device) for shape in ((257, 33), (17, 33)))
+    bias = torch.zeros(17, device=device, requires_grad=True)
+    int8_linear(x, weight, bias).sum().backward()
+    assert_bits_equal(bias.grad, torch.full_like(bias, 257.0))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static", "weight only"])
 @pytest.mark.parametrize(("n_in", "n_out"), [(8, 0), (0, 8), (0, 0)])
 def test_gradients_of_a_weight_with_a_size_of_zero(

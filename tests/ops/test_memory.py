@@ -172,6 +172,17 @@ def test_onednn_gets_what_it_can_read(
         )
 
 
+@pytest.mark.skipif(F32 not in linear.onednn_dtypes(), reason="this CPU's oneDNN isn't used")
+def test_onednn_gets_operands_of_the_inputs_dtype() -> None:
+    x, weight = torch.randn(5, 16), torch.randn(24, 16)
+    bias, residual = torch.randn(24).bfloat16(), torch.randn(5, 24).bfloat16()
+    expected = linear.by_onednn(x, weight, bias.float(), residual=residual.float())
+    assert_equivalent(linear.by_onednn(x, weight, bias, residual=residual), expected, name="sum")
+    assert_equivalent(
+        linear.by_onednn(x, weight, bias), linear.by_onednn(x, weight, bias.float()), name="out"
+    )
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 @every_backend
 def test_nan_shows_through_activations(activation: str, backend: str, device: torch.device) -> None:

@@ -1,0 +1,27 @@
+"""Bugs of attention at the edges of numbers, and under transforms and traces."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+SDPA = "pyaccel/ops/_attention_sdpa.py"
+REFERENCE = "pyaccel/reference/attention.py"
+TRITON = "pyaccel/ops/_attention_triton.py"
+TESTS = [
+    "tests/ops/test_attention_edges.py",
+    "tests/ops/test_attention_transforms.py",
+    "tests/test_on_host.py",
+]
+
+MUTANTS = [
+    Mutant("attn_mask: a column of NaN counts as masked", "kernels/attention_tile.py", "(bias != float(\"-inf\")).to(tl.int32)", "(bias > float(\"-inf\")).to(tl.int32)"),
+    Mutant("on the CPU: NaN of a short sequence hides", SDPA, "length < _VECTOR)", "length < 0)"),
+    Mutant("on the CPU: a mask of fp32 is read as fp64", SDPA, "bias = bias.to(query.dtype)  # PyTorch", "pass  # PyTorch"),
+    Mutant("on the CPU: +inf in a mask has no NaN in gradients", SDPA, "and not _below_infinity(bias):", "and False:"),
+    Mutant("in a graph: NaN of a query hides", SDPA, "_showing(out, query) if may_hide and not reads else out", "out"),
+    Mutant("reference: scores of fp16 overflow", REFERENCE, "narrow = wide if dtype == torch.float16 else dtype", "narrow = dtype"),
+    Mutant("products: fp16 is served where it was measured", "pyaccel/ops/_attention_products.py", "if query.dtype not in _EVALUATION or dropout_p == 1.0", "if dropout_p == 1.0"),
+    Mutant("a trace keeps what a mask held", "pyaccel/dispatch.py", "    if torch._C._is_tracing() or torch._C._are", "    if torch._C._are"),
+    Mutant("forward mode: the kernels drop the derivative", TRITON, "    _refuse_forward_mode(*arguments[:4])\n", ""),
+    Mutant("packing: offsets of a full batch on the default device", "pyaccel/packing.py", "indices = torch.arange(batch_size * seq_len, device=device)", "indices = torch.arange(batch_size * seq_len)"),
+]  # fmt: skip

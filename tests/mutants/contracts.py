@@ -1,0 +1,97 @@
+"""Bugs at the edge of PyTorch's contracts, in any op: memory, gradients, transforms, numbers."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+TESTS = (
+    "tests/ops/test_memory.py",
+    "tests/ops/test_edges.py",
+    "tests/ops/test_dropout.py::test_it_is_drawn_on_the_host_whatever_the_default_device",
+    "tests/ops/test_transforms.py",
+)
+
+LAYERNORM = "pyaccel/ops/residual_layernorm.py"
+FEED_FORWARD = "pyaccel/ops/feed_forward.py"
+LINEAR = "pyaccel/ops/linear.py"
+GRADIENTS = "pyaccel/ops/_gradients.py"
+ROW_TILE = "kernels/row_tile.py"
+LAYERNORM_REFERENCE = "pyaccel/reference/residual_layernorm.py"
+EMBEDDINGS = "pyaccel/ops/bert_embeddings.py"
+
+MUTANTS = [
+    Mutant(
+        "LayerNorm: x's gradient is the residual's too",
+        LAYERNORM,
+        "*column)\n        return *(g if n",
+        "*column)\n        out = (out[0], out[0], *out[2:])\n        return *(g if n",
+    ),
+    Mutant(
+        "feed_forward: dx shares the residual's memory",
+        FEED_FORWARD,
+        "        gradients = (*found, dweight1",
+        "        found[1] = found[0]\n        gradients = (*found, dweight1",
+    ),
+    Mutant("torch: dx shares the residual's memory", GRADIENTS, "return grad.clone()", "return grad"),
+    Mutant(
+        "the sum is the input where nothing is added", LAYERNORM, "if return_sum and total is x:", "if False:"
+    ),
+    Mutant(
+        "oneDNN: operands of any strides",
+        LINEAR,
+        "x.dtype is dtype and x.is_contiguous()",
+        "x.dtype is dtype",
+    ),
+    Mutant(
+        "oneDNN: operands of any dtype", LINEAR, "x.dtype is dtype and x.is_contiguous()", "x.is_contiguous()"
+    ),
+    Mutant("oneDNN: ReLU in the product", LINEAR, '"relu": ("none", "")', '"relu": ("relu", "")'),
+    Mutant(
+        "quantize: the given scale comes back",
+        "pyaccel/reference/quantize.py",
+        "else scale.clone()",
+        "else scale",
+    ),
+    Mutant(
+        "a double backward gives 0",
+        GRADIENTS,
+        "            raise RuntimeError(message)",
+        "            return (None,) * 20",
+    ),
+    Mutant(
+        "the mean isn't corrected",
+        ROW_TILE,
+        "return mean + tl.sum(tl.where(mask, x - mean[:, None], 0.0), axis=1) / n_cols",
+        "return mean",
+    ),
+    Mutant(
+        "LayerNorm: gradients added up in 16 bits", LAYERNORM_REFERENCE, " or _trained(weight, bias))", ")"
+    ),
+    Mutant(
+        "LayerNorm: fp16 statistics", LAYERNORM_REFERENCE, "(dtype == torch.float16 or _trained", "(_trained"
+    ),
+    Mutant(
+        "embeddings: gradients added up in 16 bits",
+        EMBEDDINGS,
+        "table.dtype.itemsize == 2",
+        "table.dtype.itemsize == 1",
+    ),
+    Mutant(
+        "embeddings, 16 bits: the padding row has a gradient",
+        EMBEDDINGS,
+        "if ctx.padding is not None:",
+        "if False:",
+    ),
+    Mutant(
+        "weight only: products of codes in fp16",
+        "pyaccel/ops/int8_weight_only_matmul.py",
+        "if x.dtype != torch.float16:",
+        "if True:",
+    ),
+    Mutant(
+        "a helper tensor without its device",
+        "pyaccel/ops/_dropout.py",
+        ', device="cpu").random_',
+        ").random_",
+    ),
+]

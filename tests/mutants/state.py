@@ -1,0 +1,23 @@
+"""Bugs of what a thread asks for, and of measurements that are read as hints."""
+
+from __future__ import annotations
+
+from tests.mutants import Mutant
+
+DISPATCH = "pyaccel/dispatch.py"
+TUNED = "pyaccel/tuned.py"
+TESTS = ["tests/test_dispatch.py", "tests/test_tuned.py", "tests/test_tuned_launch.py"]
+
+MUTANTS = [
+    Mutant("state: a block ends whichever was entered last", DISPATCH, "        if scopes[i] is scope:\n", "        if True:\n"),
+    Mutant("state: a compiled function keeps its first backend", DISPATCH, "        scopes, rest = _traced, dict(_this._around_the_trace)\n", "        scopes, rest = _traced, {}\n"),
+    Mutant("state: what is asked for elsewhere is added to what is asked for here", DISPATCH, 'self.asked = {"": "auto", **dict(asked)}', "self.asked = dict(asked)"),
+    Mutant("state: a process-wide request overrides blocks", DISPATCH, "    for scope in reversed(scopes):\n        found", "    for scope in () if rest else reversed(scopes):\n        found"),
+    Mutant("state: a block that was never entered says nothing", DISPATCH, "        self._unused = True\n", ""),
+    Mutant("state: one recorder sees a choice", DISPATCH, "for recorder in _recorders.get():", "for recorder in _recorders.get()[-1:]:"),
+    Mutant("tuned: a time that is no number is one", TUNED, "type(us) in (int, float) and 0 < us < 1e18", "not us <= 0"),
+    Mutant("tuned: sizes of any length", TUNED, "if any(len(timing.size) != len(size) for timing in measured):", "if False:"),
+    Mutant("tuned: the folder may not be refused", TUNED, "        except (OSError, RuntimeError) as error:\n            problems", "        except RuntimeError as error:\n            problems"),
+    Mutant("tuned: a warning at each call", TUNED, "        _warned.add(problem)\n", ""),
+    Mutant("tuned: a row's width may be measured", TUNED, '        del found["block_n"]  # a row\'s width, which is what it is\n', "        pass\n"),
+]  # fmt: skip
