@@ -82,8 +82,10 @@ def sdpa(
         if may_hide and reads and not (_finite(query) and _finite(key)):
             return _defined(query, key, value, allowed, bias, scale)
     # PyTorch's gradients don't show the NaN that the output does.
-    if bias is not None and may_hide and reads and not _below_infinity(bias):
-        return _defined(query, key, value, allowed, bias, scale)
+    if bias is not None and may_hide and reads:
+        is_wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, bias))
+        if not _below_infinity(bias) or (is_wanted and _far_from_zero(bias, allowed)):
+            return _defined(query, key, value, allowed, bias, scale)
     if bias is None:
         mask = allowed | idle_rows if has_idle_rows else allowed
     else:
@@ -98,6 +100,21 @@ def sdpa(
     if may_hide and not reads:
         out = _showing(out, query)
     return out.masked_fill(idle_rows, 0.0) if has_idle_rows else out
+
+
+def _far_from_zero(bias: Tensor, allowed: Tensor) -> bool:
+    """Whether all that counts of some row of a mask is far from 0; its values are read.
+
+    PyTorch's backward makes the weights again from the LSE. In a row of a mask's lowest number alone, as padding has
+    it, adding the logarithm of their sum to that number changes nothing, and each weight would be 1.
+    """
+    if not bias.numel():
+        return False
+    top = bias.detach().masked_fill(~allowed, -math.inf).amax(-1)
+    return bool(((top.abs() > _NEAR) & top.isfinite()).any())
+
+
+_NEAR = 64.0  # an LSE of which fp32 rounds off 4e-6
 
 
 def _finite(x: Tensor) -> bool:

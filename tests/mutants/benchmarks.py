@@ -39,4 +39,16 @@ MUTANTS = [
     Mutant("benchmarks: the floor is the smaller bound", METHOD, "if flops / matmul_speed > floor:", "if flops / matmul_speed < floor:"),
     Mutant("benchmarks: the slowest rival counts", TABLE, "not is_ours(row) and row.timed), key=_ms", "not is_ours(row) and row.timed), key=lambda row: -row.ms"),
     Mutant("benchmarks: the machine's change counts as ours", TABLE, "return self.speedup / self.of_machine", "return self.speedup"),
+    Mutant(
+        "tuned: a launch that the device refuses is an error",
+        "pyaccel/tuned.py",
+        "    except Exception as error:\n        why =",
+        "    except ZeroDivisionError as error:\n        why =",
+    ),
+    Mutant(
+        "tuned: a launch that was refused is tried again",
+        "pyaccel/tuned.py",
+        "    _refused.add((kernel, config))\n",
+        "",
+    ),
 ]  # fmt: skip

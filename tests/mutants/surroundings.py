@@ -25,4 +25,10 @@ MUTANTS = [
     Mutant("surroundings: eager models lose their second gradients", FAST_PATH, "if config._attn_implementation == attention.EAGER and torch.is_grad_enabled():", "if False:"),
     Mutant("surroundings: masks of three dimensions are taken", ATTENTION, "if attention_mask is not None and attention_mask.dim() != 4:", "if False:"),
     Mutant("surroundings: question answering is known by its last name alone", SWAP, "for kind in type(head).__mro__)", "for kind in type(head).__mro__[:1])"),
+    Mutant(
+        "eager attention: the mask under autocast is of the scores' dtype",
+        "pyaccel/hf/attention.py",
+        "dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), query.dtype)",
+        "dtype = query.dtype",
+    ),
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from pyaccel import dispatch, use_backend
 from pyaccel.ops import attention_probs, scaled_dot_product_attention, varlen_attention
 from pyaccel.ops._attention_products import serve
 from pyaccel.reference import attention as reference
+from tests.assertions import assert_close_to_truth
 from tests.ops.attention_helpers import BACKENDS, BF16, F16, F32, NAN, lengths_mask
 
 F64 = torch.float64
@@ -30,6 +31,34 @@ def dtypes_of(backend: str) -> list[torch.dtype]:
 
 
 # --- overflow -----------------------------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(2, 3, 5, 13), (3, 5, 1), (5, 13), (2, 1, 1, 13)], ids=str)
+@pytest.mark.parametrize("number", [torch.finfo(F32).min, -1e4, 3e3])
+def test_gradients_of_rows_whose_mask_is_one_large_number(
+    number: float, shape: tuple[int, ...], backend: str, device: torch.device
+) -> None:
+    """As padding has it. An LSE that is that number is no sum of weights."""
+    for dtype in dtypes_of(backend):
+        generator = torch.Generator().manual_seed(3)
+        q, k, v = (torch.randn(2, 3, n, 16, generator=generator).to(device, dtype) for n in (5, 13, 13))
+        upstream = torch.randn(2, 3, 5, 16, generator=generator).to(device, dtype)
+        mask = torch.zeros(shape, device=device)
+        mask[..., 1:3, :] = number
+        if shape[-2] == 1:
+            mask[:] = number
+        found = []
+        for compute, upcast in ((None, False), (reference, True), (reference, False)):
+            leaves = [(t.double() if upcast else t.clone()).requires_grad_() for t in (q, k, v)]
+            if compute is None:
+                with dispatch.use_backend(backend):
+                    out = scaled_dot_product_attention(*leaves, mask)
+            else:
+                out = reference.scaled_dot_product_attention(*leaves, mask, upcast=upcast)
+            found.append([out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))])
+        for name, *three in zip(("output", "dq", "dk", "dv"), *found, strict=True):
+            assert_close_to_truth(*three, name=name)
 
 
 @every_backend
