@@ -47,10 +47,15 @@ def sdpa(
         is_causal: in place of the two.
         dropout_p: by PyTorch's own mask, not by ours.
     """
-    if forward_mode() and dropout_p == 0.0:
+    # Of no queries, PyTorch's gradients of key and value are one tensor.
+    no_queries = type(query.shape[2]) is int and query.shape[2] == 0
+    if no_queries or (forward_mode() and dropout_p == 0.0):
         if allowed is None:
             allowed, _ = reference.combine_masks(query, key, None, None, is_causal, None)
         return _defined(query, key, value, allowed, bias, scale)
+    if allowed is None and is_causal and isinstance(scale, (int, float)) and scale <= 0.0:
+        # PyTorch's flash kernel for CPUs hides keys by -inf before it scales.
+        allowed, is_causal = reference.combine_masks(query, key, None, None, True, None)[0], False
     # By a branch: in a graph with dynamic shapes the comparison itself isn't the bool that PyTorch wants.
     gqa = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     # With dropout PyTorch's own two products serve, which hide nothing.

@@ -69,6 +69,8 @@ def not_supported_reasons(
         if isinstance(num_items, Tensor):
             if num_items.ndim != 0:
                 reasons.append(f"num_items must be a number or a 0-dim tensor, got {tuple(num_items.shape)}")
+            if num_items.is_meta and not hidden.is_meta:
+                reasons.append(f"num_items is on meta and hidden on {hidden.device}: it has no value there")
         elif not 0 <= num_items < math.inf:
             reasons.append(f"num_items must be a count, at least 0, got {num_items}")
     if chunk_size is not None and chunk_size < 1:

@@ -272,11 +272,11 @@ class Judged:
     def may_be_nan(self, name: str) -> bool:
         """Whether a result may show a NaN of the input that the definition hides, as PyTorch's own does.
 
-        What was computed and then dropped: 0 * NaN is NaN. And a query whose weights are NaN gives that to the
-        gradients of all keys, those too that it doesn't attend to.
+        What was computed and then dropped: 0 * NaN is NaN. And a query whose weights or output are NaN gives that to
+        its gradient, and to those of all keys, those too that it doesn't attend to.
         """
-        of_keys = name in ("the gradient of key", "the gradient of value")
-        return self.is_spoiled and (self.call.dropout or of_keys)
+        of_attention = name in (f"the gradient of {which}" for which in ("query", "key", "value"))
+        return self.is_spoiled and (self.call.dropout or of_attention)
 
     def error_of_like_inputs(self, look: int) -> dict[str, Tensor]:
         """What plain PyTorch's results are off by, of the same call with all values scaled by one number."""

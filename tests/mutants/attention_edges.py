@@ -19,6 +19,8 @@ MUTANTS = [
     Mutant("on the CPU: a mask of fp32 is read as fp64", SDPA, "bias = bias.to(query.dtype)  # PyTorch", "pass  # PyTorch"),
     Mutant("on the CPU: +inf in a mask has no NaN in gradients", SDPA, "if not _below_infinity(bias) or (", "if ("),
     Mutant("on the CPU: weights of a row of padding alone are 1 in gradients", SDPA, "(top.abs() > _NEAR)", "(top.abs() > math.inf)"),
+    Mutant("on the CPU: a negative scale shows what a causal mask hides", SDPA, "and scale <= 0.0:", "and scale <= -1e9:"),
+    Mutant("on the CPU: gradients of no queries share memory", SDPA, "is int and query.shape[2] == 0\n", "is int and query.shape[2] < 0\n"),
     Mutant("in a graph: NaN of a query hides", SDPA, "_showing(out, query) if may_hide and not reads else out", "out"),
     Mutant("reference: scores of fp16 overflow", REFERENCE, "narrow = wide if dtype == torch.float16 else dtype", "narrow = dtype"),
     Mutant("products: fp16 is served where it was measured", "pyaccel/ops/_attention_products.py", "if query.dtype not in _EVALUATION or dropout_p == 1.0", "if dropout_p == 1.0"),

@@ -34,6 +34,52 @@ def dtypes_of(backend: str) -> list[torch.dtype]:
 
 
 @every_backend
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, -2])
+@pytest.mark.parametrize("length", [7, 19])
+def test_a_causal_mask_hides_whatever_the_sign_of_the_scale(
+    length: int, scale: float, packed: bool, backend: str, device: torch.device
+) -> None:
+    """Times a negative scale, the -inf of what is hidden would be +inf; times 0, NaN."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, d_out = (torch.randn(2, 1, length, 16, generator=generator).to(device) for _ in range(4))
+    cu = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
+    found = []
+    for compute, upcast in ((None, False), (reference, True), (reference, False)):
+        leaves = [(t.double() if upcast else t.clone()).requires_grad_() for t in (q, k, v)]
+        if compute is not None:
+            out = reference.scaled_dot_product_attention(*leaves, is_causal=True, scale=scale, upcast=upcast)
+        elif packed:
+            rows = [t.transpose(1, 2).flatten(0, 1) for t in leaves]
+            with dispatch.use_backend(backend):
+                out = varlen_attention(*rows, cu, cu, length, length, is_causal=True, scale=scale)
+            out = out.unflatten(0, (2, length)).transpose(1, 2)
+        else:
+            with dispatch.use_backend(backend):
+                out = scaled_dot_product_attention(*leaves, is_causal=True, scale=scale)
+        found.append([out, *torch.autograd.grad(out, leaves, d_out.to(out.dtype))])
+    for name, *three in zip(("output", "dq", "dk", "dv"), *found, strict=True):
+        assert_close_to_truth(*three, name=name)
+
+
+@every_backend
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout_p": 0.5}], ids=str)
+def test_gradients_of_no_queries_are_zeros_of_their_own(
+    options: dict[str, Any], backend: str, device: torch.device
+) -> None:
+    q = torch.randn(1, 4, 0, 8, device=device).requires_grad_()
+    k, v = (torch.randn(1, 4, 8, 8, device=device).requires_grad_() for _ in range(2))
+    with dispatch.use_backend(backend):
+        out = scaled_dot_product_attention(q, k, v, **options)
+    _, dk, dv = torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+    assert out.shape == q.shape
+    assert dk.shape == dv.shape == k.shape
+    assert not dk.any()
+    assert not dv.any()
+    assert dk.untyped_storage().data_ptr() != dv.untyped_storage().data_ptr()
+
+
+@every_backend
 @pytest.mark.parametrize("shape", [(2, 3, 5, 13), (3, 5, 1), (5, 13), (2, 1, 1, 13)], ids=str)
 @pytest.mark.parametrize("number", [torch.finfo(F32).min, -1e4, 3e3])
 def test_gradients_of_rows_whose_mask_is_one_large_number(

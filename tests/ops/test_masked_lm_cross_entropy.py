@@ -481,6 +481,13 @@ def test_a_label_outside_the_vocabulary_is_an_error_at_once_on_a_cpu(backend: st
     assert call(*tensors, labels, backend=backend, ignore_index=-101).isfinite()
 
 
+def test_a_count_without_a_value_is_refused(device: torch.device) -> None:
+    tensors, labels = inputs((6, 30, 4), F32, device)
+    for backend in ("auto", "torch", "reference"):
+        with dispatch.use_backend(backend), pytest.raises(ValueError, match="num_items is on meta"):
+            ops.masked_lm_cross_entropy(*tensors, labels, num_items=torch.empty((), device="meta"))
+
+
 def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
     tensors, labels = inputs((6, 30, 4), F32, device)
     hidden, weight, bias = tensors
