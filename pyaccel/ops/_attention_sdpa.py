@@ -113,7 +113,7 @@ def _far_from_zero(bias: Tensor, allowed: Tensor) -> bool:
     PyTorch's backward makes the weights again from the LSE. In a row of a mask's lowest number alone, as padding has
     it, adding the logarithm of their sum to that number changes nothing, and each weight would be 1.
     """
-    if not bias.numel():
+    if not (bias.numel() and allowed.numel()):
         return False
     top = bias.detach().masked_fill(~allowed, -math.inf).amax(-1)
     return bool(((top.abs() > _NEAR) & top.isfinite()).any())

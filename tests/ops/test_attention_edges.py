@@ -80,6 +80,24 @@ def test_gradients_of_no_queries_are_zeros_of_their_own(
 
 
 @every_backend
+@pytest.mark.parametrize("shape", [(3, 5, 1), (5, 0), (1, 1)], ids=str)
+def test_gradients_of_a_float_mask_of_no_keys(
+    shape: tuple[int, ...], backend: str, device: torch.device
+) -> None:
+    q = torch.randn(2, 3, 5, 8, device=device).requires_grad_()
+    k, v = (torch.randn(2, 3, 0, 8, device=device).requires_grad_() for _ in range(2))
+    mask = torch.zeros(shape, device=device).requires_grad_()
+    with dispatch.use_backend(backend):
+        out = scaled_dot_product_attention(q, k, v, mask)
+    assert not out.any()
+    gradients = torch.autograd.grad(out.sum(), (q, k, v, mask), allow_unused=True)
+    for x, grad in zip((q, k, v), gradients, strict=False):
+        assert grad.shape == x.shape
+        assert not grad.any()
+    assert gradients[3] is None or not gradients[3].any()
+
+
+@every_backend
 @pytest.mark.parametrize("shape", [(2, 3, 5, 13), (3, 5, 1), (5, 13), (2, 1, 1, 13)], ids=str)
 @pytest.mark.parametrize("number", [torch.finfo(F32).min, -1e4, 3e3])
 def test_gradients_of_rows_whose_mask_is_one_large_number(
