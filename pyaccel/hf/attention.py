@@ -56,6 +56,9 @@ def attention_mask(
     """
     padding_alone = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
     if padding_alone and (attention_mask is None or attention_mask.shape[-1] == kv_length):
+        # transformers takes a mask of other dimensions only where it hides nothing, and drops it.
+        if attention_mask is not None and attention_mask.dim() != 2 and _hides_nothing(attention_mask):
+            return None
         return attention_mask
     if mask_function is not None:
         kwargs["mask_function"] = mask_function
@@ -166,13 +169,7 @@ def _attend(
     if weights or (is_eager and (is_stock or torch.is_grad_enabled())):
         mask = _four_dimensional(attention_mask)
         # transformers drops a mask that hides nothing, which decides the dtype under autocast.
-        if (
-            mask is not None
-            and mask is not attention_mask
-            and not is_traced
-            and inside() is None
-            and bool(mask.all())
-        ):
+        if mask is not None and mask is not attention_mask and _hides_nothing(mask):
             mask = None
         mask = _additive(module, mask, query, key, causal)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -234,6 +231,11 @@ def _packed_attention(
         scale=scaling,
     )
     return context.unsqueeze(0)
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether it is known to let every query attend to every key; its values are read."""
+    return not torch.compiler.is_compiling() and inside() is None and bool(mask.all())
 
 
 def _four_dimensional(mask: Tensor | None) -> Tensor | None:

@@ -189,8 +189,10 @@ def batch_for(case: Case, draw: Draw, model: Any) -> tuple[Batch, Tensor]:
         if how < 0.07:
             wide = mask[:, None, None, :].expand(rows, 1, seq, seq).clone()
             wide[..., torch.arange(seq), torch.arange(seq)] = 1
-            batch["attention_mask"] = draw.pick(
-                wide.bool(), (1.0 - wide.to(case.dtype)) * torch.finfo(case.dtype).min
+            additive = (1.0 - wide.to(case.dtype)) * torch.finfo(case.dtype).min
+            # The stock eager attention adds a bool mask to the scores: 1 where it says to attend.
+            batch["attention_mask"] = (
+                additive if case.implementation == "eager" else draw.pick(wide.bool(), additive)
             )
         elif how < 0.11:
             batch["attention_mask"] = mask[:, None, :].expand(rows, seq, seq).clone()

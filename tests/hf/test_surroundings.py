@@ -426,6 +426,22 @@ def test_gradients_of_a_model_made_with_eager_attention_have_gradients(training:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_mask_of_three_dimensions_that_hides_nothing(rows: int, implementation: str) -> None:
+    """transformers drops it, and refuses any other."""
+    stock = tiny(attn_implementation=implementation)
+    model, ids = copy.deepcopy(stock), torch.randint(1, 90, (rows, 7))
+    pyaccel.accelerate(model)
+    mask = torch.ones(rows, 7, 7, dtype=torch.int64)
+    with torch.no_grad():
+        ours, theirs = (each(input_ids=ids, attention_mask=mask).last_hidden_state for each in (model, stock))
+        assert_equivalent(ours, theirs)
+        mask[:, :, 5:] = 0
+        with pytest.raises(ValueError, match="got a mask of shape"):
+            model(input_ids=ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["left", "none"])
 def test_attentions_under_autocast_are_of_the_stock_models_dtype(kind: str, training: bool) -> None:
