@@ -22,7 +22,7 @@ measured_once = functools.cache(bench_cost.measured_card)
 
 @pytest.fixture(autouse=True)
 def this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured, but not by each test anew."""
+    """Measured once, not again by each test."""
     monkeypatch.setattr(bench_cost, "measured_card", measured_once)
 
 
