@@ -222,7 +222,7 @@ def run(
     has.
     """
     config = launch(kernel, x, size, default, exactly=exactly)
-    if config == default or kernel in _trying.get():  # who tries one wants to know that it fails
+    if config is default or kernel in _trying.get():  # who tries one wants to know that it fails
         return call(config)
     try:
         return call(config)

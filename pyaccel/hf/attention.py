@@ -169,8 +169,8 @@ def _attend(
     if weights or (is_eager and (is_stock or torch.is_grad_enabled())):
         mask = _four_dimensional(attention_mask)
         # transformers drops a mask that hides nothing, which decides the dtype under autocast.
-        if mask is not None and mask is not attention_mask and _hides_nothing(mask):
-            mask = None
+        if mask is not None and mask is not attention_mask and torch.is_autocast_enabled(query.device.type):
+            mask = None if _hides_nothing(mask) else mask
         mask = _additive(module, mask, query, key, causal)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         return eager_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout)
@@ -235,7 +235,9 @@ def _packed_attention(
 
 def _hides_nothing(mask: Tensor) -> bool:
     """Whether it is known to let every query attend to every key; its values are read."""
-    return not torch.compiler.is_compiling() and inside() is None and bool(mask.all())
+    if torch.compiler.is_compiling() or inside() is not None or mask.is_meta:
+        return False
+    return bool(mask.all())
 
 
 def _four_dimensional(mask: Tensor | None) -> Tensor | None:

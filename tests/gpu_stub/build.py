@@ -15,6 +15,10 @@ def missing() -> str | None:
         return "there is no g++: install a C++ compiler (Triton needs a C compiler on GPU machines too)"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return "there is no Python.h: install Python's headers (Triton needs them on GPU machines too)"
+    if (_folder("torch") / "lib" / "libtorch_cuda.so").exists():
+        return (
+            "this torch is built for CUDA and registers its own operators for the card: install a CPU build"
+        )
     return None
 
 
