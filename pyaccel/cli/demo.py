@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import shutil
 import statistics
 import time
@@ -22,7 +21,14 @@ from rich.text import Text
 
 from pyaccel.cli.console import LARGEST, check_writable, output, progress_output
 from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import load_model, read_passages, real_passages, resolve_device, resolve_dtype
+from pyaccel.cli.inputs import (
+    device_name,
+    load_model,
+    read_passages,
+    real_passages,
+    resolve_device,
+    resolve_dtype,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -227,6 +233,7 @@ def run(
 
     import pyaccel
     from pyaccel import dispatch
+    from pyaccel.verify.model import versions
     from pyaccel.verify.policy import judge
 
     loading = progress.add_task("loading the model", total=None)
@@ -298,7 +305,7 @@ def run(
         verdict=verdict,
         choices=choices,
         report=report,
-        versions=versions(),
+        versions={"pyaccel": pyaccel.__version__, **versions()},
         int8=None if quantization is None else str(quantization),
     )
 
@@ -331,30 +338,6 @@ def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
     """Sentence embeddings ``[batch, hidden]``: the mean of the real tokens' states, as all-MiniLM's pooling."""
     weights = mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the CPU's architecture and how many threads torch uses."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import pyaccel
-
-    found = {"pyaccel": pyaccel.__version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def show(result: Result, console: Console) -> None:

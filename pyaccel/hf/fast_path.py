@@ -1,7 +1,7 @@
 """The fast path: the same-named subclasses of transformers' encoders and layers that `accelerate` sets on instances.
 
 A call takes the fast path, whose math is :func:`pyaccel.models.bert.encoder_layer`, only if that gives what the stock
-modules would give. `_call_reason` asks about the call and :mod:`pyaccel.hf.guard` about the modules; whatever they
+modules would give. `call_reason` asks about the call and :mod:`pyaccel.hf.guard` about the modules; whatever they
 refuse goes to the stock forward and is counted, with the reason.
 
 An encoder drops the padding before its first layer and puts it back after the last one. In between it calls its layers
@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import modeling_outputs
-from transformers.utils import output_capturing
 
 from pyaccel import dispatch, ops
 from pyaccel.hf import attention, graphs
+from pyaccel.hf.eligibility import call_reason, drops, not_packable
 from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
-from pyaccel.hf.guard import Structure, are_its_own, global_hooks_matter, has_opaque, is_sharded, unfit
+from pyaccel.hf.guard import Structure, are_its_own, has_opaque, is_sharded, unfit
 from pyaccel.hf.report import Report
-from pyaccel.hf.surroundings import inside
 from pyaccel.models import evaluation
 from pyaccel.models.bert import encoder_layer, packed_attention
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
@@ -166,8 +165,8 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
                 return stock_forward(self, hidden_states, attention_mask, *args, **kwargs)
             plan = (
                 attached.keeps_padding
-                or _call_reason(self, hidden_states, attention_mask, args, kwargs, packed=True)
-                or _not_packable(hidden_states, attention_mask, kwargs)
+                or call_reason(self, hidden_states, attention_mask, args, kwargs, packed=True)
+                or not_packable(hidden_states, attention_mask, kwargs)
                 or _structure(known, self, list(family.layers(self)))
             )
             if isinstance(plan, str):
@@ -257,7 +256,7 @@ def _layer_forward(known: Stock) -> Callable[..., Any]:
         with acceleration.use_backend():
             if isinstance(attention_mask, PackedLayout):  # from our encoder, which has asked
                 return run_layer(family, self, hidden_states, attention_mask)
-            plan = _call_reason(self, hidden_states, attention_mask, args, kwargs) or _structure(
+            plan = call_reason(self, hidden_states, attention_mask, args, kwargs) or _structure(
                 known, self, [self]
             )
             if not torch.compiler.is_compiling():  # counting would be a side effect in the graph
@@ -294,67 +293,6 @@ def padded_attention(mask: Tensor | None, dropout_p: float, q: Tensor, k: Tensor
 # ---- the guard: what it lets through gives what the stock modules give ----
 
 
-def _call_reason(
-    module: Any,
-    hidden: Tensor,
-    mask: Tensor | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    packed: bool = False,
-) -> str | None:
-    """Why this call can't take the fast path, apart from how the modules are; None if it can.
-
-    ``args`` are what BERT's layers and encoders take after the mask: encoder_hidden_states, its mask, past_key_values.
-    """
-    if not torch.compiler.is_compiling():
-        if reason := inside():
-            return reason
-        if type(hidden) not in (Tensor, nn.Parameter):
-            return f"hidden states are a {type(hidden).__name__}"
-    config = module._pyaccel.config
-    given = {
-        **dict(
-            zip(("encoder_hidden_states", "encoder_attention_mask", "past_key_values"), args, strict=False)
-        ),
-        **kwargs,
-    }
-    if config._attn_implementation not in attention.NAMES:
-        return f"the attention implementation is now {config._attn_implementation!r}"
-    if config._attn_implementation == attention.EAGER and torch.is_grad_enabled():
-        return "the model was made with eager attention, whose gradients can be differentiated again"
-    if given.get("output_attentions", config.output_attentions):
-        return "output_attentions"
-    if any(given.get(name) is not None for name in ("past_key_values", "cache")):  # before and since 5.24
-        return "a key/value cache"
-    if given.get("encoder_hidden_states") is not None:
-        return "cross attention"
-    if given.get("cu_seq_lens_q") is not None and not packed:
-        return "input packed by the caller"
-    if given.get("is_causal"):
-        return "is_causal"
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != hidden.shape[:2]):
-        return f"an attention mask other than bool [batch, seq]: {mask.dtype} with {mask.dim()} dimensions"
-    if global_hooks_matter():
-        return "hooks on all modules"
-    return None
-
-
-def _not_packable(hidden: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
-    """Why this call must keep its padding: the packed layout depends on the mask's values, sizes included."""
-    if graphs.on_gpu(hidden) and graphs.is_capturing():
-        return "a CUDA graph is captured, in which nothing may wait for the device"
-    if output_capturing._active_collector.get():
-        return "hidden states or attentions are captured"
-    if hidden.is_meta:
-        return "hidden states are on the meta device"
-    if kwargs.get("cu_seq_lens_q") is None:
-        return None
-    if hidden.shape[0] != 1 or mask is not None or kwargs.get("max_length_q") is None:
-        return "input packed by the caller, other than one row with max_length_q and no mask"
-    return None
-
-
 def _graphed(
     known: Stock,
     encoder: Any,
@@ -367,24 +305,18 @@ def _graphed(
     layers = list(known.family.layers(encoder))
     plan = (
         graphs.why_not(hidden)
-        or _call_reason(encoder, hidden, mask, args, kwargs)
-        or _not_packable(hidden, mask, kwargs)
+        or call_reason(encoder, hidden, mask, args, kwargs)
+        or not_packable(hidden, mask, kwargs)
         or _structure(known, encoder, layers)
     )
     assert plan is not None  # it is None in a graph alone
     if isinstance(plan, str):
         return plan
-    if any(_drops(known.family.view(layer)) for layer in layers):
+    if any(drops(known.family.view(layer)) for layer in layers):
         return "dropout"
     if plan.graphs is None:
         return "parts of the layers are called as they are, or watched, or sharded"
     return plan
-
-
-def _drops(layer: Any) -> bool:
-    heads = layer.attention.self
-    dropouts = (layer.attention.output.dropout, layer.output.dropout)
-    return (heads.training and heads.dropout.p > 0.0) or any(d.training and d.p > 0.0 for d in dropouts)
 
 
 def _structure(known: Stock, module: Any, layers: list[Any]) -> Structure | str | None:

@@ -1,7 +1,7 @@
 """Whether modules are what the fast path takes them for: a change anywhere in them sends a call to the stock forward.
 
 :func:`unfit` looks at everything and says why not; :class:`Structure` notices in microseconds that nothing has changed
-since it looked. What is particular to one call is asked in :mod:`pyaccel.hf.fast_path`.
+since it looked. What is particular to one call is asked in :mod:`pyaccel.hf.eligibility`.
 """
 
 from __future__ import annotations

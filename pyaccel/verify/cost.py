@@ -203,12 +203,12 @@ def _flops(
 @cache
 def _our_flops() -> dict[str, tuple[Callable[..., int], tuple[str, ...]]]:
     """Operator -> its formula, which stands beside it, and the names of the arguments that it takes."""
-    from pyaccel.ops import _attention_triton, _int8_triton, _linear_activation_triton
+    from pyaccel.ops import _attention_ops, _int8_triton, _linear_activation_triton
 
     attention = ("query", "value", "seq_k")
     return {
-        "pyaccel::attention_forward": (_attention_triton.forward_flops, attention),
-        "pyaccel::attention_backward": (_attention_triton.backward_flops, attention),
+        "pyaccel::attention_forward": (_attention_ops.forward_flops, attention),
+        "pyaccel::attention_backward": (_attention_ops.backward_flops, attention),
         "pyaccel::linear_activation_forward": (_linear_activation_triton.forward_flops, ("x", "weight")),
         "pyaccel::int8_matmul": (_int8_triton.matmul_flops, ("a", "b")),
     }

@@ -107,13 +107,18 @@ def verify(
 
 def machine(device: torch.device) -> dict[str, str]:
     """Where and with what it was computed."""
-    versions = {"python": platform.python_version()}
+    return {"device": tuned.machine(device), **versions()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what figures depend on."""
+    found = {"python": platform.python_version()}
     for name in ("torch", "triton", "transformers"):
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            versions[name] = "not installed"
-    return {"device": tuned.machine(device), **versions}
+            found[name] = "not installed"
+    return found
 
 
 def _interpreted(backends: Sequence[str], device: torch.device) -> list[str]:

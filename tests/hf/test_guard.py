@@ -522,8 +522,9 @@ def test_inference_mode() -> None:
 
 def test_the_guard_is_cheap() -> None:
     """A call of an unchanged encoder costs a twenty-fifth of a look at all its modules; a tenth is allowed."""
+    from pyaccel.hf.eligibility import call_reason
     from pyaccel.hf.families import FAMILIES, stock
-    from pyaccel.hf.fast_path import _call_reason, _structure
+    from pyaccel.hf.fast_path import _structure
     from pyaccel.hf.guard import unfit
 
     bert = stock(FAMILIES[0])
@@ -535,7 +536,7 @@ def test_the_guard_is_cheap() -> None:
     layers = list(model.encoder.layer)
 
     def guard() -> None:
-        assert _call_reason(model.encoder, hidden, mask, (), {}) is None
+        assert call_reason(model.encoder, hidden, mask, (), {}) is None
         assert _structure(bert, model.encoder, layers) is model.encoder._pyaccel.structure
 
     def look() -> None:

@@ -14,7 +14,6 @@ DQUERY = "kernels/attention_dquery.py"
 DKEY = "kernels/attention_dkey_dvalue.py"
 SCORES = "kernels/attention_scores.py"
 CALL = "kernels/attention_call.py"
-OP = "pyaccel/ops/_attention_triton.py"
 
 MUTANTS = [
     Mutant("scale: off by 1 %", CALL, '"scale": self.scale,', '"scale": self.scale * 1.01,'),

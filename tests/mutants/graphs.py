@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant("graphs: padding that a head reads is cleared", PATH, "clears = attached.acceleration.packing and attached.keeps_padding is None", "clears = attached.acceleration.packing"),
     Mutant("graphs: padding is cleared though it wasn't to be dropped", PATH, "clears = attached.acceleration.packing and", "clears ="),
     Mutant("graphs: first positions are cleared", PATH, "            read[:, 0] = True\n", ""),
-    Mutant("graphs: without dropout in training", PATH, "    if any(_drops(known.family.view(layer)) for layer in layers):\n        return \"dropout\"\n", ""),
+    Mutant("graphs: without dropout in training", PATH, "    if any(drops(known.family.view(layer)) for layer in layers):\n        return \"dropout\"\n", ""),
     Mutant("graphs: a watched layer is called once", PATH, "any(is_sharded(x) or has_opaque(x) for x in layers)", "any(is_sharded(x) for x in layers)"),
-    Mutant("packing waits for the device in a capture", PATH, "if graphs.on_gpu(hidden) and graphs.is_capturing():", "if False:"),
+    Mutant("packing waits for the device in a capture", "pyaccel/hf/eligibility.py", "if graphs.on_gpu(hidden) and graphs.is_capturing():", "if False:"),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from tests.mutants import Mutant
 PACKING = "pyaccel/packing.py"
 BERT = "pyaccel/models/bert.py"
 FAST_PATH = "pyaccel/hf/fast_path.py"
+ELIGIBILITY = "pyaccel/hf/eligibility.py"
 GUARD = "pyaccel/hf/guard.py"
 EVALUATION = "pyaccel/models/evaluation.py"
 TESTS = [
@@ -30,7 +31,7 @@ MUTANTS = [
     Mutant("model: attention drops in evaluation", FAST_PATH, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = heads.dropout.p"),
     Mutant("model: attention never drops", FAST_PATH, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = 0.0"),
     Mutant("model: the padding mask is dropped", FAST_PATH, "partial(padded_attention, mask, dropout_p)", "partial(padded_attention, None, dropout_p)"),
-    Mutant("model: output_attentions is ignored", FAST_PATH, 'if given.get("output_attentions", config.output_attentions):', "if False:"),
+    Mutant("model: output_attentions is ignored", ELIGIBILITY, 'if given.get("output_attentions", config.output_attentions):', "if False:"),
     Mutant("model: hooks of submodules are ignored", GUARD, 'return "has hooks"', "return None"),
     Mutant("model: the straight line swaps key and value", EVALUATION, "for x in linears[:3])", "for x in (linears[0], linears[2], linears[1]))"),
     Mutant("model: the straight line drops nothing in training", EVALUATION, "if any(dropout.training and dropout.p > 0.0 for dropout in others):", "if False:"),

@@ -7,6 +7,7 @@ from tests.mutants import Mutant
 SURROUNDINGS = "pyaccel/hf/surroundings.py"
 GUARD = "pyaccel/hf/guard.py"
 FAST_PATH = "pyaccel/hf/fast_path.py"
+ELIGIBILITY = "pyaccel/hf/eligibility.py"
 ATTENTION = "pyaccel/hf/attention.py"
 SWAP = "pyaccel/hf/swap.py"
 TESTS = ["tests/hf/test_surroundings.py", "tests/hf/test_storage.py"]
@@ -22,7 +23,7 @@ MUTANTS = [
     Mutant("surroundings: changed options are passed by", GUARD, "                and [attributes[name] for attributes, name in self.options] == self.options_before\n", ""),
     Mutant("surroundings: the layers that run are those of before", GUARD, "                and (not self.layers or self.layers == layers)\n", ""),
     Mutant("surroundings: a plan keeps lent parameters", FAST_PATH, "if not are_its_own(layers):", "if False:"),
-    Mutant("surroundings: eager models lose their second gradients", FAST_PATH, "if config._attn_implementation == attention.EAGER and torch.is_grad_enabled():", "if False:"),
+    Mutant("surroundings: eager models lose their second gradients", ELIGIBILITY, "if config._attn_implementation == attention.EAGER and torch.is_grad_enabled():", "if False:"),
     Mutant("surroundings: masks of three dimensions are taken", ATTENTION, "if attention_mask is not None and attention_mask.dim() != 4:", "if False:"),
     Mutant("surroundings: question answering is known by its last name alone", SWAP, "for kind in type(head).__mro__)", "for kind in type(head).__mro__[:1])"),
     Mutant(

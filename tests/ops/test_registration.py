@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, ops
-from pyaccel.ops import _attention_triton as attention
+from pyaccel.ops import _attention_ops as attention
 from pyaccel.ops import _bert_embeddings_triton as embeddings
 from pyaccel.ops import _int8_triton as int8
 from pyaccel.ops import _linear_activation_triton as linear_activation

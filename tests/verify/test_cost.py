@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from pyaccel import dispatch, ops
 from pyaccel.cli import app
 from pyaccel.models.bert import BertConfig, BertLayer
-from pyaccel.ops import _attention_triton, _int8_triton, _linear_activation_triton
+from pyaccel.ops import _attention_ops, _int8_triton, _linear_activation_triton
 from pyaccel.packing import layout
 from pyaccel.quantization import freeze, prepare_qat
 from pyaccel.verify import cost
@@ -173,13 +173,12 @@ def test_least_time_is_the_greater_of_bytes_and_flops() -> None:
 def test_formulas_by_hand() -> None:
     query, value = torch.empty(2, 3, 5, 4, device="meta"), torch.empty(2, 3, 7, 6, device="meta")
     # Scores of 5 x 7: 4 products each; then 6 values from 7 products; a multiplication and an addition each.
-    assert _attention_triton.forward_flops(query, value, 7) == 2 * 3 * (5 * 7 * 4 + 5 * 6 * 7) * 2
+    assert _attention_ops.forward_flops(query, value, 7) == 2 * 3 * (5 * 7 * 4 + 5 * 6 * 7) * 2
     # Scores again, dquery and dkey over 4; dprobs and dvalue over 6.
-    assert _attention_triton.backward_flops(query, value, 7) == 2 * 3 * (3 * 5 * 7 * 4 + 2 * 5 * 7 * 6) * 2
+    assert _attention_ops.backward_flops(query, value, 7) == 2 * 3 * (3 * 5 * 7 * 4 + 2 * 5 * 7 * 6) * 2
     packed = torch.empty(1, 3, 9, 4, device="meta")
     assert (
-        _attention_triton.forward_flops(packed, packed, 5, lengths=[5, 1, 3])
-        == 3 * (25 + 1 + 9) * (4 + 4) * 2
+        _attention_ops.forward_flops(packed, packed, 5, lengths=[5, 1, 3]) == 3 * (25 + 1 + 9) * (4 + 4) * 2
     )
     x, weight = torch.empty(2, 5, 4, device="meta"), torch.empty(7, 4, device="meta")
     assert _linear_activation_triton.forward_flops(x, weight) == 10 * 7 * 4 * 2

@@ -118,7 +118,7 @@ def test_what_the_fast_path_does_not_serve_is_said(
     assert report.right, str(report)
     assert any("padding was kept: hidden states or attentions are captured" in note for note in report.notes)
     assert any(check.where == "hidden_states[1]" for check in report.checks)
-    monkeypatch.setattr(fast_path, "_call_reason", lambda *args, **options: "it is Friday")
+    monkeypatch.setattr(fast_path, "call_reason", lambda *args, **options: "it is Friday")
     report = verify(tiny(num_hidden_layers=1), batch, **QUICK)
     assert report.right, str(report)
     assert not any(check.kind == "layer" for check in report.checks)
