@@ -31,6 +31,8 @@ PRELOADED = (
     "torch._dynamo",
     "torch.testing._internal.optests",
     "triton",
+    "transformers.models.bert.modeling_bert",
+    "transformers.quantizers",
 )
 # Of the tree under test: a fork has to find its own.
 OWN = ("kernels", "pyaccel", "benchmarks", "tests")

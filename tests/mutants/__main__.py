@@ -107,7 +107,7 @@ class Worker:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",  # no compiled leftovers of another mutant
+            "PYTHONDONTWRITEBYTECODE": "",  # each writes into its own tree; see compiled()
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # torch may look for a GPU without making forks useless for it
             "COLUMNS": "500",  # pytest cuts what it says of a failure to the terminal's width
         }
@@ -166,20 +166,26 @@ def _last_line(output: str) -> str:
     return lines[-1] if lines else "no output"
 
 
+def compiled(worker: Worker, tree: Path, tests: Sequence[str]) -> Outcome:
+    """Collect `tests` in `tree`, so that its copies find bytecode; a planted file's time and size forbid its old one."""
+    return worker.run_tests(tree, ["--collect-only", *tests], timeout=900.0)
+
+
 def try_mutant(
     workers: SimpleQueue[Worker],
+    base: Path,
     mutant: Mutant | None,
     tests: Sequence[str],
     timeout: float,
     killer: str | None = None,
 ) -> Outcome:
-    """Have a free worker run `tests` in a copy of the tree with `mutant` planted; with None in a plain copy.
+    """Have a free worker run `tests` in a copy of `base` with `mutant` planted; with None in a plain copy.
 
     `killer` is a test to run before them, which may be enough.
     """
     with tempfile.TemporaryDirectory(prefix="pyaccel-mutant-") as folder:
-        tree = Path(folder)
-        copy_tree(tree)
+        tree = Path(folder) / "tree"
+        shutil.copytree(base, tree, symlinks=True)
         if mutant is not None:
             try:
                 mutated = planted(mutant, tree)
@@ -245,11 +251,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _ in range(WORKERS):
             workers.put(worker := Worker())
             stack.callback(worker.close)
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyaccel-mutants-")))
+        copy_tree(base)
+        files = {killers[mutant.name].partition("::")[0] for _, mutant in chosen if mutant.name in killers}
+        collected = compiled(worker, base, sorted(files))
+        if collected.verdict != "survived":
+            console.print(f"The tests can't be collected without any mutant: {collected.by}", markup=False)
+            return 1
         named = list(dict.fromkeys(family for family, _ in chosen))
         task = progress.add_task("the tree as it is", total=len(named))
         patience = options.timeout or 900.0
         healthy = {
-            family: pool.submit(try_mutant, workers, None, fast_tests(family), patience)
+            family: pool.submit(try_mutant, workers, base, None, fast_tests(family), patience)
             for family in named
             if not options.tests_pass
         }
@@ -268,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pool.submit(
                 try_mutant,
                 workers,
+                base,
                 mutant,
                 fast_tests(family),
                 options.timeout or (60.0 + 5.0 * seconds[family] if seconds else patience),
