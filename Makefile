@@ -17,7 +17,7 @@ ENV := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo test test-gpu test-oldest test-newest test-pythons nightly fuzz bench figures lint machine-code mutants \
-	inspect clean nightly-verify nightly-fuzz
+	inspect clean nightly-pairs nightly-verify nightly-fuzz
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -45,10 +45,13 @@ test-pythons:    ## demo and test on each of PYTHONS, the oldest and the newest 
 	  $(MAKE) demo VENV=.venv-$$python PYTHON=$$python ARGS=; $(MAKE) test VENV=.venv-$$python PYTHON=$$python; done
 
 nightly:         ## what takes too long for CI, one lane after the other: hours; fails at its end if one of them did
-	$(MAKE) --keep-going test-oldest test-newest test-pythons machine-code nightly-verify nightly-fuzz
+	$(MAKE) --keep-going test-oldest test-newest test-pythons machine-code nightly-pairs nightly-verify nightly-fuzz
 
 nightly-verify: $(ENV)
 	$(BIN)/pyaccel verify
+
+nightly-pairs: $(ENV)
+	PYACCEL_EVERY_PAIR=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/test_attention_triton.py
 
 nightly-fuzz:
 	$(MAKE) fuzz ARGS="--seconds 1800"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pairwise import Case, pairwise
+from tests.pairwise import Case, pairwise, thinned
 
 PARAMETERS = {"a": list("xyz"), "b": [0, 1, 2, 3, 4], "c": [False, True], "d": [None, 0.5, 7], "e": ["only"]}
 FILTERS: dict[str, Callable[[Case], bool]] = {
@@ -48,6 +48,18 @@ def test_there_are_few_cases() -> None:
     assert 15 <= len(pairwise(PARAMETERS)) <= 18
     assert len(pairwise({str(i): [0, 1, 2] for i in range(13)})) <= 25  # of 1 594 323
     assert pairwise({"a": [1, 2], "b": []}) == []
+
+
+def test_thinned_cases_hold_every_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = pairwise(PARAMETERS)
+    monkeypatch.delenv("PYACCEL_EVERY_PAIR", raising=False)
+    kept = thinned([{"first": 1}] * 6 + cases + [{"late": 1}, {"late": 1}])
+    assert len(kept) < 6 + len(cases)
+    for name, values in PARAMETERS.items():
+        assert {case[name] for case in kept if name in case} == set(values)
+    assert [case for case in kept if "late" in case] == [{"late": 1}]
+    monkeypatch.setenv("PYACCEL_EVERY_PAIR", "1")
+    assert thinned(cases) == cases
 
 
 def test_every_process_makes_the_same_cases() -> None:

@@ -93,7 +93,16 @@ def varlen_by_group(
             parts.append(out.transpose(1, 2).reshape(count * len_q, heads, value_dim))
     if rest.shape[0] or not parts:
         parts.append(reference.zero_output(rest, value_dim))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    out = torch.cat(parts) if len(parts) > 1 else parts[0]
+    attended = any(len_q and len_k for len_q, len_k, _ in groups)
+    return _joined_to(out, key, value) if training and not attended else out
+
+
+def _joined_to(out: Tensor, *tensors: Tensor) -> Tensor:
+    """``out`` as a function of tensors that it didn't read: their gradients are 0, as the reference's, not None."""
+    for t in tensors:
+        out = out + t[:0].sum().to(out.dtype)
+    return out
 
 
 def _split(packed: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
@@ -123,7 +132,7 @@ def varlen_on_device(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """By ``varlen_attn`` where it serves, else padded: nothing leaves the device."""
     if 0 in (cu_seqlens_q.shape[0] - 1, query.shape[0], key.shape[0], max_seqlen_q, max_seqlen_k):
-        out = reference.zero_output(query, value.shape[2])
+        out = _joined_to(reference.zero_output(query, value.shape[2]), key, value)
         return (out, reference.no_lse(query)) if return_lse else out
     args = (
         query,

@@ -315,3 +315,21 @@ def test_the_lse_of_no_sequence_at_all_has_a_gradient_of_zero(backend: str, devi
     assert lse.shape == (2, 5)
     assert (lse == -math.inf).all()
     assert not torch.autograd.grad(lse, query, torch.ones_like(lse))[0].any()
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(0, 1), (2, 0), (0, 0)])
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton", "meta"])
+def test_where_nothing_attends_all_gradients_are_zero(
+    backend: str, queries: int, keys: int, return_lse: bool, device: torch.device
+) -> None:
+    """Not None, which an optimizer or a hook would take for a parameter that isn't used."""
+    place = torch.device("meta") if backend == "meta" else device
+    leaves = [torch.randn(n, 2, 16, device=place, requires_grad=True) for n in (queries, keys, keys)]
+    cu = [torch.tensor([0, n, n], dtype=torch.int32, device=place) for n in (queries, keys)]
+    with dispatch.use_backend("torch" if backend == "meta" else backend):
+        result = varlen_attention(*leaves, *cu, queries, keys, return_lse=return_lse)
+    out = result[0] if return_lse else result
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert gradient.is_meta or not gradient.any()
