@@ -225,6 +225,22 @@ def test_arithmetic_needs_the_correction() -> None:
         assert (out[0] != 1).all(), "Triton's interpreter multiplies bfloat16 by now"
 
 
+@pytest.mark.parametrize("shape", [[8], [4, 1], [2, 16, 32]])
+def test_quickened_types_and_values_are_tritons_own(shape: list[int]) -> None:
+    def described() -> list[object]:
+        kind = tl.block_type(tl.float16, shape)
+        pointers = tl.block_type(tl.pointer_type(tl.int8), [tl.constexpr(size) for size in shape])
+        values = [tl.tensor(None, kind), tl.tensor(None, tl.int32)]
+        described = [[str(t), t.numel, list(t.shape), str(t.element_ty)] for t in (kind, pointers)]
+        for value in values:
+            described.append([value.numel.value, [size.value for size in value.shape], str(value.dtype)])
+        return [*described, kind == tl.block_type(tl.float16, shape), kind == pointers]
+
+    quickened = [described(), described()]  # made, then found
+    with interpreter.uncorrected():
+        assert quickened == [described()] * 2
+
+
 def test_moved_internals_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter.check_internals()
     monkeypatch.setattr(triton, "__version__", "4.0.0")

@@ -330,6 +330,6 @@ def test_where_nothing_attends_all_gradients_are_zero(
     with dispatch.use_backend("torch" if backend == "meta" else backend):
         result = varlen_attention(*leaves, *cu, queries, keys, return_lse=return_lse)
     out = result[0] if return_lse else result
-    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
-        assert gradient.shape == leaf.shape
+    for tensor, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.shape == tensor.shape
         assert gradient.is_meta or not gradient.any()
