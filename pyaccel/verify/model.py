@@ -111,9 +111,9 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers"):
+    """Versions of what figures depend on; torch's own names its build, which its package's metadata may not."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
