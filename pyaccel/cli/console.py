@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -115,18 +116,34 @@ def check_writable(file: Path | None, option: str) -> None:
 def check_folder_writable(folder: Path, option: str) -> None:
     """The same for a folder that a command makes, or writes files into."""
     there = folder.absolute()
+    missing: list[str] = []
     try:
-        if there.exists() and not there.is_dir():
-            raise BadInputError(f"{option} {folder}: this is a file, give a folder")
-        while not there.exists():
+        while not _is_there(there):
+            missing.append(there.name)
             there = there.parent
         if not there.is_dir():
-            raise BadInputError(f"{option} {folder}: {there} is a file, not a folder")
+            raise BadInputError(
+                f"{option} {folder}: {there} is a file, not a folder"
+                if missing
+                else f"{option} {folder}: this is a file, give a folder"
+            )
+        # In a folder of this process alone: another one may be making the same folder.
         probe = there / f".pyaccel-{os.getpid()}"
-        probe.mkdir()
-        probe.rmdir()
+        try:
+            probe.joinpath(*reversed(missing)).mkdir(parents=True)
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
         raise BadInputError(f"{option} {folder} can't be written: {file_error(error)}") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Path.exists, but what can't be a path is an error on every Python, not something that isn't there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def make_printable() -> None:

@@ -164,12 +164,23 @@ def test_a_file_that_can_not_be_written(
 
 @pytest.mark.parametrize("command", [("quantize", "model", "--out"), ("bench", "--out"), ("tune", "--out")])
 def test_a_folder_that_can_not_be_written(
-    command: tuple[str, ...], run: Run, tmp_path: Path, tiny_bert: Path
+    command: tuple[str, ...],
+    run: Run,
+    tmp_path: Path,
+    tiny_bert: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("something is computed before the output is tried")
+
+    for compute in ("quantization.quantize", "benchmarks.run.run"):
+        monkeypatch.setattr(f"pyaccel.{compute}", never)
     (tmp_path / "file").write_text("")
     arguments = [tiny_bert if word == "model" else word for word in command]
-    for out in (tmp_path / "file" / "deep", tmp_path / ("x" * 300), Path("/proc/deep/er")):
+    names = ("file/deep", "file", "x" * 300, "none/" + "x" * 300)
+    for out in (*(tmp_path / name for name in names), Path("/proc/deep/er")):
         assert str(out) in run(*arguments, out).line
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_figures_are_printed_before_they_are_written(
