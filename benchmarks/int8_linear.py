@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyaccel import dispatch, ops, reference
 from pyaccel.benchmarks.registry import Case, Variant, no_triton
-from pyaccel.ops.int8_weight_only_matmul import MANY_ROWS
+from pyaccel.ops.int8.weight_only import MANY_ROWS
 
 LAYERS = ((384, 1536), (768, 3072), (1024, 4096))
 # torch._int_mm on a GPU wants more rows than these.

@@ -27,9 +27,9 @@ from pyaccel.benchmarks.attention_shapes import Shape, results
 from pyaccel.benchmarks.method import Row, measure, provenance
 from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
-from pyaccel.ops import _attention_products as products
-from pyaccel.ops import _attention_torch as attention_on_host
-from pyaccel.ops import linear
+from pyaccel.ops.attention import matmul as products
+from pyaccel.ops.attention import varlen as attention_on_host
+from pyaccel.ops.linear import api as linear
 from pyaccel.tuned import NOISE, asked, ignored, machine, ranges, trying
 
 BACKENDS = {"triton": ("pyaccel triton",), "torch": ("pyaccel torch",)}

@@ -25,8 +25,8 @@ from pyaccel.benchmarks import tune as tuning
 from pyaccel.benchmarks.registry import Variant
 from pyaccel.cli import app
 from pyaccel.cli.errors import BadInputError
-from pyaccel.ops import _attention_products as products
-from pyaccel.ops import linear
+from pyaccel.ops.attention import matmul as products
+from pyaccel.ops.linear import api as linear
 from tests.assertions import assert_equivalent
 from tests.hf.models import batch_of, tiny
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from pyaccel import dispatch
 from pyaccel.models.bert import activation_name
 from pyaccel.nn import ResidualLayerNorm
-from pyaccel.ops import linear
-from pyaccel.ops._attention_torch import varlen_by_group
+from pyaccel.ops.attention.varlen import varlen_by_group
+from pyaccel.ops.linear import api as linear
 from pyaccel.packing import PackedLayout
 
 _OPS = ("linear_activation", "residual_layernorm", "varlen_attention")

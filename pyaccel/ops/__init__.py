@@ -1,21 +1,21 @@
 """The public functions: each validates, chooses a backend, and says why it can't where it can't."""
 
-from pyaccel.ops.attention import attention_probs, scaled_dot_product_attention, varlen_attention
-from pyaccel.ops.bert_embeddings import bert_embeddings
-from pyaccel.ops.bias_gelu import bias_gelu
-from pyaccel.ops.feed_forward import feed_forward
-from pyaccel.ops.int8_linear import int8_linear
-from pyaccel.ops.int8_matmul import int8_matmul
-from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
-from pyaccel.ops.linear import linear_activation, linear_residual_layernorm
-from pyaccel.ops.masked_lm_cross_entropy import masked_lm_cross_entropy
-from pyaccel.ops.quantize import (
+from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.bias_act.api import bias_gelu
+from pyaccel.ops.embeddings.api import bert_embeddings
+from pyaccel.ops.int8.linear import int8_linear
+from pyaccel.ops.int8.matmul import int8_matmul
+from pyaccel.ops.int8.quantize import (
     quantize_per_channel,
     quantize_per_tensor,
     quantize_per_token,
     quantize_per_token_with_offset,
 )
-from pyaccel.ops.residual_layernorm import residual_layernorm
+from pyaccel.ops.int8.weight_only import int8_weight_only_matmul
+from pyaccel.ops.layernorm.api import residual_layernorm
+from pyaccel.ops.linear.api import linear_activation, linear_residual_layernorm
+from pyaccel.ops.linear.mlp import feed_forward
+from pyaccel.ops.mlm_loss.api import masked_lm_cross_entropy
 
 __all__ = [
     "attention_probs",

@@ -56,7 +56,7 @@ def keep_mask(key: Tensor, rows: Tensor, cols: Tensor, p: float, stream: int | T
     """Which elements dropout keeps (True).
 
     Args:
-        key: int64 ``[2]``, see :func:`pyaccel.ops._dropout.dropout_key`.
+        key: int64 ``[2]``, see :func:`pyaccel.ops.dropout.dropout_key`.
         rows: int64, logical row of each element (query index; row of a matrix).
         cols: int64, logical column (key index; column of a matrix); broadcastable with ``rows``.
         p: probability of dropping an element.

@@ -203,7 +203,9 @@ def _flops(
 @cache
 def _our_flops() -> dict[str, tuple[Callable[..., int], tuple[str, ...]]]:
     """Operator -> its formula, which stands beside it, and the names of the arguments that it takes."""
-    from pyaccel.ops import _attention_ops, _int8_triton, _linear_activation_triton
+    from pyaccel.ops.attention import custom_ops as _attention_ops
+    from pyaccel.ops.int8 import triton as _int8_triton
+    from pyaccel.ops.linear import triton as _linear_activation_triton
 
     attention = ("query", "value", "seq_k")
     return {

@@ -18,7 +18,7 @@ import pyaccel
 from pyaccel import dispatch, quantization, tuned
 from pyaccel.models import evaluation
 from pyaccel.models.evaluation import StraightLayer
-from pyaccel.ops import linear
+from pyaccel.ops.linear import api as linear
 from tests.assertions import assert_bits_equal
 from tests.hf.models import MASKS, Truth, batch_of, of_family, read, tiny
 

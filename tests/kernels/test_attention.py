@@ -23,7 +23,7 @@ from pyaccel.kernels import attention_config as config
 from pyaccel.kernels.attention_call import AttentionCall
 from pyaccel.kernels.attention_config import AttentionConfig, AttentionShape
 from pyaccel.kernels.device import device_info
-from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic
 from tests.ops.attention_cases import NAN, in_order, offsets, random_gradient, values

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyaccel import reference
 from pyaccel.kernels import bert_embeddings, bert_embeddings_backward, config, segment_sum
 from pyaccel.kernels.bert_embeddings import Lookup
-from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference.bert_embeddings import packed_positions
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyaccel import reference
 from pyaccel.kernels import bias_gelu, config
 from pyaccel.kernels.config import RowConfig
-from pyaccel.ops.bias_gelu import ACTIVATIONS
+from pyaccel.ops.bias_act.api import ACTIVATIONS
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.pairwise import pairwise
 

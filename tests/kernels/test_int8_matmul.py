@@ -16,7 +16,7 @@ from pyaccel.kernels import int8_matmul_config as config
 from pyaccel.kernels.device import device_info
 from pyaccel.kernels.int8_epilogue import Epilogue
 from pyaccel.kernels.int8_matmul_config import Int8MatmulConfig
-from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference import quantize as reference_quantize
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul

@@ -16,7 +16,7 @@ from pyaccel.kernels import linear_activation
 from pyaccel.kernels import linear_activation_config as config
 from pyaccel.kernels.linear_activation_config import LinearActivationConfig
 from pyaccel.kernels.tile_order import tile_of_program
-from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.pairwise import pairwise

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyaccel import reference
 from pyaccel.kernels import column_sum as column_sum_module
 from pyaccel.kernels import config, residual_layernorm, residual_layernorm_backward
-from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.dropout import dropout_key
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
 Alloc = Callable[..., Tensor]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pyaccel.kernels import bias_gelu, config
-from pyaccel.ops.bias_gelu import ACTIVATIONS
+from pyaccel.ops.bias_act.api import ACTIVATIONS
 from pyaccel.verify import bias_gelu_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks

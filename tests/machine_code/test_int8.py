@@ -20,7 +20,7 @@ from pyaccel.kernels import config as row_config
 from pyaccel.kernels import int8_epilogue, int8_matmul, int8_weight_only, quantize
 from pyaccel.kernels import int8_matmul_config as config
 from pyaccel.kernels.int8_epilogue import Epilogue
-from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.verify import int8_matmul_specs, quantize_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks

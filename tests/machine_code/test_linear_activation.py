@@ -18,7 +18,7 @@ import torch
 
 from pyaccel.kernels import linear_activation
 from pyaccel.kernels import linear_activation_config as config
-from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.verify import linear_activation_specs
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-PRODUCTS = "pyaccel/ops/_attention_products.py"
-DROPOUT = "pyaccel/ops/_dropout.py"
-SUM = "pyaccel/ops/residual_layernorm.py"
+PRODUCTS = "pyaccel/ops/attention/matmul.py"
+DROPOUT = "pyaccel/ops/dropout.py"
+SUM = "pyaccel/ops/layernorm/api.py"
 TESTS = ["tests/ops/test_dropout.py", "tests/ops/test_attention_products.py"]
 
 MUTANTS = [
@@ -17,7 +17,7 @@ MUTANTS = [
     Mutant("products: dkey without the scale", PRODUCTS, "dscores.transpose(1, 2), q, ctx.scale", "dscores.transpose(1, 2), q, 1.0"),
     Mutant("products: every chunk has the first one's weights", PRODUCTS, "saved[i] if saved", "saved[0] if saved"),
     Mutant("products: weights are saved without dropout", PRODUCTS, "            _put(o, _product(weights, v, rescale))", "            saved.append(weights)\n            _put(o, _product(weights, v, rescale))"),
-    Mutant("products: no dropout where no gradient is recorded", "pyaccel/ops/_attention_torch.py", "scratch = None if training or dropout_p > 0.0 else", "scratch = None if training else"),
+    Mutant("products: no dropout where no gradient is recorded", "pyaccel/ops/attention/varlen.py", "scratch = None if training or dropout_p > 0.0 else", "scratch = None if training else"),
     Mutant("mask on the host: the upper halves have no sign", DROPOUT, ".random_().bitwise_left_shift_(1)", ".random_()"),
     Mutant("mask on the host: drops what it should keep", DROPOUT, ">= min(2 * dropped", "< min(2 * dropped"),
     Mutant("mask on the host: one draw for both halves", DROPOUT, "draws.view(torch.int16)[:count]", "draws.view(torch.int16)[::2].repeat_interleave(2)[:count]"),

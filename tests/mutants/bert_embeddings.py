@@ -7,8 +7,8 @@ from tests.mutants import Mutant
 FORWARD = "kernels/bert_embeddings.py"
 BACKWARD = "kernels/bert_embeddings_backward.py"
 SEGMENTS = "kernels/segment_sum.py"
-TRITON = "pyaccel/ops/_bert_embeddings_triton.py"
-OP = "pyaccel/ops/bert_embeddings.py"
+TRITON = "pyaccel/ops/embeddings/triton.py"
+OP = "pyaccel/ops/embeddings/api.py"
 
 MUTANTS = [
     Mutant("embeddings: ids are not clamped from below", FORWARD, "tl.minimum(tl.maximum(given, 0), size - 1)", "tl.minimum(tl.maximum(given, 1), size - 1)"),

@@ -11,7 +11,7 @@ TILE = "kernels/activation_tile.py"
 QUANTIZE = "kernels/quantize_tile.py"
 ROW = "kernels/row_tile.py"
 CONFIG = "kernels/config.py"
-OP = "pyaccel/ops/bias_gelu.py"
+OP = "pyaccel/ops/bias_act/api.py"
 
 MUTANTS = [
     Mutant("erf GELU: the tanh one in its place", TILE, "        return 0.5 * x * (1.0 + tl.math.erf(x * SQRT_HALF))", "        return x * tl.sigmoid((x + x * x * x * CUBIC) * SQRT_8_OVER_PI)"),

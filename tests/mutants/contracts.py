@@ -11,13 +11,13 @@ TESTS = (
     "tests/ops/test_transforms.py",
 )
 
-LAYERNORM = "pyaccel/ops/residual_layernorm.py"
-FEED_FORWARD = "pyaccel/ops/feed_forward.py"
-LINEAR = "pyaccel/ops/linear.py"
+LAYERNORM = "pyaccel/ops/layernorm/api.py"
+FEED_FORWARD = "pyaccel/ops/linear/mlp.py"
+LINEAR = "pyaccel/ops/linear/api.py"
 GRADIENTS = "pyaccel/ops/_gradients.py"
 ROW_TILE = "kernels/row_tile.py"
 LAYERNORM_REFERENCE = "pyaccel/reference/residual_layernorm.py"
-EMBEDDINGS = "pyaccel/ops/bert_embeddings.py"
+EMBEDDINGS = "pyaccel/ops/embeddings/api.py"
 
 MUTANTS = [
     Mutant(
@@ -84,13 +84,13 @@ MUTANTS = [
     ),
     Mutant(
         "weight only: products of codes in fp16",
-        "pyaccel/ops/int8_weight_only_matmul.py",
+        "pyaccel/ops/int8/weight_only.py",
         "if x.dtype != torch.float16:",
         "if True:",
     ),
     Mutant(
         "a helper tensor without its device",
-        "pyaccel/ops/_dropout.py",
+        "pyaccel/ops/dropout.py",
         ', device="cpu").random_',
         ").random_",
     ),

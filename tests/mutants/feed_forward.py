@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-OP = "pyaccel/ops/feed_forward.py"
+OP = "pyaccel/ops/linear/mlp.py"
 TESTS = ["tests/ops/test_feed_forward.py"]
 
 MUTANTS = [

@@ -11,9 +11,9 @@ TESTS = (
     "tests/ops/test_edges.py::test_fp16_gradients_of_int8_linear",
 )
 
-CPU = "pyaccel/ops/_int8_torch.py"
-OP = "pyaccel/ops/int8_linear.py"
-MATMUL = "pyaccel/ops/int8_matmul.py"
+CPU = "pyaccel/ops/int8/cpu.py"
+OP = "pyaccel/ops/int8/linear.py"
+MATMUL = "pyaccel/ops/int8/matmul.py"
 MODULE = "pyaccel/nn/int8_linear.py"
 
 MUTANTS = [
@@ -44,5 +44,5 @@ MUTANTS = [
     Mutant("Int8Linear: frozen weights load into trainable ones as floats", MODULE, "(saved.dtype == torch.int8) != self.is_frozen", "saved.dtype == torch.int16"),
     Mutant("int8_linear: the input's gradient without smoothing", OP, "            dx = dx.float() * smooth_scale\n", "            dx = dx.float() * 1.0\n"),
     Mutant("int8_linear: the input's gradient by products of codes", OP, "dx = grad @ dequantize(w_codes, w_scale).to(compute)\n", "dx = (grad.float() * w_scale).to(compute) @ w_codes.to(compute)\n"),
-    Mutant("weight only: the bias before the scales", "pyaccel/ops/int8_weight_only_matmul.py", "    out = out * b_scale\n    if bias is not None:\n        out = out + bias.float()\n", "    if bias is not None:\n        out = out + bias.float()\n    out = out * b_scale\n"),
+    Mutant("weight only: the bias before the scales", "pyaccel/ops/int8/weight_only.py", "    out = out * b_scale\n    if bias is not None:\n        out = out + bias.float()\n", "    if bias is not None:\n        out = out + bias.float()\n    out = out * b_scale\n"),
 ]  # fmt: skip

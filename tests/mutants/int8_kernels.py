@@ -12,7 +12,7 @@ MATMUL = "kernels/int8_matmul.py"
 EPILOGUE = "kernels/int8_epilogue.py"
 WEIGHT_ONLY = "kernels/int8_weight_only.py"
 CONFIG = "kernels/int8_matmul_config.py"
-OP = "pyaccel/ops/_int8_triton.py"
+OP = "pyaccel/ops/int8/triton.py"
 
 MUTANTS = [
     Mutant("quantize: the factor forgotten", ROWS, "    if factor_ptr is not None:\n        x *= tl.load", "    if factor_ptr is not None:\n        x += 0.0 * tl.load"),

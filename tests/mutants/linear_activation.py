@@ -9,8 +9,8 @@ TESTS = ("tests/kernels/test_linear_activation.py", "tests/ops/test_linear_activ
 KERNEL = "kernels/linear_activation.py"
 ORDER = "kernels/tile_order.py"
 CONFIG = "kernels/linear_activation_config.py"
-TRITON = "pyaccel/ops/_linear_activation_triton.py"
-OP = "pyaccel/ops/linear.py"
+TRITON = "pyaccel/ops/linear/triton.py"
+OP = "pyaccel/ops/linear/api.py"
 
 MUTANTS = [
     Mutant("the last group has as many row tiles as the others", ORDER, "tl.minimum(blocks_m - first_m, GROUP_M)", "GROUP_M"),

@@ -8,8 +8,8 @@ TESTS = ("tests/kernels/test_cross_entropy.py", "tests/ops/test_masked_lm_cross_
 
 KERNEL = "kernels/cross_entropy.py"
 CONFIG = "kernels/config.py"
-OPS = "pyaccel/ops/_masked_lm_cross_entropy_triton.py"
-PUBLIC = "pyaccel/ops/masked_lm_cross_entropy.py"
+OPS = "pyaccel/ops/mlm_loss/chunked.py"
+PUBLIC = "pyaccel/ops/mlm_loss/api.py"
 REFERENCE = "pyaccel/reference/masked_lm_cross_entropy.py"
 
 MUTANTS = [

@@ -10,7 +10,7 @@ COLUMN_SUM = "kernels/column_sum.py"
 PHILOX = "kernels/philox.py"
 QUANTIZE = "kernels/quantize_tile.py"
 CONFIG = "kernels/config.py"
-OP = "pyaccel/ops/residual_layernorm.py"
+OP = "pyaccel/ops/layernorm/api.py"
 
 MUTANTS = [
     Mutant(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.dropout import dropout_key
 from tests.assertions import MEANS_DIFFER, assert_close_to_truth
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

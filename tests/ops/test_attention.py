@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch
-from pyaccel.ops import _attention_sdpa
-from pyaccel.ops.attention import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.attention import sdpa as _attention_sdpa
+from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention, varlen_attention
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_statistic
 from tests.ops.attention_helpers import (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyaccel import dispatch, use_backend
 from pyaccel.ops import attention_probs, scaled_dot_product_attention, varlen_attention
-from pyaccel.ops._attention_products import serve
+from pyaccel.ops.attention.matmul import serve
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_close_to_truth
 from tests.ops.attention_helpers import BACKENDS, BF16, F16, F32, NAN, lengths_mask

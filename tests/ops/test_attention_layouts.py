@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyaccel import dispatch
-from pyaccel.ops.attention import attention_probs
+from pyaccel.ops.attention.api import attention_probs
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal
 from tests.ops import attention_cases as cases

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops.attention import attention_probs, scaled_dot_product_attention
+from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic
 from tests.ops.attention_helpers import (

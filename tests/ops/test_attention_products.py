@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops import _attention_products as products
 from pyaccel.ops import varlen_attention
+from pyaccel.ops.attention import matmul as products
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal
 from tests.ops.attention_helpers import BF16, F16, F32, Options, check, leaf

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops import _attention_sdpa
-from pyaccel.ops._dropout import dropout_key
-from pyaccel.ops.attention import varlen_attention
+from pyaccel.ops.attention import sdpa as _attention_sdpa
+from pyaccel.ops.attention.api import varlen_attention
+from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic
 from tests.ops.attention_helpers import Options, check, leaf, under_its_mask

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyaccel import dispatch, ops
-from pyaccel.ops._dropout import keep_mask_on_host
+from pyaccel.ops.dropout import keep_mask_on_host
 from tests.assertions import MEANS_DIFFER, assert_bits_equal, assert_close_to_truth
 from tests.ops.attention_helpers import BF16, F32, leaf
 

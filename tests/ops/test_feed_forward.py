@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.ops import linear
-from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.dropout import dropout_key
+from pyaccel.ops.linear import api as linear
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
 from tests.pairwise import pairwise

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops import _int8_torch
-from pyaccel.ops.int8_matmul import _accumulate, _pad_for_cublas, int8_matmul
-from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
-from pyaccel.ops.quantize import (
+from pyaccel.ops.int8 import cpu as _int8_torch
+from pyaccel.ops.int8.matmul import _accumulate, _pad_for_cublas, int8_matmul
+from pyaccel.ops.int8.quantize import (
     quantize_per_channel,
     quantize_per_tensor,
     quantize_per_token,
     quantize_per_token_with_offset,
 )
+from pyaccel.ops.int8.weight_only import int8_weight_only_matmul
 from pyaccel.reference import quantize as reference_quantize
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
 from pyaccel.reference.int8_matmul import int8_weight_only_matmul as reference_int8_weight_only_matmul

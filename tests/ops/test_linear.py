@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pyaccel import dispatch, ops
-from pyaccel.ops import linear
+from pyaccel.ops.linear import api as linear
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from pyaccel import dispatch, ops
 from pyaccel.kernels import bias_gelu, column_sum
 from pyaccel.kernels import linear_activation as kernel
-from pyaccel.ops import _linear_activation_triton as triton_backend
-from pyaccel.ops import linear
-from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import triton as triton_backend
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.pairwise import pairwise

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.ops import _masked_lm_cross_entropy_triton as registered
+from pyaccel.ops.mlm_loss import chunked as registered
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
 from tests.pairwise import pairwise
 

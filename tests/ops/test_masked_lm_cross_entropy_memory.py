@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyaccel import dispatch, ops
 from pyaccel.kernels import config
-from pyaccel.ops import _masked_lm_cross_entropy_triton as registered
+from pyaccel.ops.mlm_loss import chunked as registered
 
 F32, BF16 = torch.float32, torch.bfloat16
 TOKENS, VOCAB, HIDDEN, CHUNK = 200, 1000, 8, 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, ops
-from pyaccel.ops import linear
+from pyaccel.ops.linear import api as linear
 from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.ops.op_calls import CALLS, DIFFERENTIABLE, Inputs, OpCall
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, ops
-from pyaccel.ops import _attention_ops as attention
-from pyaccel.ops import _bert_embeddings_triton as embeddings
-from pyaccel.ops import _int8_triton as int8
-from pyaccel.ops import _linear_activation_triton as linear_activation
-from pyaccel.ops import _masked_lm_cross_entropy_triton as mlm_loss
-from pyaccel.ops._dropout import dropout_key
-from pyaccel.ops.bias_gelu import backward_op as bias_gelu_backward
-from pyaccel.ops.bias_gelu import forward_op as bias_gelu_forward
-from pyaccel.ops.bias_gelu import quantize_op as bias_gelu_quantize
-from pyaccel.ops.residual_layernorm import backward_op, forward_op
+from pyaccel.ops.attention import custom_ops as attention
+from pyaccel.ops.bias_act.api import backward_op as bias_gelu_backward
+from pyaccel.ops.bias_act.api import forward_op as bias_gelu_forward
+from pyaccel.ops.bias_act.api import quantize_op as bias_gelu_quantize
+from pyaccel.ops.dropout import dropout_key
+from pyaccel.ops.embeddings import triton as embeddings
+from pyaccel.ops.int8 import triton as int8
+from pyaccel.ops.layernorm.api import backward_op, forward_op
+from pyaccel.ops.linear import triton as linear_activation
+from pyaccel.ops.mlm_loss import chunked as mlm_loss
 from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.ops import attention_cases as cases
 

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from pyaccel import dispatch, ops
 from pyaccel.cli import app
 from pyaccel.models.bert import BertConfig, BertLayer
-from pyaccel.ops import _attention_ops, _int8_triton, _linear_activation_triton
+from pyaccel.ops.attention import custom_ops as _attention_ops
+from pyaccel.ops.int8 import triton as _int8_triton
+from pyaccel.ops.linear import triton as _linear_activation_triton
 from pyaccel.packing import layout
 from pyaccel.quantization import freeze, prepare_qat
 from pyaccel.verify import cost
@@ -100,7 +102,7 @@ def test_our_ops_launch_as_many_kernels_as_is_said(
 ) -> None:
     from triton.runtime import interpreter
 
-    from pyaccel.ops import linear
+    from pyaccel.ops.linear import api as linear
 
     launched = 0
     call = interpreter.GridExecutor.__call__

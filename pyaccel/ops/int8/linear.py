@@ -15,15 +15,15 @@ from pyaccel import dispatch
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._gradients import differentiable_once
 from pyaccel.ops._rows import rows
-from pyaccel.ops.int8_matmul import int8_matmul
-from pyaccel.ops.int8_weight_only_matmul import int8_weight_only_matmul
-from pyaccel.ops.linear import ACTIVATIONS
-from pyaccel.ops.quantize import (
+from pyaccel.ops.int8.matmul import int8_matmul
+from pyaccel.ops.int8.quantize import (
     quantize_per_channel,
     quantize_per_tensor,
     quantize_per_token,
     quantize_per_token_with_offset,
 )
+from pyaccel.ops.int8.weight_only import int8_weight_only_matmul
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference.quantize import INT8_MAX, dequantize
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

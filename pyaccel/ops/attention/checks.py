@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.ops._dropout import dropout_reasons
+from pyaccel.ops.dropout import dropout_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBER = (int, float, torch.SymInt, torch.SymFloat)

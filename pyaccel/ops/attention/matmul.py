@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
-from pyaccel.ops._attention_sdpa import forward_mode
-from pyaccel.ops._dropout import keep_mask_on_host
+from pyaccel.ops.attention.sdpa import forward_mode
+from pyaccel.ops.dropout import keep_mask_on_host
 
 # Lengths at which, where no table of this machine says it, products beat PyTorch's flash kernel (two cores with
 # AVX512_BF16, head_dim 32 and 64). A sequence at a time without gradient, bf16: 1.05 times as fast at 64, 1.5 at 96,
@@ -82,7 +82,7 @@ def attention(
 
     Args:
         query: ``[count * seq_q, heads, head_dim]``, fp32 or bf16; ``key``, ``value`` ``[count * seq_k, heads, ...]``.
-        dropout_p: below 1; by the mask of :func:`pyaccel.ops._dropout.keep_mask_on_host`.
+        dropout_p: below 1; by the mask of :func:`pyaccel.ops.dropout.keep_mask_on_host`.
     """
     out: Tensor = _Attention.apply(query, key, value, count, _scale(scale, query.shape[-1]), dropout_p)
     return out

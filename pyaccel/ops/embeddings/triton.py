@@ -1,6 +1,6 @@
 """The Triton backend of bert_embeddings: its registered ops, their autograd Function, and what calls them.
 
-Arguments are checked by :mod:`pyaccel.ops.bert_embeddings`, which calls this. Forward is one kernel; backward one pass
+Arguments are checked by :mod:`pyaccel.ops.embeddings.api`, which calls this. Forward is one kernel; backward one pass
 over the rows and a deterministic sum for each table.
 """
 

@@ -1,7 +1,7 @@
 """Scaled-dot-product attention over padded and packed batches: the public functions.
 
 What masks mean is written once, in :mod:`pyaccel.reference.attention`, what arguments may be in
-:mod:`pyaccel.ops._attention_arguments`. More that holds for every function here:
+:mod:`pyaccel.ops.attention.api.checks`. More that holds for every function here:
 
 * query, key and value share one dtype. Under autocast they (fp64 aside) are cast to its dtype first, as
   ``F.scaled_dot_product_attention`` does, so there they may differ; the output has that dtype.
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops import _attention_arguments as arguments
-from pyaccel.ops import _attention_torch as torch_backend
-from pyaccel.ops import _attention_triton as triton_backend
-from pyaccel.ops._attention_arguments import Window
-from pyaccel.ops._attention_sdpa import may_hold, sdpa
 from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.attention import checks as arguments
+from pyaccel.ops.attention import triton as triton_backend
+from pyaccel.ops.attention import varlen as torch_backend
+from pyaccel.ops.attention.checks import Window
+from pyaccel.ops.attention.sdpa import may_hold, sdpa
+from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 
 SERVE_ALL: dict[str, list[str]] = {"triton": [], "torch": [], "reference": []}

@@ -1,14 +1,52 @@
-"""Gradients with memory of their own, and backward passes that have no gradient themselves."""
+"""What every op's public function and backend share: autocast, rows, modes, gradients with memory of their own."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyaccel.ops._modes import runs_now
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def runs_now(*tensors: Tensor | None) -> bool:
+    """Whether these tensors hold memory of their own and the call is neither traced nor transformed.
+
+    False in a graph (``torch.compile``, ``torch.export``, ``torch.jit.trace``), under a function transform (``vmap``,
+    ``torch.func.grad``), in a dispatch mode (``FakeTensorMode``, ``FlopCounterMode``) and for tensor subclasses.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast's products on ``device``; None where autocast is off or, as for meta, there is none.
+
+    torch's own question is an error for a device that it doesn't know.
+    """
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A block in which ``device`` has no autocast."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def rows(x: Tensor) -> Tensor:
+    """``[..., cols]`` as ``[rows, cols]``, without a copy where strides allow it; any size may be 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class _OwnGradient(torch.autograd.Function):

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._dropout import dropout_key, dropout_reasons, keep_mask_on_host
 from pyaccel.ops._gradients import differentiable_once, own_gradient
 from pyaccel.ops._modes import runs_now
+from pyaccel.ops.dropout import dropout_key, dropout_reasons, keep_mask_on_host
 from pyaccel.reference.residual_layernorm import add_bias, normalise
 
 OP = "residual_layernorm"

@@ -1,7 +1,7 @@
 """The registered ops of attention's Triton backend, with their launches' configurations and their FLOPs.
 
 Padded and packed batches go through the same ops: a packed ``[total, heads, dim]`` is the view ``[1, heads, total,
-dim]`` with offsets. Their autograd Function and what calls them: :mod:`pyaccel.ops._attention_triton`.
+dim]`` with offsets. Their autograd Function and what calls them: :mod:`pyaccel.ops.attention.api.triton`.
 """
 
 from __future__ import annotations

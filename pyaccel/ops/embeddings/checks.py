@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops._dropout import dropout_reasons
+from pyaccel.ops.dropout import dropout_reasons
 
 OP = "bert_embeddings"
 

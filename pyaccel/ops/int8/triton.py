@@ -1,7 +1,7 @@
 """The Triton backend of quantisation and of int8 products: registered ops, and the functions that call them.
 
-Arguments are checked by :mod:`pyaccel.ops.quantize`, :mod:`pyaccel.ops.int8_matmul` and
-:mod:`pyaccel.ops.int8_weight_only_matmul`, which call these. Nothing here has a gradient.
+Arguments are checked by :mod:`pyaccel.ops.int8.quantize`, :mod:`pyaccel.ops.int8.matmul` and
+:mod:`pyaccel.ops.int8.weight_only`, which call these. Nothing here has a gradient.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops import _int8_torch as on_cpu
-from pyaccel.ops import _int8_triton as on_gpu
 from pyaccel.ops._autocast import without_autocast
 from pyaccel.ops._rows import rows
-from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.int8 import cpu as on_cpu
+from pyaccel.ops.int8 import triton as on_gpu
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
 from pyaccel.reference.quantize import quantize_per_token

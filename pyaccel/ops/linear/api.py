@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
-from pyaccel.ops import _linear_activation_triton as triton_backend
 from pyaccel.ops._autocast import autocast_dtype
 from pyaccel.ops._modes import runs_now
-from pyaccel.ops.bias_gelu import bias_gelu
-from pyaccel.ops.residual_layernorm import not_supported_reasons as layernorm_reasons
-from pyaccel.ops.residual_layernorm import residual_layernorm
+from pyaccel.ops.bias_act.api import bias_gelu
+from pyaccel.ops.layernorm.api import not_supported_reasons as layernorm_reasons
+from pyaccel.ops.layernorm.api import residual_layernorm
+from pyaccel.ops.linear import triton as triton_backend
 
 ONEDNN_ACTIVATIONS = {
     None: ("none", ""),

@@ -1,8 +1,8 @@
-"""The torch backend of packed attention: stock PyTorch ops; of padded, see :mod:`pyaccel.ops._attention_sdpa`.
+"""The torch backend of packed attention: stock PyTorch ops; of padded, see :mod:`pyaccel.ops.attention.api.sdpa`.
 
 On a CPU, by groups of sequences of equal lengths; elsewhere and in graphs, by
 PyTorch's own kernel for packed batches where it serves, else padded on the device. Arguments are checked by
-:mod:`pyaccel.ops.attention`, which calls this.
+:mod:`pyaccel.ops.attention.api`, which calls this.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.ops import _attention_products as products
-from pyaccel.ops._attention_sdpa import sdpa
+from pyaccel.ops.attention import matmul as products
+from pyaccel.ops.attention.sdpa import sdpa
 from pyaccel.reference import attention as reference
 
 Window = tuple[int, int]

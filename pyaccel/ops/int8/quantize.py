@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops import _int8_torch as on_cpu
-from pyaccel.ops import _int8_triton as on_gpu
+from pyaccel.ops.int8 import cpu as on_cpu
+from pyaccel.ops.int8 import triton as on_gpu
 from pyaccel.reference import quantize as reference
 
 # The torch backend: on a CPU in blocks; elsewhere the definition is itself well-chosen plain PyTorch.

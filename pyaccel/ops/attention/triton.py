@@ -1,7 +1,7 @@
 """The Triton backend of attention: the autograd Function of its registered ops, and what calls them.
 
-Arguments are checked by :mod:`pyaccel.ops.attention`, which calls this; the ops are in
-:mod:`pyaccel.ops._attention_ops`.
+Arguments are checked by :mod:`pyaccel.ops.attention.api`, which calls this; the ops are in
+:mod:`pyaccel.ops.attention.api.custom_ops`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyaccel import dispatch
-from pyaccel.ops._attention_ops import backward_op, forward_op, probs_op
-from pyaccel.ops._attention_sdpa import forward_mode
+from pyaccel.ops.attention.custom_ops import backward_op, forward_op, probs_op
+from pyaccel.ops.attention.sdpa import forward_mode
 
 MAX_HEAD_DIM = 256
 MAX_FP32_HEAD_DIM = 64

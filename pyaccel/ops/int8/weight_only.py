@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops import _int8_triton as on_gpu
 from pyaccel.ops._autocast import without_autocast
-from pyaccel.ops.linear import ACTIVATIONS
+from pyaccel.ops.int8 import triton as on_gpu
+from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference.int8_matmul import int8_weight_only_matmul as reference
 

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._masked_lm_cross_entropy_triton import (
-    OP,
-    PerTokenFunction,
-    SumFunction,
-    cast,
-    check_labels,
-)
+from pyaccel.ops.mlm_loss.chunked import OP, PerTokenFunction, SumFunction, cast, check_labels
 from pyaccel.reference.masked_lm_cross_entropy import items
 
 REDUCTIONS = ("mean", "sum", "none")

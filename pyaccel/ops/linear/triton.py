@@ -1,6 +1,6 @@
 """The Triton backend of linear_activation: its registered ops, their autograd Function, and what calls them.
 
-Arguments are checked by :mod:`pyaccel.ops.linear`, which calls this. The forward product is the kernel's; the two of
+Arguments are checked by :mod:`pyaccel.ops.linear.api`, which calls this. The forward product is the kernel's; the two of
 the backward pass are PyTorch's (cuBLAS), behind one pass that applies the activation's derivative and sums the bias
 gradient.
 """

@@ -1,6 +1,6 @@
 """The registered ops of masked_lm_cross_entropy and their autograd Functions: by Triton's kernel, or torch's softmax.
 
-Arguments are checked by :mod:`pyaccel.ops.masked_lm_cross_entropy`, which calls this. Only masked tokens are multiplied
+Arguments are checked by :mod:`pyaccel.ops.mlm_loss.api`, which calls this. Only masked tokens are multiplied
 by the decoder, a chunk of them at a time, and their gradients are computed in the forward pass, over the logits.
 """
 

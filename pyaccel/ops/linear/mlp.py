@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops import linear
 from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._dropout import dropout_key
 from pyaccel.ops._gradients import differentiable_once
-from pyaccel.ops._linear_activation_triton import backward_once as activation_backward
-from pyaccel.ops._linear_activation_triton import forward_op as linear_activation_forward
-from pyaccel.ops.bias_gelu import forward_op as activation_forward
-from pyaccel.ops.residual_layernorm import backward_once as layernorm_backward
-from pyaccel.ops.residual_layernorm import choose_backend, not_supported_reasons, output_dtype
-from pyaccel.ops.residual_layernorm import forward_op as layernorm_forward
-from pyaccel.ops.residual_layernorm import residual_layernorm as layernorm_function
+from pyaccel.ops.bias_act.api import forward_op as activation_forward
+from pyaccel.ops.dropout import dropout_key
+from pyaccel.ops.layernorm.api import backward_once as layernorm_backward
+from pyaccel.ops.layernorm.api import choose_backend, not_supported_reasons, output_dtype
+from pyaccel.ops.layernorm.api import forward_op as layernorm_forward
+from pyaccel.ops.layernorm.api import residual_layernorm as layernorm_function
+from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear.triton import backward_once as activation_backward
+from pyaccel.ops.linear.triton import forward_op as linear_activation_forward
 
 _OTHERS = "pyaccel.use_backend('torch')"
 activation_again = differentiable_once(activation_forward, "feed_forward", _OTHERS)

@@ -1,7 +1,7 @@
 """BERT's embeddings: word, position and token type lookup, LayerNorm and dropout.
 
 Source: arXiv:1810.04805, section 3; LayerNorm, arXiv:1607.06450. The Triton backend's ops are in
-:mod:`pyaccel.ops._bert_embeddings_triton`.
+:mod:`pyaccel.ops.embeddings.triton`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
-from pyaccel.ops import _bert_embeddings_triton as triton_backend
 from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._bert_embeddings_arguments import (
-    OP,
-    assert_later,
-    check_range,
-    not_supported_reasons,
-    out_of_range,
-)
-from pyaccel.ops._dropout import dropout_key
+from pyaccel.ops.dropout import dropout_key
+from pyaccel.ops.embeddings import triton as triton_backend
+from pyaccel.ops.embeddings.checks import OP, assert_later, check_range, not_supported_reasons, out_of_range
 from pyaccel.reference.bert_embeddings import packed_positions
 from pyaccel.reference.residual_layernorm import normalise
 

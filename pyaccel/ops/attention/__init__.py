@@ -1,0 +1,1 @@
+"""Attention, padded and packed; the public functions are in :mod:`pyaccel.ops`."""

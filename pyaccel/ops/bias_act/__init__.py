@@ -1,0 +1,1 @@
+"""Bias and activation; the public functions are in :mod:`pyaccel.ops`."""
