@@ -29,7 +29,7 @@ from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.attention import varlen as attention_on_host
-from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import onednn
 from pyaccel.tuned import NOISE, asked, ignored, machine, ranges, trying
 
 BACKENDS = {"triton": ("pyaccel triton",), "torch": ("pyaccel torch",)}
@@ -269,8 +269,8 @@ ONE_PRODUCT = dataclasses.replace(
     },
     cpu_sizes=None,
     variants=(
-        Variant("pyaccel oneDNN", _product(linear.by_onednn)),
-        Variant("pyaccel F.linear", _product(linear.by_torch)),
+        Variant("pyaccel oneDNN", _product(onednn.by_onednn)),
+        Variant("pyaccel F.linear", _product(onednn.by_torch)),
     ),
 )
 

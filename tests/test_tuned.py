@@ -27,6 +27,7 @@ from pyaccel.cli import app
 from pyaccel.cli.errors import BadInputError
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import onednn
 from tests.assertions import assert_equivalent
 from tests.hf.models import batch_of, tiny
 
@@ -112,7 +113,7 @@ def test_one_s_own_measurements_come_first_and_take_effect_at_once() -> None:
 def test_a_new_process_reads_them() -> None:
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
     code = (
-        "import torch; from pyaccel.ops._attention_products import serve;"
+        "import torch; from pyaccel.ops.attention.matmul import serve;"
         "print(serve(torch.zeros(16, 4, 8), 16, training=False, dropout_p=0.0)[0])"
     )
     done = subprocess.run(
@@ -419,7 +420,7 @@ def test_int8_by_the_row_that_decided() -> None:
     assert choices == [dispatch.Choice("int8_matmul", "torch", row)]
 
 
-@pytest.mark.skipif(not linear.onednn_dtypes(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not onednn.supported_dtypes(), reason="this torch has no oneDNN")
 def test_products_by_the_row_that_decided() -> None:
     x, weight, bias = torch.randn(50, 32), torch.randn(72, 32), torch.randn(72)
 
@@ -634,7 +635,7 @@ def test_a_product_in_two_steps_says_so() -> None:
     x, weight, bias, residual = torch.randn(50, 32), torch.randn(72, 32), torch.randn(72), torch.randn(50, 72)
     with torch.no_grad(), dispatch.record() as choices:
         out = ops.linear_residual_layernorm(x, weight, bias, residual, torch.ones(72), torch.zeros(72))
-    if linear.onednn_dtypes():
+    if onednn.supported_dtypes():
         row = "measured here at 64 x 32 x 72: plain 1, onednn 2 us"
         assert choices[0].reason == f"on the CPU; the product in F.linear, {row}"
     total = torch.nn.functional.linear(x, weight, bias) + residual

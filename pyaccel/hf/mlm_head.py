@@ -25,7 +25,7 @@ from pyaccel import ops
 from pyaccel.hf.families import BY_FILE
 from pyaccel.hf.guard import _may_matter as may_matter
 from pyaccel.hf.guard import global_hooks_matter
-from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops.common import autocast_dtype
 
 # The label of a second loss, and the output it is of, for heads that add one to the masked tokens'.
 _SECOND = {

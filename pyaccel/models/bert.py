@@ -29,7 +29,7 @@ from pyaccel import ops, reference
 from pyaccel.models import files
 from pyaccel.nn import Int8Linear, ResidualLayerNorm
 from pyaccel.nn.int8_files import make_int8, quantization_config
-from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops.common import autocast_dtype
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 __all__ = [

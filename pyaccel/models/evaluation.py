@@ -25,7 +25,7 @@ from pyaccel import dispatch
 from pyaccel.models.bert import activation_name
 from pyaccel.nn import ResidualLayerNorm
 from pyaccel.ops.attention.varlen import varlen_by_group
-from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import onednn
 from pyaccel.packing import PackedLayout
 
 _OPS = ("linear_activation", "residual_layernorm", "varlen_attention")
@@ -102,7 +102,7 @@ class StraightLayer:
             second=(second.dense.weight, second.dense.bias, second.LayerNorm),
             dropouts=(heads.dropout, first.dropout, second.dropout),
             parameters=parameters,
-            prepack=prepack and linear.can_prepack(),
+            prepack=prepack and onednn.can_prepack(),
         )
 
     def ready(self, dtype: torch.dtype) -> bool:
@@ -116,22 +116,22 @@ class StraightLayer:
         if any(dropout.training and dropout.p > 0.0 for dropout in others):
             return False
         name = activation_name(self.activation)
-        return name is not None and name in linear.ONEDNN_ACTIVATIONS
+        return name is not None and name in onednn.ACTIVATIONS
 
     def __call__(self, hidden: Tensor, lengths: list[int]) -> Tensor:
         """Packed hidden states ``[total_tokens, hidden_size]`` of sequences of these lengths, without gradient."""
         copies = self._reordered() if self.prepack else None
         if copies is None:
-            project = linear.faster_way(hidden, self.projections[0][0])  # all three are of one size
+            project = onednn.faster_way(hidden, self.projections[0][0])  # all three are of one size
             q, k, v = (project(hidden, *each).view(-1, *self.heads) for each in self.projections)
             first, inner, second = self.first[0], self.inner[0], self.second[0]
         else:
-            qkv = linear.evaluate(hidden, copies.qkv, copies.qkv_bias)
+            qkv = onednn.evaluate(hidden, copies.qkv, copies.qkv_bias)
             q, k, v = qkv.view(-1, 3, *self.heads).unbind(1)
             first, inner, second = copies.first, copies.inner, copies.second
         context = varlen_by_group(q, k, v, lengths, lengths, False, None, None, 0.0).flatten(1)
         hidden = _residual_layernorm(context, hidden, first, *self.first[1:])
-        activated = linear.evaluate(hidden, inner, self.inner[1], activation_name(self.activation))
+        activated = onednn.evaluate(hidden, inner, self.inner[1], activation_name(self.activation))
         return _residual_layernorm(activated, hidden, second, *self.second[1:])
 
     def _reordered(self) -> Reordered | None:
@@ -145,11 +145,11 @@ class StraightLayer:
             with torch.inference_mode(False), torch.no_grad():
                 weights, biases = zip(*self.projections, strict=True)
                 copies = Reordered(
-                    qkv=linear.prepacked(torch.cat(weights)),
+                    qkv=onednn.prepacked(torch.cat(weights)),
                     qkv_bias=torch.cat(biases),
-                    first=linear.prepacked(self.first[0]),
-                    inner=linear.prepacked(self.inner[0]),
-                    second=linear.prepacked(self.second[0]),
+                    first=onednn.prepacked(self.first[0]),
+                    inner=onednn.prepacked(self.inner[0]),
+                    second=onednn.prepacked(self.second[0]),
                     state=state,
                     held=[p.detach() for p in self.parameters],
                 )
@@ -158,7 +158,7 @@ class StraightLayer:
 
 
 def _residual_layernorm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
-    total = linear.evaluate_with_residual(x, residual, weight, bias)
+    total = onednn.evaluate_with_residual(x, residual, weight, bias)
     return torch.layer_norm(total, total.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
@@ -181,7 +181,7 @@ def serves(layers: Sequence[StraightLayer], hidden: Tensor, tokens: PackedLayout
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and dispatch.nobody_asks(_OPS)
-        and hidden.dtype in linear.onednn_dtypes()
+        and hidden.dtype in onednn.supported_dtypes()
         and tokens.key_indices is None
         and len(hidden) > 0
         and all(layer.ready(hidden.dtype) for layer in layers)

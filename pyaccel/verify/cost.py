@@ -203,16 +203,16 @@ def _flops(
 @cache
 def _our_flops() -> dict[str, tuple[Callable[..., int], tuple[str, ...]]]:
     """Operator -> its formula, which stands beside it, and the names of the arguments that it takes."""
-    from pyaccel.ops.attention import custom_ops as _attention_ops
-    from pyaccel.ops.int8 import triton as _int8_triton
-    from pyaccel.ops.linear import triton as _linear_activation_triton
+    from pyaccel.ops.attention import custom_ops as attention_ops
+    from pyaccel.ops.int8 import triton as int8
+    from pyaccel.ops.linear import triton as linear_triton
 
     attention = ("query", "value", "seq_k")
     return {
-        "pyaccel::attention_forward": (_attention_ops.forward_flops, attention),
-        "pyaccel::attention_backward": (_attention_ops.backward_flops, attention),
-        "pyaccel::linear_activation_forward": (_linear_activation_triton.forward_flops, ("x", "weight")),
-        "pyaccel::int8_matmul": (_int8_triton.matmul_flops, ("a", "b")),
+        "pyaccel::attention_forward": (attention_ops.forward_flops, attention),
+        "pyaccel::attention_backward": (attention_ops.backward_flops, attention),
+        "pyaccel::linear_activation_forward": (linear_triton.forward_flops, ("x", "weight")),
+        "pyaccel::int8_matmul": (int8.matmul_flops, ("a", "b")),
     }
 
 

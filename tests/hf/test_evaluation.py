@@ -18,7 +18,7 @@ import pyaccel
 from pyaccel import dispatch, quantization, tuned
 from pyaccel.models import evaluation
 from pyaccel.models.evaluation import StraightLayer
-from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import onednn
 from tests.assertions import assert_bits_equal
 from tests.hf.models import MASKS, Truth, batch_of, of_family, read, tiny
 
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def fuses(dtype: torch.dtype) -> bool:
     """Whether this CPU's oneDNN takes the dtype; bfloat16 needs AVX-512 or newer."""
-    return dtype in linear.onednn_dtypes()
+    return dtype in onednn.supported_dtypes()
 
 
 def accelerated(model: nn.Module, **options: Any) -> Any:
@@ -279,13 +279,13 @@ def test_memory_that_was_given_back_is_not_taken_for_what_was_in_it(calls: Count
 
 def test_prepacked_weights_are_made_once(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = Counter[str]()
-    reorder = linear.prepacked
+    reorder = onednn.prepacked
 
     def counting(weight: Tensor) -> Tensor:
         made["weights"] += 1
         return reorder(weight)
 
-    monkeypatch.setattr(linear, "prepacked", counting)
+    monkeypatch.setattr(onednn, "prepacked", counting)
     model, batch = accelerated(tiny(), prepack=True), batch_of("right")
     for _ in range(3):
         states(model, batch)

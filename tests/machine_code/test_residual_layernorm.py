@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from pyaccel.kernels import column_sum, config, residual_layernorm, residual_layernorm_backward
-from pyaccel.ops.layernorm.api import MAX_CODES_ROW
+from pyaccel.ops.layernorm.checks import MAX_CODES_ROW
 from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
 from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
 from tests.machine_code import EVERY, ROW_ARCHS, ROW_FP32_ARCHS

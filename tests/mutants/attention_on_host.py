@@ -21,5 +21,5 @@ MUTANTS = [
     Mutant("mask on the host: the upper halves have no sign", DROPOUT, ".random_().bitwise_left_shift_(1)", ".random_()"),
     Mutant("mask on the host: drops what it should keep", DROPOUT, ">= min(2 * dropped", "< min(2 * dropped"),
     Mutant("mask on the host: one draw for both halves", DROPOUT, "draws.view(torch.int16)[:count]", "draws.view(torch.int16)[::2].repeat_interleave(2)[:count]"),
-    Mutant("sum on the host: what is kept isn't rescaled", SUM, "keep, value=1.0 / (1.0 - dropout_p))", "keep, value=1.0)"),
+    Mutant("sum on the host: what is kept isn't rescaled", "pyaccel/ops/layernorm/eager.py", "keep, value=1.0 / (1.0 - dropout_p))", "keep, value=1.0)"),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ TESTS = (
 LAYERNORM = "pyaccel/ops/layernorm/api.py"
 FEED_FORWARD = "pyaccel/ops/linear/mlp.py"
 LINEAR = "pyaccel/ops/linear/api.py"
-GRADIENTS = "pyaccel/ops/_gradients.py"
+GRADIENTS = "pyaccel/ops/common.py"
 ROW_TILE = "kernels/row_tile.py"
 LAYERNORM_REFERENCE = "pyaccel/reference/residual_layernorm.py"
 EMBEDDINGS = "pyaccel/ops/embeddings/api.py"
@@ -22,7 +22,7 @@ EMBEDDINGS = "pyaccel/ops/embeddings/api.py"
 MUTANTS = [
     Mutant(
         "LayerNorm: x's gradient is the residual's too",
-        LAYERNORM,
+        "pyaccel/ops/layernorm/triton.py",
         "*column)\n        return *(g if n",
         "*column)\n        out = (out[0], out[0], *out[2:])\n        return *(g if n",
     ),
@@ -38,14 +38,22 @@ MUTANTS = [
     ),
     Mutant(
         "oneDNN: operands of any strides",
-        LINEAR,
+        "pyaccel/ops/linear/onednn.py",
         "x.dtype is dtype and x.is_contiguous()",
         "x.dtype is dtype",
     ),
     Mutant(
-        "oneDNN: operands of any dtype", LINEAR, "x.dtype is dtype and x.is_contiguous()", "x.is_contiguous()"
+        "oneDNN: operands of any dtype",
+        "pyaccel/ops/linear/onednn.py",
+        "x.dtype is dtype and x.is_contiguous()",
+        "x.is_contiguous()",
     ),
-    Mutant("oneDNN: ReLU in the product", LINEAR, '"relu": ("none", "")', '"relu": ("relu", "")'),
+    Mutant(
+        "oneDNN: ReLU in the product",
+        "pyaccel/ops/linear/onednn.py",
+        '"relu": ("none", "")',
+        '"relu": ("relu", "")',
+    ),
     Mutant(
         "quantize: the given scale comes back",
         "pyaccel/reference/quantize.py",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch
-from pyaccel.ops.attention import sdpa as _attention_sdpa
+from pyaccel.ops.attention import sdpa as sdpa_backend
 from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention, varlen_attention
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_statistic
@@ -124,13 +124,13 @@ def test_summed_output_has_the_gradient_of_ones(backend: str, device: torch.devi
 
 def test_padding_mask_is_never_expanded(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     masks, inputs = [], padded_inputs("", F32, device)
-    sdpa = _attention_sdpa.torch_sdpa
+    sdpa = sdpa_backend.torch_sdpa
 
     def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         masks.append(None if attn_mask is None else tuple(attn_mask.shape))
         return sdpa(q, k, v, attn_mask, *args, **kwargs)
 
-    monkeypatch.setattr(_attention_sdpa, "torch_sdpa", spy)
+    monkeypatch.setattr(sdpa_backend, "torch_sdpa", spy)
     for lens in ([19, 7, 0], [19, 19, 19]):
         with dispatch.use_backend("torch"):
             scaled_dot_product_attention(*inputs, key_padding_mask=lengths_mask(lens, L, device))
@@ -143,13 +143,13 @@ def test_torch_is_never_handed_a_query_without_keys(
     case: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """What its backends make of such a row differs, and what this CPU's does proves nothing for others."""
-    sdpa, masks = _attention_sdpa.torch_sdpa, []
+    sdpa, masks = sdpa_backend.torch_sdpa, []
 
     def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         masks.append(attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf)
         return sdpa(q, k, v, attn_mask, *args, **kwargs)
 
-    monkeypatch.setattr(_attention_sdpa, "torch_sdpa", spy)
+    monkeypatch.setattr(sdpa_backend, "torch_sdpa", spy)
     shape, options = CASES[case]
     with dispatch.use_backend("torch"):
         scaled_dot_product_attention(*padded_inputs(shape, F32, device), **options(device))

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from pyaccel import dispatch, ops, reference
 from pyaccel.kernels import column_sum
 from pyaccel.ops import bias_gelu as public
-from pyaccel.ops.bias_act.api import ACTIVATIONS, backward_op
+from pyaccel.ops.bias_act.api import ACTIVATIONS
+from pyaccel.ops.bias_act.triton import backward_op
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.pairwise import pairwise
 

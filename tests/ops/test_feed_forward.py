@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
 from pyaccel.ops.dropout import dropout_key
-from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import onednn
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
 from tests.pairwise import pairwise
@@ -99,7 +99,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     def use(way: str) -> dispatch.use_backend:
         if way == "fused product":
             return dispatch.use_backend("triton")
-        monkeypatch.setattr(linear, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(onednn, "on_gpu", lambda x: True)
         return dispatch.use_backend("triton", ops=["residual_layernorm", "bias_gelu"])
 
     return use

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops.int8 import cpu as _int8_torch
+from pyaccel.ops.int8 import cpu as on_cpu
 from pyaccel.ops.int8.matmul import _accumulate, _pad_for_cublas, int8_matmul
 from pyaccel.ops.int8.quantize import (
     quantize_per_channel,
@@ -104,7 +104,7 @@ def test_codes_around_an_offset(backend: str, dtype: torch.dtype, device: torch.
 def test_rows_that_have_no_ordinary_scale(
     backend: str, block_bytes: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_int8_torch, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(on_cpu, "BLOCK_BYTES", block_bytes)
     x = torch.randn(70, 9, device=device)
     x[3, 4] = float("nan")
     x[4, 1] = float("inf")
@@ -191,7 +191,7 @@ def test_accumulation_is_exact(rows: int, n_in: int, n_out: int, device: torch.d
 @pytest.mark.parametrize("n_in", [17, 1024, 1025, 3001])
 def test_products_are_exact_where_pytorchs_is_not(n_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without VNNI: the largest codes, whose products don't fit 16 bits in pairs, nor their sums fp32."""
-    monkeypatch.setattr(_int8_torch, "int_mm_is_exact", lambda: False)
+    monkeypatch.setattr(on_cpu, "int_mm_is_exact", lambda: False)
     monkeypatch.setattr(torch, "_int_mm", lambda *_: pytest.fail("it isn't exact"))
     a = torch.randint(-128, 128, (5, n_in), dtype=torch.int8)
     b = torch.randint(-128, 128, (7, n_in), dtype=torch.int8)
@@ -211,7 +211,7 @@ def test_a_cpu_without_vnni_is_found_out() -> None:
     code = (
         "import torch\n"
         "from pyaccel import ops\n"
-        "from pyaccel.ops._int8_torch import int_mm_is_exact\n"
+        "from pyaccel.ops.int8.cpu import int_mm_is_exact\n"
         "a, one = torch.full((40, 80), 127, dtype=torch.int8), torch.ones(())\n"
         "call = lambda: ops.int8_matmul(a, a, one, torch.ones(40))\n"
         "compiled = torch.compile(call, backend='aot_eager', fullgraph=True)\n"

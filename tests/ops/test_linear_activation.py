@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pyaccel import dispatch, ops
 from pyaccel.kernels import bias_gelu, column_sum
 from pyaccel.kernels import linear_activation as kernel
-from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import onednn
 from pyaccel.ops.linear import triton as triton_backend
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as apply_activation
@@ -383,8 +383,8 @@ def test_what_cannot_be_served_is_refused_with_every_reason(
 def test_on_a_gpu_torch_leaves_bias_and_activation_to_bias_gelu(
     training: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(linear, "_onednn_reasons", lambda *tensors: ["not on the CPU"])
+    monkeypatch.setattr(onednn, "on_gpu", lambda x: True)
+    monkeypatch.setattr(onednn, "not_supported_reasons", lambda *tensors: ["not on the CPU"])
     given, dout = inputs(9, 48, 24, device, (dtype, F32)), torch.randn(9, 24, device=device)
     results = []
     for kind in ("ours", "truth", "naive"):
@@ -416,8 +416,8 @@ def test_on_a_gpu_torch_leaves_bias_and_activation_to_bias_gelu(
 def test_on_a_gpu_torch_is_plain_where_triton_does_not_serve_bias_gelu(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(linear, "_onednn_reasons", lambda *tensors: ["not on the CPU"])
+    monkeypatch.setattr(onednn, "on_gpu", lambda x: True)
+    monkeypatch.setattr(onednn, "not_supported_reasons", lambda *tensors: ["not on the CPU"])
     monkeypatch.setattr(bias_gelu, "forward", None)
     given = inputs(3, 16, 8, device)
     with dispatch.record() as choices:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, ops
-from pyaccel.ops.linear import api as linear
+from pyaccel.ops.linear import onednn
 from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.ops.op_calls import CALLS, DIFFERENTIABLE, Inputs, OpCall
 
@@ -142,7 +142,7 @@ def test_accumulated_steps_add_up(name: str, views: bool, backend: str, device: 
 
 
 # Those that this CPU's oneDNN multiplies at full speed: fp32 on every one, bf16 where there are instructions for it.
-ONEDNN_DTYPES = [dtype for dtype in (F32, BF16) if dtype in linear.onednn_dtypes()]
+ONEDNN_DTYPES = [dtype for dtype in (F32, BF16) if dtype in onednn.supported_dtypes()]
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu"])
@@ -160,27 +160,27 @@ def test_onednn_gets_what_it_can_read(
         copied = {n: apart(t) for n, t in operands.items()}
         for o in (operands, {**operands, "bias": operands["bias"].float()}):
             sums = [
-                linear.evaluate_with_residual(t["x"], t["residual"], t["weight"], t["bias"])
+                onednn.evaluate_with_residual(t["x"], t["residual"], t["weight"], t["bias"])
                 for t in (o, copied)
             ]
-            outs = [linear.evaluate(t["x"], t["weight"], t["bias"], activation) for t in (o, copied)]
+            outs = [onednn.evaluate(t["x"], t["weight"], t["bias"], activation) for t in (o, copied)]
             assert_equivalent(*sums, name=argument)
             assert_equivalent(*outs, name=argument)
-    if linear.can_prepack():
-        packed = linear.prepacked(layout(given["weight"]))
-        out = linear.evaluate(given["x"], packed, every_other(given["bias"]), activation)
+    if onednn.can_prepack():
+        packed = onednn.prepacked(layout(given["weight"]))
+        out = onednn.evaluate(given["x"], packed, every_other(given["bias"]), activation)
         assert_equivalent(
-            out, linear.evaluate(given["x"], apart(layout(given["weight"])), given["bias"], activation)
+            out, onednn.evaluate(given["x"], apart(layout(given["weight"])), given["bias"], activation)
         )
 
 
 def test_onednn_gets_operands_of_the_inputs_dtype() -> None:
     x, weight = torch.randn(5, 16), torch.randn(24, 16)
     bias, residual = torch.randn(24).bfloat16(), torch.randn(5, 24).bfloat16()
-    expected = linear.by_onednn(x, weight, bias.float(), residual=residual.float())
-    assert_equivalent(linear.by_onednn(x, weight, bias, residual=residual), expected, name="sum")
+    expected = onednn.by_onednn(x, weight, bias.float(), residual=residual.float())
+    assert_equivalent(onednn.by_onednn(x, weight, bias, residual=residual), expected, name="sum")
     assert_equivalent(
-        linear.by_onednn(x, weight, bias), linear.by_onednn(x, weight, bias.float()), name="out"
+        onednn.by_onednn(x, weight, bias), onednn.by_onednn(x, weight, bias.float()), name="out"
     )
 
 

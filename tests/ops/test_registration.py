@@ -11,13 +11,13 @@ from torch import Tensor
 
 from pyaccel import dispatch, ops
 from pyaccel.ops.attention import custom_ops as attention
-from pyaccel.ops.bias_act.api import backward_op as bias_gelu_backward
-from pyaccel.ops.bias_act.api import forward_op as bias_gelu_forward
-from pyaccel.ops.bias_act.api import quantize_op as bias_gelu_quantize
+from pyaccel.ops.bias_act.triton import backward_op as bias_gelu_backward
+from pyaccel.ops.bias_act.triton import forward_op as bias_gelu_forward
+from pyaccel.ops.bias_act.triton import quantize_op as bias_gelu_quantize
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings import triton as embeddings
 from pyaccel.ops.int8 import triton as int8
-from pyaccel.ops.layernorm.api import backward_op, forward_op
+from pyaccel.ops.layernorm.triton import backward_op, forward_op
 from pyaccel.ops.linear import triton as linear_activation
 from pyaccel.ops.mlm_loss import chunked as mlm_loss
 from tests.assertions import assert_bits_equal, assert_equivalent

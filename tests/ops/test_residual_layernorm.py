@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pyaccel import dispatch, ops, reference
 from pyaccel.ops import residual_layernorm as public
 from pyaccel.ops.dropout import dropout_key
-from pyaccel.ops.layernorm.api import forward_op
+from pyaccel.ops.layernorm.triton import forward_op
 from pyaccel.reference.philox import keep_mask
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from pyaccel import dispatch, ops
 from pyaccel.cli import app
 from pyaccel.models.bert import BertConfig, BertLayer
-from pyaccel.ops.attention import custom_ops as _attention_ops
-from pyaccel.ops.int8 import triton as _int8_triton
-from pyaccel.ops.linear import triton as _linear_activation_triton
+from pyaccel.ops.attention import custom_ops as attention_ops
+from pyaccel.ops.int8 import triton as int8
+from pyaccel.ops.linear import triton as linear_triton
 from pyaccel.packing import layout
 from pyaccel.quantization import freeze, prepare_qat
 from pyaccel.verify import cost
@@ -102,7 +102,7 @@ def test_our_ops_launch_as_many_kernels_as_is_said(
 ) -> None:
     from triton.runtime import interpreter
 
-    from pyaccel.ops.linear import api as linear
+    from pyaccel.ops.linear import onednn
 
     launched = 0
     call = interpreter.GridExecutor.__call__
@@ -113,7 +113,7 @@ def test_our_ops_launch_as_many_kernels_as_is_said(
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", count)
-    monkeypatch.setattr(linear, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(onednn, "on_gpu", lambda x: True)
     layer = BertLayer(BertConfig(hidden_size=32, num_attention_heads=2, intermediate_size=48)).train()
     if kind.startswith("int8"):
         encoder = nn.Sequential(OrderedDict(layers=nn.ModuleList([layer])))
@@ -175,16 +175,14 @@ def test_least_time_is_the_greater_of_bytes_and_flops() -> None:
 def test_formulas_by_hand() -> None:
     query, value = torch.empty(2, 3, 5, 4, device="meta"), torch.empty(2, 3, 7, 6, device="meta")
     # Scores of 5 x 7: 4 products each; then 6 values from 7 products; a multiplication and an addition each.
-    assert _attention_ops.forward_flops(query, value, 7) == 2 * 3 * (5 * 7 * 4 + 5 * 6 * 7) * 2
+    assert attention_ops.forward_flops(query, value, 7) == 2 * 3 * (5 * 7 * 4 + 5 * 6 * 7) * 2
     # Scores again, dquery and dkey over 4; dprobs and dvalue over 6.
-    assert _attention_ops.backward_flops(query, value, 7) == 2 * 3 * (3 * 5 * 7 * 4 + 2 * 5 * 7 * 6) * 2
+    assert attention_ops.backward_flops(query, value, 7) == 2 * 3 * (3 * 5 * 7 * 4 + 2 * 5 * 7 * 6) * 2
     packed = torch.empty(1, 3, 9, 4, device="meta")
-    assert (
-        _attention_ops.forward_flops(packed, packed, 5, lengths=[5, 1, 3]) == 3 * (25 + 1 + 9) * (4 + 4) * 2
-    )
+    assert attention_ops.forward_flops(packed, packed, 5, lengths=[5, 1, 3]) == 3 * (25 + 1 + 9) * (4 + 4) * 2
     x, weight = torch.empty(2, 5, 4, device="meta"), torch.empty(7, 4, device="meta")
-    assert _linear_activation_triton.forward_flops(x, weight) == 10 * 7 * 4 * 2
-    assert _int8_triton.matmul_flops(x.flatten(0, 1), weight) == 10 * 7 * 4 * 2 / 2
+    assert linear_triton.forward_flops(x, weight) == 10 * 7 * 4 * 2
+    assert int8.matmul_flops(x.flatten(0, 1), weight) == 10 * 7 * 4 * 2 / 2
 
 
 def test_the_counter_takes_them() -> None:

@@ -7,124 +7,19 @@ BERT's: arXiv:1606.08415.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
-from pyaccel.ops._gradients import differentiable_once
+from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.reference.residual_layernorm import add_bias
 
-OP = "bias_gelu"
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
 MAX_QUANTIZED_ROW = 16384  # the kernel for int8 codes holds whole rows
-
-
-# --- registered ops -------------------------------------------------------------------------------------------
-# Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
-
-
-@torch.library.custom_op("pyaccel::bias_gelu_forward", mutates_args=())
-def forward_op(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Output ``[rows, cols]`` in x's dtype."""
-    from pyaccel.kernels import bias_gelu, config
-
-    out = x.new_empty(x.shape)
-    bias_gelu.forward(out, x, bias, activation, config.bias_gelu_forward(x.shape[1]))
-    return out
-
-
-@forward_op.register_fake
-def _(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("pyaccel::bias_gelu_quantize", mutates_args=())
-def quantize_op(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """int8 codes ``[rows, cols]`` and fp32 scales ``[rows]`` of the fp32 result."""
-    from pyaccel.kernels import bias_gelu, config
-
-    codes, scale = _quantize_outputs(x)
-    bias_gelu.quantize(codes, scale, x, bias, activation, config.bias_gelu_quantize(x.shape[1]))
-    return codes, scale
-
-
-def _quantize_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@quantize_op.register_fake
-def _(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    return _quantize_outputs(x)
-
-
-@torch.library.custom_op("pyaccel::bias_gelu_backward", mutates_args=())
-def backward_op(
-    dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, want_dx: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x ``[rows, cols]`` and bias ``[cols]`` in their dtypes; size 0 where it isn't wanted."""
-    from pyaccel.kernels import bias_gelu, column_sum, config
-    from pyaccel.kernels.device import device_info
-
-    dx, dbias = _backward_outputs(x, bias, want_dx, want_dbias)
-    n_rows, n_cols = x.shape
-    row_config = config.bias_gelu_backward(n_cols)
-    num_sms = device_info(x.device).num_sms
-    n_programs = config.programs_per_column(row_config, n_rows, n_cols, num_sms)
-    partial = x.new_empty(n_programs, n_cols, dtype=torch.float32) if want_dbias else None
-    bias_gelu.backward(dx if want_dx else None, partial, dy, x, bias, activation, n_programs, row_config)
-    if want_dbias:
-        column_sum.column_sum((dbias, None, None), (partial, None, None), config.column_sum())
-    return dx, dbias
-
-
-def _backward_outputs(
-    x: Tensor, bias: Tensor | None, want_dx: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    n_rows, n_cols = x.shape
-    dtype = x.dtype if bias is None else bias.dtype
-    return (
-        x.new_empty(n_rows if want_dx else 0, n_cols),
-        x.new_empty(n_cols if want_dbias else 0, dtype=dtype),
-    )
-
-
-@backward_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, want_dx: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    return _backward_outputs(x, bias, want_dx, want_dbias)
-
-
-backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")
-
-
-# --- autograd -------------------------------------------------------------------------------------------------
-
-
-class BiasGeluFunction(torch.autograd.Function):
-    """Saves x, the pre-activation without its bias, and bias: no intermediate result."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        """The output."""
-        return forward_op(x, bias, activation)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, bias, activation = inputs
-        ctx.save_for_backward(x, bias)
-        ctx.activation = activation
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias = ctx.saved_tensors
-        want_dx, want_dbias = ctx.needs_input_grad[:2]
-        dx, dbias = backward_once(dy, x, bias, ctx.activation, want_dx, want_dbias)
-        return dx if want_dx else None, dbias if want_dbias else None, None
 
 
 # --- the public function --------------------------------------------------------------------------------------
@@ -168,6 +63,8 @@ def bias_gelu(
     *,
     quantize_output: Literal[False] = ...,
 ) -> Tensor: ...
+
+
 @overload
 def bias_gelu(
     x: Tensor,
@@ -176,6 +73,8 @@ def bias_gelu(
     *,
     quantize_output: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+
+
 @overload
 def bias_gelu(
     x: Tensor,
@@ -184,6 +83,8 @@ def bias_gelu(
     *,
     quantize_output: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def bias_gelu(
     x: Tensor,
     bias: Tensor | None = None,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
-from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings import triton as triton_backend
 from pyaccel.ops.embeddings.checks import OP, assert_later, check_range, not_supported_reasons, out_of_range

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel.ops._rows import rows
+from pyaccel.ops.common import rows
 from pyaccel.reference import activation as activate
 from pyaccel.reference import quantize as reference
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._gradients import differentiable_once
-from pyaccel.ops._rows import rows
+from pyaccel.ops.common import autocast_dtype, differentiable_once, rows
 from pyaccel.ops.int8.matmul import int8_matmul
 from pyaccel.ops.int8.quantize import (
     quantize_per_channel,

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops._autocast import without_autocast
-from pyaccel.ops._rows import rows
+from pyaccel.ops.common import rows, without_autocast
 from pyaccel.ops.int8 import cpu as on_cpu
 from pyaccel.ops.int8 import triton as on_gpu
 from pyaccel.ops.linear.api import ACTIVATIONS

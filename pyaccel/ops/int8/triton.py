@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops._rows import rows
+from pyaccel.ops.common import rows
 
 # kernels/config.py's MAX_ROW and MAX_CODES_ROW, which aren't imported where Triton may be missing
 MAX_ROW = 16384

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops._autocast import without_autocast
+from pyaccel.ops.common import without_autocast
 from pyaccel.ops.int8 import triton as on_gpu
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate

@@ -9,132 +9,19 @@ for (:func:`prepacked`, for ``accelerate(model, prepack=True)``).
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
-from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._modes import runs_now
+from pyaccel import dispatch
 from pyaccel.ops.bias_act.api import bias_gelu
-from pyaccel.ops.layernorm.api import not_supported_reasons as layernorm_reasons
+from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.layernorm.api import residual_layernorm
+from pyaccel.ops.layernorm.checks import not_supported_reasons as layernorm_reasons
+from pyaccel.ops.linear import onednn
 from pyaccel.ops.linear import triton as triton_backend
 
-ONEDNN_ACTIVATIONS = {
-    None: ("none", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("none", ""),  # oneDNN's is max(0, x), which makes 0 of NaN: applied to the product instead
-}
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
-
-
-@functools.cache
-def onednn_dtypes() -> frozenset[torch.dtype]:
-    """Dtypes that this CPU's oneDNN multiplies at full speed, with the fused ops this torch offers."""
-    ops = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
-        return frozenset()
-    dtypes = {torch.float32}
-    if ops._is_mkldnn_bf16_supported():
-        dtypes.add(torch.bfloat16)
-    return frozenset(dtypes)
-
-
-def _onednn_reasons(*tensors: Tensor | None) -> list[str]:
-    """Why oneDNN's fused linear can't serve this call; empty if it can."""
-    if torch.compiler.is_compiling():
-        return ["the graph is traced"]
-    if not runs_now(*tensors):
-        return ["the call is traced or transformed, or a tensor is of a subclass"]
-    given = [t for t in tensors if t is not None]
-    x = given[0]
-    if not x.is_cpu:
-        return ["not on the CPU"]
-    reasons = []
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        reasons.append("gradients are recorded")
-    dtypes = {t.dtype for t in given}
-    if len(dtypes) > 1 or not dtypes <= onednn_dtypes():
-        names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        reasons.append(f"oneDNN is not used for {', '.join(names)} here")
-    if torch.is_autocast_enabled("cpu"):
-        reasons.append("autocast is on")
-    if x.numel() == 0:
-        reasons.append("x is empty")
-    return reasons
-
-
-@functools.cache
-def can_prepack() -> bool:
-    """Whether this torch can reorder a weight for oneDNN's fused linear."""
-    return bool(onednn_dtypes()) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-
-@torch.inference_mode(False)
-def prepacked(weight: Tensor) -> Tensor:
-    """A copy of ``weight`` in the order in which oneDNN multiplies, opaque but to :func:`by_onednn`."""
-    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-    return reordered
-
-
-def by_onednn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """``activation(x @ weight.T + bias) + residual`` in one primitive; :func:`_onednn_reasons` says where it can't be.
-
-    The only caller of oneDNN's private products, which read memory by its address: operands of other strides or of
-    another dtype than x's are copied first, and a weight that isn't row-major is multiplied by :func:`by_torch`.
-    Activation and residual exclude each other.
-    """
-    if not weight.is_mkldnn and not (weight.dtype is x.dtype and weight.is_contiguous()):
-        out = by_torch(x, weight, bias, activation)
-        return out if residual is None else out + residual
-    dtype = x.dtype
-    x = _dense(x, dtype)
-    if bias is not None:
-        bias = _dense(bias, dtype)
-    if residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, _dense(residual, dtype), weight, bias, "add")
-    attribute, algorithm = ONEDNN_ACTIVATIONS[activation]
-    out = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, attribute, [], algorithm)
-    return out.relu_() if activation == "relu" else out
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x, or a contiguous copy of it in that dtype."""
-    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
-
-
-def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """The same in two steps."""
-    return reference.activation(F.linear(x, weight, bias), activation)
-
-
-def faster_way(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
-    """On a CPU where oneDNN can serve: :func:`by_onednn` or :func:`by_torch`, whichever was faster near this size."""
-    return by_torch if not weight.is_mkldnn and _measured(x, weight)[0] == "plain" else by_onednn
-
-
-def evaluate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """``activation(x @ weight.T + bias)`` in the faster way."""
-    return faster_way(x, weight)(x, weight, bias, activation)
-
-
-def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias + residual`` in the faster way."""
-    if faster_way(x, weight) is by_torch:
-        return F.linear(x, weight, bias) + residual
-    return by_onednn(x, weight, bias, residual=residual)
 
 
 def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
@@ -197,21 +84,21 @@ def linear_activation(
     if way == "triton":
         return triton_backend.linear_activation(x, weight, bias, activation)
     if way == "onednn":
-        return by_onednn(x, weight, bias, activation)
+        return onednn.by_onednn(x, weight, bias, activation)
     if way == "bias_gelu":
         return bias_gelu(F.linear(x, weight), bias, activation or "")
     if bias is not None and bias.dtype != x.dtype and autocast_dtype(x.device) is None:
         bias = bias.to(x.dtype)
-    return by_torch(x, weight, bias, activation)
+    return onednn.by_torch(x, weight, bias, activation)
 
 
 def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> str:
     """How :func:`linear_activation` serves a call: "triton"; of the torch backend "onednn", "bias_gelu" (after
     F.linear, by its kernel) or "plain", which is the reference's way too."""
-    declined = _onednn_reasons(x, weight, bias)
-    if activation not in ONEDNN_ACTIVATIONS:
+    declined = onednn.not_supported_reasons(x, weight, bias)
+    if activation not in onednn.ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
-    measured, row = _measured(x, weight)
+    measured, row = onednn.measured(x, weight)
     if measured == "plain" and not declined:
         declined.append(row)
     by_bias_gelu = activation is not None and _bias_gelu_serves(x, weight, bias)
@@ -229,21 +116,10 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     return "bias_gelu" if by_bias_gelu else "plain"
 
 
-def _measured(x: Tensor, weight: Tensor) -> tuple[str | None, str]:
-    """The way that was fastest near this size on this machine, and the row that says so; see :mod:`pyaccel.tuned`."""
-    ways = ("triton", "torch") if _on_gpu(x) else ("onednn", "plain")
-    size = (math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0])
-    return tuned.preferred("linear_activation", x.device, x.dtype, size, ways)
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return not x.is_cpu
-
-
 def _why_torch(x: Tensor, declined: list[str], *, by_bias_gelu: bool) -> str:
     if not declined:
         return "oneDNN, bias and activation fused"
-    if not _on_gpu(x) or torch.compiler.is_compiling():
+    if not onednn.on_gpu(x) or torch.compiler.is_compiling():
         return "F.linear, then the activation: " + "; ".join(declined)
     then = "bias and activation in one pass" if by_bias_gelu else "the activation"
     return f"F.linear, then {then}: the fused product is not measured on this card yet"
@@ -252,7 +128,7 @@ def _why_torch(x: Tensor, declined: list[str], *, by_bias_gelu: bool) -> str:
 def _bias_gelu_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether on this GPU Triton makes bias and activation one pass, forward and backward."""
     return (
-        _on_gpu(x)
+        onednn.on_gpu(x)
         and weight.shape[0] > 0
         and dispatch.requested("bias_gelu") in ("auto", "triton")
         and not dispatch.triton_reasons(x, weight, bias)
@@ -300,13 +176,13 @@ def linear_residual_layernorm(
     fused = (
         dropout_p == 0.0
         and dispatch.requested("residual_layernorm") in ("auto", "torch")
-        and not _onednn_reasons(x, weight, bias, residual, ln_weight, ln_bias)
+        and not onednn.not_supported_reasons(x, weight, bias, residual, ln_weight, ln_bias)
     )
     if fused:
-        way, row = _measured(x, weight)
+        way, row = onednn.measured(x, weight)
         how = f"the product in F.linear, {row}" if way == "plain" else "oneDNN adds bias and residual"
         dispatch.choose("residual_layernorm", {"torch": []}, "torch", f"on the CPU; {how}")
-        total = evaluate_with_residual(x, residual, weight, bias)
+        total = onednn.evaluate_with_residual(x, residual, weight, bias)
         return F.layer_norm(total, (total.shape[-1],), ln_weight, ln_bias, eps)
     return residual_layernorm(
         F.linear(x, weight),

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._gradients import differentiable_once
-from pyaccel.ops.bias_act.api import forward_op as activation_forward
+from pyaccel.ops.bias_act.triton import forward_op as activation_forward
+from pyaccel.ops.common import autocast_dtype, differentiable_once
 from pyaccel.ops.dropout import dropout_key
-from pyaccel.ops.layernorm.api import backward_once as layernorm_backward
-from pyaccel.ops.layernorm.api import choose_backend, not_supported_reasons, output_dtype
-from pyaccel.ops.layernorm.api import forward_op as layernorm_forward
+from pyaccel.ops.layernorm.api import choose_backend
 from pyaccel.ops.layernorm.api import residual_layernorm as layernorm_function
+from pyaccel.ops.layernorm.checks import not_supported_reasons, output_dtype
+from pyaccel.ops.layernorm.triton import backward_once as layernorm_backward
+from pyaccel.ops.layernorm.triton import forward_op as layernorm_forward
 from pyaccel.ops.linear import api as linear
 from pyaccel.ops.linear.triton import backward_once as activation_backward
 from pyaccel.ops.linear.triton import forward_op as linear_activation_forward

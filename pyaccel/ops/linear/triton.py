@@ -1,7 +1,7 @@
 """The Triton backend of linear_activation: its registered ops, their autograd Function, and what calls them.
 
-Arguments are checked by :mod:`pyaccel.ops.linear.api`, which calls this. The forward product is the kernel's; the two of
-the backward pass are PyTorch's (cuBLAS), behind one pass that applies the activation's derivative and sums the bias
+Arguments are checked by :mod:`pyaccel.ops.linear.api`, which calls this. The forward product is the kernel's; the two
+of the backward pass are PyTorch's (cuBLAS), behind one pass that applies the activation's derivative and sums the bias
 gradient.
 """
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
-from pyaccel.ops._autocast import autocast_dtype
-from pyaccel.ops._gradients import differentiable_once
+from pyaccel.ops.common import autocast_dtype, differentiable_once
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
-from pyaccel.ops._autocast import autocast_dtype
+from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.mlm_loss.chunked import OP, PerTokenFunction, SumFunction, cast, check_labels
 from pyaccel.reference.masked_lm_cross_entropy import items
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops._autocast import without_autocast
-from pyaccel.ops._gradients import differentiable_once
+from pyaccel.ops.common import differentiable_once, without_autocast
 
 OP = "masked_lm_cross_entropy"
 
