@@ -1,6 +1,6 @@
 """The fast path: the same-named subclasses of transformers' encoders and layers that `accelerate` sets on instances.
 
-A call takes the fast path, whose math is :func:`pyaccel.models.bert.encoder_layer`, only if that gives what the stock
+A call takes the fast path, whose math is :func:`pyaccel.nn.encoder_layer.encoder_layer`, only if that gives what the stock
 modules would give. `call_reason` asks about the call and :mod:`pyaccel.hf.guard` about the modules; whatever they
 refuse goes to the stock forward and is counted, with the reason.
 
@@ -29,7 +29,7 @@ from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
 from pyaccel.hf.guard import Structure, are_its_own, has_opaque, is_sharded, unfit
 from pyaccel.hf.report import Report
 from pyaccel.models import evaluation
-from pyaccel.models.bert import encoder_layer, packed_attention
+from pyaccel.nn.encoder_layer import encoder_layer, packed_attention
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 # An accelerated model's config says attn_implementation="pyaccel". Unpickled in a new process, such a

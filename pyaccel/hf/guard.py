@@ -17,8 +17,8 @@ from transformers.utils import output_capturing
 
 from pyaccel.hf.families import Family, Stock
 from pyaccel.hf.surroundings import is_patched
-from pyaccel.models.bert import activation_name
 from pyaccel.nn import Int8Linear, ObservedLinear
+from pyaccel.nn.encoder_layer import activation_name
 
 
 def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = True) -> str | None:

@@ -8,28 +8,24 @@ back after the last layer, so that everything between works on `[total_tokens, h
     model = BertModel.from_pretrained("path/to/folder")
     hidden, pooled = model(input_ids, attention_mask)
 
-The math of a layer is `encoder_layer`, written for anything that has these attribute names: our BertLayer
+The math of a layer is `encoder_layer` (pyaccel/nn/encoder_layer.py), written for anything that has these attribute names: our BertLayer
 below and transformers' own layers, which pyaccel.hf runs through it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyaccel import ops, reference
-from pyaccel.models import files
-from pyaccel.nn import Int8Linear, ResidualLayerNorm
-from pyaccel.nn.int8_files import make_int8, quantization_config
-from pyaccel.ops.common import autocast_dtype
+from pyaccel import ops
+from pyaccel.models import checkpoint
+from pyaccel.nn import ResidualLayerNorm
+from pyaccel.nn.encoder_layer import encoder_layer, packed_attention
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 __all__ = [
@@ -39,6 +35,7 @@ __all__ = [
     "encoder_layer",
     "packed_attention",
 ]
+
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -233,6 +230,8 @@ class BertPooler(nn.Module):
 class BertModel(nn.Module):
     """Embeddings, encoder and pooler, with the parameter names of transformers' BertModel."""
 
+    config_class = BertConfig
+
     def __init__(self, config: BertConfig, *, add_pooling_layer: bool = True) -> None:
         super().__init__()
         self.config = config
@@ -341,7 +340,7 @@ class BertModel(nn.Module):
             FileNotFoundError: no such folder, or a file is missing.
             ValueError: not a BERT, or the weights do not fit the config; names the keys.
         """
-        return load(*read(path_or_hub_id), dtype, cls)
+        return checkpoint.load(*checkpoint.read(path_or_hub_id), dtype, cls)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, for transformers' BertModel.from_pretrained too.
@@ -350,256 +349,7 @@ class BertModel(nn.Module):
         config.json's `quantization_config`; only pyaccel loads those. Raises ValueError where some are int8
         and some still train: freeze them first.
         """
-        write(self, folder)
-
-
-def read(path_or_hub_id: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """A folder, the values of its `config.json` and its weights."""
-    folder = files.find_folder(path_or_hub_id)
-    return folder, files.read_json(folder / "config.json"), plain_names(files.read_safetensors(folder))
-
-
-def load(
-    folder: Path,
-    values: dict[str, Any],
-    saved: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    kind: type[BertModel] = BertModel,
-) -> BertModel:
-    """The encoder in what `read` gave, as a BertModel or a class derived from it."""
-    if values.get("model_type", "bert") != "bert":
-        raise ValueError(f"{folder}: a {values['model_type']!r} checkpoint, BertModel loads 'bert'")
-    try:
-        config = BertConfig.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    weights = _bert_weights(saved, folder)
-
-    with torch.device("meta"):
-        model = kind(config, add_pooling_layer=any(name.startswith("pooler.") for name in weights))
-    if "quantization_config" in values:
-        try:
-            make_int8(model, values["quantization_config"])
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
-    files.check_weights(weights, model.state_dict(), folder)
-    model.to(dtype or weights[_WORD_EMBEDDINGS].dtype)
-    model.to_empty(device="cpu")
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def write(model: Any, folder: str | Path, prefix: str = "") -> None:
-    """Write `config.json` and `model.safetensors` of a BertModel, or of a head around one that it calls `prefix`."""
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    values = model.config.to_dict()
-    values.pop("torch_dtype", None)  # the old name of dtype
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    dtype = str(weights[f"{prefix}{_WORD_EMBEDDINGS}"].dtype).removeprefix("torch.")
-    values.update(model_type="bert", architectures=[type(model).__name__], dtype=dtype)
-    values.pop("quantization_config", None)
-    if quantization := quantization_config(model, prefix):
-        values["quantization_config"] = quantization
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-# ---- the math of a layer ----
-
-
-def encoder_layer(
-    layer: Any,
-    hidden: Tensor,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    *,
-    chunk_size: int = 0,
-) -> Tensor:
-    """One post-norm BERT layer: attention and feed-forward network, each with its residual and LayerNorm.
-
-    Args:
-        layer: a module with the attribute names of transformers' BertLayer:
-            `attention.self.{query,key,value}`, `attention.output` and `output` (`dense`, `LayerNorm`,
-            `dropout`), `intermediate` (`dense`, `intermediate_act_fn`).
-        hidden: `[..., hidden_size]`, packed `[tokens, hidden_size]` or padded `[batch, seq, hidden_size]`.
-        attend: takes q, k and v `[..., num_heads, head_dim]`, returns the context `[..., hidden_size]`. Attention's
-            own dropout is its business.
-        chunk_size: run the feed-forward network on so many rows at a time (in the second last dimension), for less
-            memory and the same numbers; 0: on all at once.
-
-    Returns:
-        `[..., hidden_size]`. Dropout acts where the layer's dropout modules are in training mode.
-    """
-    attention = layer.attention
-    heads = (attention.self.num_attention_heads, attention.self.attention_head_size)
-    context = attend(*(x.unflatten(-1, heads) for x in project_qkv(attention.self, hidden)))
-
-    act = layer.intermediate.intermediate_act_fn
-    name = activation_name(act)
-    dense = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
-    if name and not chunk_size and torch.is_grad_enabled() and context.requires_grad and _are_plain(dense):
-        return _training_feed_forward(layer, context, hidden, name)
-    hidden = linear_residual_layernorm(attention.output, context, hidden)
-
-    def feed_forward(hidden: Tensor) -> Tensor:
-        inner = project(layer.intermediate.dense, hidden, name)
-        return linear_residual_layernorm(layer.output, inner if name else act(inner), hidden)
-
-    if not chunk_size:
-        return feed_forward(hidden)
-    return torch.cat([feed_forward(part) for part in hidden.split(chunk_size, -2)], -2)
-
-
-def project(linear: Any, x: Tensor, activation: str | None = None) -> Tensor:
-    """``activation(linear(x))`` of an nn.Linear, fused; of an Int8Linear, fused; or of what else is in its place."""
-    if type(linear) is nn.Linear:
-        return ops.linear_activation(x, linear.weight, linear.bias, activation)
-    if isinstance(linear, Int8Linear):
-        return linear.linear_activation(x, activation)
-    return reference.activation(linear(x), activation)
-
-
-def project_qkv(attention_self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v ``[..., hidden_size]`` of the three projections; int8 layers quantize their common input once."""
-    projections = (attention_self.query, attention_self.key, attention_self.value)
-    scales = _shared_input_scales(projections)
-    if scales is None or (torch.is_grad_enabled() and hidden.requires_grad):
-        return tuple(project(linear, hidden) for linear in projections)
-    codes, scale, offset = ops.quantize_per_token_with_offset(hidden)
-    dtype = autocast_dtype(hidden.device) or hidden.dtype
-    return tuple(
-        ops.int8_matmul(
-            codes, linear.weight, scale, weight_scale, linear.bias, out_dtype=dtype, a_offset=offset
-        )
-        for linear, weight_scale in zip(projections, scales, strict=True)
-    )
-
-
-def _are_plain(linears: tuple[Any, ...]) -> bool:
-    return all(type(linear) is nn.Linear for linear in linears)
-
-
-def _shared_input_scales(linears: tuple[Any, ...]) -> list[Tensor] | None:
-    """The weights' scales, if these are int8 layers that quantize their common input in the same way."""
-    scales = []
-    for linear in linears:
-        if (
-            not isinstance(linear, Int8Linear)
-            or linear.method != "dynamic"
-            or linear.smooth_scale is not None
-        ):
-            return None
-        if linear.weight_scale is None or (
-            torch.is_grad_enabled() and linear.bias is not None and linear.bias.requires_grad
-        ):
-            return None
-        scales.append(linear.weight_scale)
-    return scales
-
-
-def _training_feed_forward(layer: Any, context: Tensor, residual: Tensor, activation: str) -> Tensor:
-    """The same from attention's output on, with hidden states and activation made again in the backward."""
-    first, last = layer.attention.output, layer.output
-    hidden, out = ops.feed_forward(
-        F.linear(context, first.dense.weight),
-        residual,
-        first.LayerNorm.weight,
-        first.LayerNorm.bias,
-        layer.intermediate.dense.weight,
-        layer.intermediate.dense.bias,
-        last.dense.weight,
-        activation=activation,
-        eps=first.LayerNorm.eps,
-        dropout_p=first.dropout.p,
-        training=first.dropout.training,
-        x_bias=first.dense.bias,
-    )
-    return ops.residual_layernorm(
-        out,
-        hidden,
-        last.LayerNorm.weight,
-        last.LayerNorm.bias,
-        eps=last.LayerNorm.eps,
-        dropout_p=last.dropout.p,
-        training=last.dropout.training,
-        x_bias=last.dense.bias,
-    )
-
-
-def linear_residual_layernorm(module: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """LayerNorm(dropout(dense(x)) + residual) with the parameters of `module.{dense, LayerNorm, dropout}`."""
-    dense, norm, dropout = module.dense, module.LayerNorm, module.dropout
-    if type(dense) is not nn.Linear:
-        return ops.residual_layernorm(
-            project(dense, x),
-            residual,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            dropout_p=dropout.p,
-            training=dropout.training,
-        )
-    return ops.linear_residual_layernorm(
-        x,
-        dense.weight,
-        dense.bias,
-        residual,
-        norm.weight,
-        norm.bias,
-        eps=norm.eps,
-        dropout_p=dropout.p,
-        training=dropout.training,
-    )
-
-
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: PackedLayout,
-    *,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-) -> Tensor:
-    """Each sequence attends to its own tokens: `[tokens, heads, head_dim]` -> `[tokens, hidden_size]`."""
-    if tokens.key_indices is not None:
-        k, v = k.index_select(0, tokens.key_indices), v.index_select(0, tokens.key_indices)
-    context = ops.varlen_attention(
-        q,
-        k,
-        v,
-        tokens.cu_seqlens,
-        tokens.cu_seqlens_k,
-        tokens.max_seqlen,
-        tokens.max_seqlen_k,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-    )
-    return context.flatten(-2)
-
-
-# By name, because this file must not import transformers.
-_FUSED_ACTIVATIONS = {
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.SiLUActivation": "silu",
-}
-
-
-def activation_name(function: Any) -> str | None:
-    """The name under which `ops.linear_activation` fuses an activation module; None: apply it afterwards."""
-    if type(function) is nn.GELU:
-        return "gelu_tanh" if function.approximate == "tanh" else "gelu"
-    return _FUSED_ACTIVATIONS.get(f"{type(function).__module__}.{type(function).__qualname__}")
-
-
-# ---- helpers of BertModel ----
-
-_WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+        checkpoint.write(self, folder)
 
 
 def _first_tokens(packed: Tensor, tokens: PackedLayout) -> Tensor:
@@ -612,20 +362,3 @@ def _first_tokens(packed: Tensor, tokens: PackedLayout) -> Tensor:
 def activation(config: BertConfig) -> nn.Module:
     """The module of `config.hidden_act`."""
     return _ACTIVATIONS[config.hidden_act]()
-
-
-def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Early checkpoints name LayerNorm's parameters as TensorFlow does."""
-    return {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in weights.items()}
-
-
-def _bert_weights(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The encoder's weights under BertModel's names, whatever model the checkpoint was saved from."""
-    prefixes = [name.removesuffix(_WORD_EMBEDDINGS) for name in weights if name.endswith(_WORD_EMBEDDINGS)]
-    if len(prefixes) != 1:
-        raise ValueError(
-            f"{folder}: not one BERT, {len(prefixes)} tensors end in {_WORD_EMBEDDINGS!r} where 1 should"
-        )
-    named = {name[len(prefixes[0]) :]: t for name, t in weights.items() if name.startswith(prefixes[0])}
-    named.pop("embeddings.position_ids", None)  # a buffer that early checkpoints hold
-    return named

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import dispatch
-from pyaccel.models.bert import activation_name
 from pyaccel.nn import ResidualLayerNorm
+from pyaccel.nn.encoder_layer import activation_name
 from pyaccel.ops.attention.varlen import varlen_by_group
 from pyaccel.ops.linear import onednn
 from pyaccel.packing import PackedLayout
@@ -77,7 +77,7 @@ class StraightLayer:
 
     @classmethod
     def of(cls, layer: Any, attention: nn.Module, *, prepack: bool = False) -> StraightLayer | None:
-        """Of a layer with BERT's names (see :func:`pyaccel.models.bert.encoder_layer`); None if it is of another kind.
+        """Of a layer with BERT's names (see :func:`pyaccel.nn.encoder_layer.encoder_layer`); None if it is of another kind.
 
         Its products must be plain nn.Linear with bias, its norms plain LayerNorm.
         """
@@ -169,7 +169,7 @@ def forget(layers: Sequence[StraightLayer]) -> None:
 
 
 def serves(layers: Sequence[StraightLayer], hidden: Tensor, tokens: PackedLayout) -> bool:
-    """Whether these layers give what :func:`pyaccel.models.bert.encoder_layer` gives for this call.
+    """Whether these layers give what :func:`pyaccel.nn.encoder_layer.encoder_layer` gives for this call.
 
     False wherever anything is out of the ordinary: gradients, dropout, autocast, a graph that is traced, a backend that
     was asked for, somebody who wants to know which one serves.

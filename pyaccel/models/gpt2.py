@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import ops
-from pyaccel.models.bert import packed_attention
+from pyaccel.nn.encoder_layer import packed_attention
 from pyaccel.packing import PackedLayout, layout, pack, unpack
 
 __all__ = ["GPT2Block", "GPT2Config", "GPT2Model"]

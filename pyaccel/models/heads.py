@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel import ops
-from pyaccel.models import bert, files
-from pyaccel.models.bert import BertConfig, BertModel, BertModelOutput, project
+from pyaccel.models import checkpoint, files
+from pyaccel.models.bert import BertConfig, BertModel, BertModelOutput, activation
 from pyaccel.nn import ResidualLayerNorm
+from pyaccel.nn.encoder_layer import activation_name, project
 
 __all__ = [
     "BertForMaskedLM",
@@ -76,8 +77,8 @@ class BertWithHead(nn.Module):
             FileNotFoundError, ValueError: as `BertModel.from_pretrained`; ValueError too where some parameters of the
                 head are missing, or have another shape.
         """
-        folder, values, weights = bert.read(path_or_hub_id)
-        encoder = bert.load(folder, values, weights, dtype)
+        folder, values, weights = checkpoint.read(path_or_hub_id)
+        encoder = checkpoint.load(folder, values, weights, dtype, BertModel)
         model = cls(replace(encoder.config, num_hidden_layers=0))  # its layers are the encoder's
         model.config = encoder.config
         new_pooler = model.bert.pooler if encoder.pooler is None else None
@@ -101,7 +102,7 @@ class BertWithHead(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, for transformers' class of the same name too."""
-        bert.write(self, folder, prefix="bert.")
+        checkpoint.write(self, folder, prefix="bert.")
 
     def refuse_untied(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Raise ValueError for a file whose head this one can't hold."""
@@ -113,12 +114,12 @@ class BertPredictionHeadTransform(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act_fn = bert.activation(config)
+        self.transform_act_fn = activation(config)
         self.LayerNorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         act = self.transform_act_fn
-        name = bert.activation_name(act)
+        name = activation_name(act)
         inner = project(self.dense, hidden, name)
         return self.LayerNorm(inner if name else act(inner))
 

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pyaccel import dispatch, ops
-from pyaccel.models.bert import BertConfig, BertLayer, encoder_layer
+from pyaccel.models.bert import BertConfig, BertLayer
 from pyaccel.nn import Int8Linear
+from pyaccel.nn.encoder_layer import encoder_layer
 
 STOCK, OURS, FUSED = "transformers, SDPA", "pyaccel", "pyaccel, fused product"
 INT8 = "pyaccel, int8"

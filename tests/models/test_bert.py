@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyaccel import dispatch
-from pyaccel.models.bert import BertConfig, BertModel, encoder_layer, project_qkv
+from pyaccel.models.bert import BertConfig, BertModel
+from pyaccel.nn.encoder_layer import encoder_layer, project_qkv
 from pyaccel.quantization import quantize
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 

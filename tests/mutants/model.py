@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 PACKING = "pyaccel/packing.py"
-BERT = "pyaccel/models/bert.py"
+LAYER = "pyaccel/nn/encoder_layer.py"
 FAST_PATH = "pyaccel/hf/fast_path.py"
 ELIGIBILITY = "pyaccel/hf/eligibility.py"
 GUARD = "pyaccel/hf/guard.py"
@@ -23,11 +23,11 @@ MUTANTS = [
     Mutant("model: the mask shifted by one in the packed layout", PACKING, "keys = _tokens(attention_mask)\n", "keys = _tokens(attention_mask).roll(1, 1)\n"),
     Mutant("model: rows sorted, their tokens not", PACKING, "indices = order[row] * seq_len + column", "indices = row * seq_len + column"),
     Mutant("model: a kept padding slot is a key too", PACKING, "key_indices=keys.flatten()[indices].nonzero().flatten() if only_queries else None", "key_indices=None"),
-    Mutant("model: gamma and beta swapped", BERT, "        residual,\n        norm.weight,\n        norm.bias,\n        eps=norm.eps,\n        dropout_p=dropout.p,\n        training=dropout.training,\n    )\n\n\ndef packed_attention", "        residual,\n        norm.bias,\n        norm.weight,\n        eps=norm.eps,\n        dropout_p=dropout.p,\n        training=dropout.training,\n    )\n\n\ndef packed_attention"),
-    Mutant("model: tanh GELU for erf's", BERT, '"transformers.activations.GELUActivation": "gelu"', '"transformers.activations.GELUActivation": "gelu_tanh"'),
-    Mutant("model: the bias of the last product is lost in training", BERT, "        x_bias=last.dense.bias,\n", ""),
-    Mutant("model: the residual of the feed-forward network is that of attention", BERT, "    return ops.residual_layernorm(\n        out,\n        hidden,\n", "    return ops.residual_layernorm(\n        out,\n        residual,\n"),
-    Mutant("model: key and value swapped", BERT, "projections = (attention_self.query, attention_self.key, attention_self.value)\n    scales", "projections = (attention_self.query, attention_self.value, attention_self.key)\n    scales"),
+    Mutant("model: gamma and beta swapped", LAYER, "        residual,\n        norm.weight,\n        norm.bias,\n        eps=norm.eps,\n        dropout_p=dropout.p,\n        training=dropout.training,\n    )\n\n\ndef packed_attention", "        residual,\n        norm.bias,\n        norm.weight,\n        eps=norm.eps,\n        dropout_p=dropout.p,\n        training=dropout.training,\n    )\n\n\ndef packed_attention"),
+    Mutant("model: tanh GELU for erf's", LAYER, '"transformers.activations.GELUActivation": "gelu"', '"transformers.activations.GELUActivation": "gelu_tanh"'),
+    Mutant("model: the bias of the last product is lost in training", LAYER, "        x_bias=last.dense.bias,\n", ""),
+    Mutant("model: the residual of the feed-forward network is that of attention", LAYER, "    return ops.residual_layernorm(\n        out,\n        hidden,\n", "    return ops.residual_layernorm(\n        out,\n        residual,\n"),
+    Mutant("model: key and value swapped", LAYER, "projections = (attention_self.query, attention_self.key, attention_self.value)\n    scales", "projections = (attention_self.query, attention_self.value, attention_self.key)\n    scales"),
     Mutant("model: attention drops in evaluation", FAST_PATH, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = heads.dropout.p"),
     Mutant("model: attention never drops", FAST_PATH, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = 0.0"),
     Mutant("model: the padding mask is dropped", FAST_PATH, "partial(padded_attention, mask, dropout_p)", "partial(padded_attention, None, dropout_p)"),

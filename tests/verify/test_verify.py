@@ -22,7 +22,7 @@ from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import demo_checkpoint
 from pyaccel.cli.verify import example_labels
 from pyaccel.hf import fast_path
-from pyaccel.models import bert
+from pyaccel.nn import encoder_layer
 from pyaccel.packing import layout
 from pyaccel.verify import VerifyReport, verify
 from pyaccel.verify.op_checks import cases, check_op, check_ops
@@ -194,7 +194,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def swapped_gamma_and_beta(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = bert.linear_residual_layernorm
+    whole = encoder_layer.linear_residual_layernorm
 
     def planted(module: Any, x: Tensor, residual: Tensor) -> Tensor:
         norm = module.LayerNorm
@@ -205,7 +205,7 @@ def swapped_gamma_and_beta(monkeypatch: pytest.MonkeyPatch) -> None:
             SimpleNamespace(dense=module.dense, dropout=module.dropout, LayerNorm=swapped), x, residual
         )
 
-    monkeypatch.setattr(bert, "linear_residual_layernorm", planted)
+    monkeypatch.setattr(encoder_layer, "linear_residual_layernorm", planted)
 
 
 def mask_shifted_in_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def attention_never_drops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gelu_tanh_for_erf(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bert, "activation_name", lambda function: "gelu_tanh")
+    monkeypatch.setattr(encoder_layer, "activation_name", lambda function: "gelu_tanh")
 
 
 @pytest.mark.parametrize(
