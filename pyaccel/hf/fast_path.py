@@ -1,7 +1,7 @@
 """The fast path: the same-named subclasses of transformers' encoders and layers that `accelerate` sets on instances.
 
-A call takes the fast path, whose math is :func:`pyaccel.nn.encoder_layer.encoder_layer`, only if that gives what the stock
-modules would give. `call_reason` asks about the call and :mod:`pyaccel.hf.guard` about the modules; whatever they
+A call takes the fast path, whose math is :mod:`pyaccel.nn.encoder_layer`, only if that gives what the stock modules
+would give. `call_reason` asks about the call and :mod:`pyaccel.hf.guard` about the modules; whatever they
 refuse goes to the stock forward and is counted, with the reason.
 
 An encoder drops the padding before its first layer and puts it back after the last one. In between it calls its layers

@@ -8,8 +8,8 @@ back after the last layer, so that everything between works on `[total_tokens, h
     model = BertModel.from_pretrained("path/to/folder")
     hidden, pooled = model(input_ids, attention_mask)
 
-The math of a layer is `encoder_layer` (pyaccel/nn/encoder_layer.py), written for anything that has these attribute names: our BertLayer
-below and transformers' own layers, which pyaccel.hf runs through it.
+The math of a layer is `encoder_layer` of pyaccel/nn/encoder_layer.py, written for anything that has these
+attribute names: our BertLayer below and transformers' own layers, which pyaccel.hf runs through it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ __all__ = [
     "BertConfig",
     "BertModel",
     "BertModelOutput",
-    "encoder_layer",
-    "packed_attention",
 ]
 
 

@@ -77,7 +77,7 @@ class StraightLayer:
 
     @classmethod
     def of(cls, layer: Any, attention: nn.Module, *, prepack: bool = False) -> StraightLayer | None:
-        """Of a layer with BERT's names (see :func:`pyaccel.nn.encoder_layer.encoder_layer`); None if it is of another kind.
+        """Of a layer with BERT's names (see :mod:`pyaccel.nn.encoder_layer`); None if it is of another kind.
 
         Its products must be plain nn.Linear with bias, its norms plain LayerNorm.
         """
