@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.verify.model_cost import length_mix
+from pyaccel.cost.model import length_mix
 
 TOKENS = (
     16384  # of a batch, real ones where it is packed and slots where it is padded: those of published figures

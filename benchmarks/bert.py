@@ -23,8 +23,8 @@ from torch import Tensor
 
 import pyaccel
 from pyaccel.benchmarks.registry import Case, Variant, graphed
+from pyaccel.cost.model import bert_config, length_mix
 from pyaccel.hf.graphs import graphable
-from pyaccel.verify.model_cost import bert_config, length_mix
 
 Outputs = tuple[Tensor, ...]
 SEQ = {"full": 128, "sentences": 128, "sentences, longest": 128, "squad": 384}

@@ -36,7 +36,7 @@ class Rule:
     lazily: tuple[str, ...] = ()  # of either kind, by full name, but only inside functions
 
 
-# kernels <- ops <- nn <- models <- quantization <- hf, verify <- benchmarks <- cli.
+# kernels <- ops <- nn <- models <- quantization <- hf <- verify, inspect, cost <- benchmarks <- cli.
 # Only kernels import triton at the top of a file, and only hf transformers.
 RULES = {
     "kernels": Rule(packages=("torch", "triton")),
@@ -55,10 +55,16 @@ RULES = {
         ("torch", "transformers", "huggingface_hub"),
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),
+    "dtypes": Rule(),
     "verify": Rule(
-        ("checkpoints", "kernels", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
+        ("checkpoints", "dtypes", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
         packages=("torch", "pytest"),  # pytest: of its plugin
-        lazily=("triton", "transformers"),
+        lazily=("transformers",),
+    ),
+    "inspect": Rule(("kernels",), lazily=("triton",)),
+    "cost": Rule(
+        ("checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
+        lazily=("transformers", "pyaccel.kernels"),
     ),
     "benchmarks": Rule(
         packages=("pyaccel", "torch", "numpy", "rich", "pytest"),  # pytest: of test_cases.py

@@ -96,7 +96,7 @@ def test_nothing_is_imported_as_kernels():
         "pyaccel/packing.py",
         "pyaccel/models/bert.py",
         "pyaccel/hf/__init__.py",
-        "pyaccel/verify/machine_code.py",
+        "pyaccel/inspect/compile.py",
         "pyaccel/cli/__init__.py",
         "tests/assertions.py",
     ],

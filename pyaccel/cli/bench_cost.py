@@ -17,8 +17,8 @@ from pyaccel.cli.errors import BadInputError
 if TYPE_CHECKING:
     import torch
 
-    from pyaccel.verify.cost import Card
-    from pyaccel.verify.model_cost import Part
+    from pyaccel.cost.model import Part
+    from pyaccel.cost.roofline import Card
 
 CPU = "this CPU"
 BAR = 40  # characters
@@ -38,22 +38,23 @@ def show_cost(
     as_json: bool,
 ) -> None:
     """Print what stock and accelerated model cost, as tables or JSON, and draw the roofline's times into ``plot``."""
+    from pyaccel.cost import model as model_cost
+    from pyaccel.cost.roofline import CARDS
     from pyaccel.dispatch import NotSupportedError
-    from pyaccel.verify import cost as lane
-    from pyaccel.verify import model_cost
+    from pyaccel.dtypes import DTYPES
 
-    if dtype not in lane.DTYPES:
-        raise BadInputError(f"--dtype {dtype}: expected one of {', '.join(lane.DTYPES)}")
+    if dtype not in DTYPES:
+        raise BadInputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     check_writable(plot, "--plot")
     try:
         config = model_cost.bert_config(model)
         mix = model_cost.length_mix(lengths, batch, seq_len)
         if seq_len > config.max_position_embeddings:
             raise ValueError(f"--seq-len {seq_len}: the model has {config.max_position_embeddings} positions")
-        costs = model_cost.model_costs(config, mix, lane.DTYPES[dtype], training=training, backend=backend)
+        costs = model_cost.model_costs(config, mix, DTYPES[dtype], training=training, backend=backend)
     except (ValueError, NotSupportedError, ImportError) as error:
         raise BadInputError(str(error)) from error
-    cards = {**lane.CARDS, CPU: measured_card(lane.DTYPES[dtype])}
+    cards = {**CARDS, CPU: measured_card(DTYPES[dtype])}
     mode = "training" if training else "evaluation"
     title = f"{model}, {batch} x {seq_len} ({lengths}: {sum(mix)} tokens), {dtype}, {mode}"
     if as_json:
@@ -77,7 +78,7 @@ def _print(
 def draw(title: str, costs: dict[str, list[Part]], cards: dict[str, Card], file: Path) -> None:
     """Each card's least time, stock beside accelerated, as bars; the format is that of the file's name."""
     from pyaccel.benchmarks.report import OUR_COLOUR, matplotlib_figure
-    from pyaccel.verify.model_cost import least_seconds
+    from pyaccel.cost.model import least_seconds
 
     try:
         figure_class, _ = matplotlib_figure()
@@ -105,7 +106,7 @@ def measured_card(dtype: torch.dtype) -> Card:
     """This CPU's rates: the best of a few copies and of a few large matrix products in ``dtype``."""
     import torch
 
-    from pyaccel.verify.cost import Card
+    from pyaccel.cost.roofline import Card
 
     source = torch.ones(32 * 2**20)
     target = torch.empty_like(source)
@@ -126,7 +127,7 @@ def measured_card(dtype: torch.dtype) -> Card:
 
 
 def _as_dict(parts: list[Part], cards: dict[str, Card]) -> dict[str, Any]:
-    from pyaccel.verify import model_cost
+    from pyaccel.cost import model as model_cost
 
     return {
         **model_cost.figures(parts),
@@ -137,7 +138,7 @@ def _as_dict(parts: list[Part], cards: dict[str, Card]) -> dict[str, Any]:
 
 
 def _parts_table(title: str, costs: dict[str, list[Part]], backend: str) -> Table:
-    from pyaccel.verify.model_cost import figures
+    from pyaccel.cost.model import figures
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("part")
@@ -178,7 +179,7 @@ def _cells(sides: list[dict[str, int] | None], columns: tuple[tuple[str, float, 
 
 def _grouped(parts: list[Part]) -> dict[str, Part]:
     """Name -> part, where layers that cost the same are one row."""
-    from pyaccel.verify.model_cost import figures
+    from pyaccel.cost.model import figures
 
     layers = [part for part in parts if part.name.startswith("layer ")]
     if len({tuple(figures([part]).values()) for part in layers}) > 1:
@@ -190,7 +191,7 @@ def _grouped(parts: list[Part]) -> dict[str, Part]:
 
 
 def _ops_table(costs: dict[str, list[Part]]) -> Table:
-    from pyaccel.verify.model_cost import by_op
+    from pyaccel.cost.model import by_op
 
     table = Table(title="by operator", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "operator"):
@@ -206,7 +207,7 @@ def _ops_table(costs: dict[str, list[Part]]) -> Table:
 
 
 def _cards_table(costs: dict[str, list[Part]], cards: dict[str, Card]) -> Table:
-    from pyaccel.verify.model_cost import least_seconds
+    from pyaccel.cost.model import least_seconds
 
     table = Table(title="least time", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("card")

@@ -29,14 +29,16 @@ def cost(
 
     Needs triton and transformers. Exits with 2 for bad options or where these are missing.
     """
-    from pyaccel.verify import cost as lane
+    from pyaccel.cost import layer as lane
+    from pyaccel.cost.roofline import CARDS
+    from pyaccel.dtypes import DTYPES
 
-    for name, value, known in (("--dtype", dtype, lane.DTYPES), ("--card", card, lane.CARDS)):
+    for name, value, known in (("--dtype", dtype, DTYPES), ("--card", card, CARDS)):
         if value not in known:
             raise BadInputError(f"{name} {value}: expected one of {', '.join(known)}")
     try:
         size = lane.LayerSize(
-            batch, seq_len, hidden_size, num_attention_heads, intermediate_size, lane.DTYPES[dtype]
+            batch, seq_len, hidden_size, num_attention_heads, intermediate_size, DTYPES[dtype]
         )
         costs = lane.layer_costs(size)
     except (ValueError, RuntimeError, ImportError) as error:
@@ -51,7 +53,7 @@ def cost(
             "activation_bytes_of_stock": one.activation_bytes / costs[lane.STOCK][mode].activation_bytes,
             "saved_bytes": one.saved_bytes,
             "saved_bytes_of_stock": one.saved_bytes / max(costs[lane.STOCK][mode].saved_bytes, 1),
-            "least_seconds": one.seconds(lane.CARDS[card]),
+            "least_seconds": one.seconds(CARDS[card]),
         }
         for mode in lane.MODES
         for name, one in ((name, by_mode[mode]) for name, by_mode in costs.items())

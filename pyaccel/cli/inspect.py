@@ -22,8 +22,10 @@ from rich.text import Text
 
 from pyaccel.cli.console import output, progress_output
 from pyaccel.cli.errors import BadInputError
-from pyaccel.verify.kernel_specs import KernelSpec, specs
-from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_tasks, listings, tasks
+from pyaccel.inspect.compile import CompilationError, MachineCode, compile_tasks, listings, tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec
+from pyaccel.inspect.specs.registry import specs
 
 JSON_FIELDS = (
     "op",

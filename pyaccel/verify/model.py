@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import dispatch, tuned
+from pyaccel.dtypes import DTYPES
 from pyaccel.hf.report import Report
-from pyaccel.verify.cost import DTYPES
 from pyaccel.verify.op_checks import check_ops
 from pyaccel.verify.policy import RunningMoments, judge_random, same_bits
 from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, VerifyReport, compare

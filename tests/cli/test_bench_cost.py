@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pyaccel import dispatch
 from pyaccel.cli import app, bench_cost
 from pyaccel.cli.errors import BadInputError
-from pyaccel.verify.model_cost import MIXES, bert_config, figures, length_mix, model_costs
+from pyaccel.cost.model import MIXES, bert_config, figures, length_mix, model_costs
 from tests.hf.models import tiny
 
 measured_once = functools.cache(bench_cost.measured_card)

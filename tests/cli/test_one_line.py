@@ -150,7 +150,7 @@ def test_a_file_that_can_not_be_written(
         raise AssertionError("something is computed before the output is tried")
 
     monkeypatch.setattr("pyaccel.checkpoints.load", never)
-    monkeypatch.setattr("pyaccel.verify.model_cost.bert_config", never)
+    monkeypatch.setattr("pyaccel.cost.model.bert_config", never)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("a\n")
     (tmp_path / "folder.npy").mkdir()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyaccel import dispatch, ops
-from pyaccel.verify import cost
+from pyaccel.cost import recorder
 from tests.gpu_stub import card
 from tests.gpu_stub.card import Launch
 
@@ -30,7 +30,7 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 
 class Counted(TorchDispatchMode):
-    """Compares the launches of each of our ops with what :mod:`pyaccel.verify.cost` says of it."""
+    """Compares the launches of each of our ops with what :mod:`pyaccel.cost.recorder` says of it."""
 
     # Of the others only the layers' costs are known, in which they don't occur.
     known = frozenset(
@@ -67,8 +67,10 @@ class Counted(TorchDispatchMode):
                 kwargs or {}
             )
             if name in self.known:
-                expected = cost._launches(name, arguments)
-                assert len(launched) == expected, f"{name}: {expected} launches by cost.py, {launched}"
+                expected = recorder._launches(name, arguments)
+                assert len(launched) == expected, (
+                    f"{name}: {expected} launches by cost/recorder.py, {launched}"
+                )
             elif name != "pyaccel::masked_lm_cross_entropy_backward":  # PyTorch's products alone
                 assert launched, f"{name} launched nothing"
         return out

@@ -13,8 +13,9 @@ import json
 import re
 from typing import Any
 
-from pyaccel.verify.kernel_specs import BUILDERS, KernelSpec, specs
-from pyaccel.verify.machine_code import CompilationError, _compile, _results
+from pyaccel.inspect.compile import CompilationError, _compile, _results
+from pyaccel.inspect.spec import KernelSpec
+from pyaccel.inspect.specs.registry import BUILDERS, specs
 from tests.machine_code import EVERY
 
 ARCH = "sm_90"

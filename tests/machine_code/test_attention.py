@@ -18,6 +18,11 @@ import pytest
 import torch
 
 from pyaccel import dispatch, ops
+from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec
+from pyaccel.inspect.specs import attention as attention_specs
+from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels import (
     attention,
     attention_call,
@@ -28,9 +33,6 @@ from pyaccel.kernels import (
 )
 from pyaccel.kernels import attention_config as config
 from pyaccel.kernels.device import DeviceInfo
-from pyaccel.verify import attention_specs
-from pyaccel.verify.kernel_specs import KernelSpec, specs
-from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
 from tests.machine_code import DISTINCT_ARCHS, EVERY
 
 FULL = {("bf16", "sm_90")} if EVERY else set()

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from pyaccel.inspect.compile import MachineCode, compile_tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec
+from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels import config
-from pyaccel.verify.kernel_specs import KernelSpec, specs
-from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS}

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from pyaccel.inspect.compile import MachineCode, compile_tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.specs import bias_act as bias_gelu_specs
+from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels import bias_gelu, config
 from pyaccel.ops.bias_act.api import ACTIVATIONS
-from pyaccel.verify import bias_gelu_specs
-from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
-from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS, "bf16 + fp32": ("sm_90",)}

@@ -1,4 +1,4 @@
-"""pyaccel.verify.machine_code sees what it must see: spills, widths, matrix instructions, limits, errors."""
+"""pyaccel.inspect.compile sees what it must see: spills, widths, matrix instructions, limits, errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import typer
 from typer.testing import CliRunner
 
 from pyaccel.cli.inspect import JSON_FIELDS, inspect
-from pyaccel.verify import machine_code
-from pyaccel.verify.kernel_specs import BUILDERS, KernelSpec, kernel_spec, specs
-from pyaccel.verify.machine_code import PARTS, CompilationError, MachineCode, compile_all, compile_spec
+from pyaccel.inspect import compile as machine_code
+from pyaccel.inspect.compile import CompilationError, MachineCode, compile_all, compile_spec
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.specs.registry import BUILDERS, specs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.specs import int8 as int8_matmul_specs
+from pyaccel.inspect.specs import quantize as quantize_specs
+from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels import config as row_config
 from pyaccel.kernels import int8_epilogue, int8_matmul, int8_weight_only, quantize
 from pyaccel.kernels import int8_matmul_config as config
 from pyaccel.kernels.int8_epilogue import Epilogue
 from pyaccel.ops.linear.api import ACTIVATIONS
-from pyaccel.verify import int8_matmul_specs, quantize_specs
-from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
-from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
 from tests.machine_code import ARCHS, DISTINCT_ARCHS, EVERY, ROW_ARCHS
 
 Compiled = list[tuple[KernelSpec, MachineCode]]

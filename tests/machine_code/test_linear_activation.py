@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.specs import linear as linear_activation_specs
+from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels import linear_activation
 from pyaccel.kernels import linear_activation_config as config
 from pyaccel.ops.linear.api import ACTIVATIONS
-from pyaccel.verify import linear_activation_specs
-from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
-from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
 from tests.machine_code import ARCHS, DISTINCT_ARCHS, EVERY
 
 Compiled = list[tuple[KernelSpec, MachineCode]]

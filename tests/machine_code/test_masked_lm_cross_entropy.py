@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.specs import mlm_loss as family
+from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels import config, cross_entropy
-from pyaccel.verify import masked_lm_cross_entropy_specs as family
-from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
-from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks, tasks
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pyaccel.verify.kernel_specs import BUILDERS, specs
+from pyaccel.inspect.specs.registry import BUILDERS, specs
 from tests import lane_constraints
 from tests.machine_code.one_per_option import one_per_option
 

@@ -19,10 +19,12 @@ from typing import Any
 import pytest
 import torch
 
+from pyaccel.inspect.compile import MachineCode, compile_tasks
+from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels import column_sum, config, residual_layernorm, residual_layernorm_backward
 from pyaccel.ops.layernorm.checks import MAX_CODES_ROW
-from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec, specs
-from pyaccel.verify.machine_code import PARTS, MachineCode, compile_tasks
 from tests.machine_code import EVERY, ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {

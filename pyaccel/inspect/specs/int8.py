@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
 from pyaccel.kernels import config as row_config
 from pyaccel.kernels.int8_matmul_config import (
     CONFIGS,
@@ -12,7 +13,6 @@ from pyaccel.kernels.int8_matmul_config import (
     Int8MatmulConfig,
     int8_matmul_part,
 )
-from pyaccel.verify.kernel_specs import ARCHS, Argument, KernelSpec, kernel_spec
 
 # dtype label -> (output and residual, bias) as Triton names them.
 DTYPES = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16"), "fp32": ("*fp32", "*fp32")}

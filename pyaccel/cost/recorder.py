@@ -1,13 +1,4 @@
-"""What a BERT layer costs, without a clock or a GPU: launches, bytes moved, bytes saved for backward, FLOPs.
-
-The layers run on meta tensors, which have shapes and no data, and every operator they call is written down: ours and
-those of transformers' layer in eager mode with SDPA, as a GPU would be asked for them (F.dropout and SDPA call other
-operators there than on a CPU; here they call the GPU's). Views cost nothing, an operator reads its inputs and writes
-its outputs once, and parameters (and what is made of parameters alone) are counted apart from activations.
-
-The bound of Williams et al. (roofline; doi:10.1145/1498765.1498785) gives the least time for a card: for each operator
-the greater of bytes over bandwidth and FLOPs over the rate of its matrix units. No card reaches it.
-"""
+"""Operators recorded as they are called, with their launches, FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -17,58 +8,12 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pyaccel import dispatch, ops
-from pyaccel.models.bert import BertConfig, BertLayer
-from pyaccel.nn import Int8Linear
-from pyaccel.nn.encoder_layer import encoder_layer
-
-STOCK, OURS, FUSED = "transformers, SDPA", "pyaccel", "pyaccel, fused product"
-INT8 = "pyaccel, int8"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MODES = ("evaluation", "training")
-
-
-@dataclass(frozen=True)
-class Card:
-    """Datasheet rates: bytes a second of memory, dense 16-bit FLOPs a second of the matrix units."""
-
-    bandwidth: float
-    flops: float
-
-
-CARDS = {
-    "A100": Card(2.039e12, 312e12),
-    "H100": Card(3.35e12, 989e12),
-    "H200": Card(4.8e12, 989e12),
-    "L4": Card(0.3e12, 121e12),
-    "MI300X": Card(5.3e12, 1307e12),
-}
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """A layer and its input: batch and sequence without padding, hidden sizes, 16-bit or other floating dtype."""
-
-    batch: int = 16
-    seq: int = 128
-    hidden: int = 768
-    heads: int = 12
-    intermediate: int = 3072
-    dtype: torch.dtype = torch.bfloat16
-    dropout_p: float = 0.1  # in training
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.seq, self.hidden, self.heads, self.intermediate) < 1:
-            raise ValueError(f"every size must be at least 1, got {self}")
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden size {self.hidden} is not a multiple of {self.heads} heads")
+from pyaccel.cost.roofline import Card
 
 
 @dataclass(frozen=True)
@@ -115,9 +60,6 @@ class Cost:
             for step in (*self.forward, *self.backward)
         )
 
-
-# --- launches and FLOPs of an operator ----------------------------------------------------------------------------
-# One launch where nothing is said. A test counts those of our own ops as they run.
 
 _NO_LAUNCH = {
     "empty",
@@ -267,99 +209,6 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-class AsOnCuda(TorchFunctionMode):
-    """F.dropout and SDPA call the operators that they call for CUDA tensors."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return _cuda_dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _cuda_attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, True)[0] if training and p > 0.0 else input
-
-
-def _cuda_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        raise NotImplementedError("the cost of SDPA is known here without grouped heads only")
-    if attn_mask is not None:  # flash attention takes none: the memory-efficient one does, as a bias
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
-        bias = attn_mask.expand(*query.shape[:3], key.shape[2])
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        needs_lse = torch.is_grad_enabled() and query.requires_grad
-        return efficient(query, key, value, bias, needs_lse, dropout_p, is_causal, scale=scale)[0]
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-
-
-# --- layers -------------------------------------------------------------------------------------------------------
-
-
-def _our_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
-    config = BertConfig(
-        hidden_size=size.hidden,
-        num_attention_heads=size.heads,
-        intermediate_size=size.intermediate,
-        hidden_dropout_prob=size.dropout_p,
-        attention_probs_dropout_prob=size.dropout_p,
-    )
-    layer = BertLayer(config)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dropout_p = size.dropout_p if layer.training else 0.0
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        context = ops.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-        return context.transpose(1, 2).flatten(-2)
-
-    return layer, lambda hidden: encoder_layer(layer, hidden, attend)
-
-
-def _int8_layer(size: LayerSize, *, training: bool) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
-    """Deployed, with int8 weights; in training, with weights that each forward quantises."""
-    layer, run = _our_layer(size)
-    for name, module in list(layer.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            parent, _, last = name.rpartition(".")
-            int8 = Int8Linear.from_linear(module.to(size.dtype))
-            setattr(layer.get_submodule(parent), last, int8 if training else int8.freeze())
-    return layer, run
-
-
-def _stock_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
-    from transformers.models.bert import modeling_bert
-
-    config = modeling_bert.BertConfig(
-        hidden_size=size.hidden,
-        num_attention_heads=size.heads,
-        intermediate_size=size.intermediate,
-        hidden_dropout_prob=size.dropout_p,
-        attention_probs_dropout_prob=size.dropout_p,
-    )
-    config._attn_implementation = "sdpa"
-    layer = modeling_bert.BertLayer(config)
-
-    def run(hidden: Tensor) -> Tensor:
-        with AsOnCuda():
-            out = layer(hidden)
-        return out[0] if isinstance(out, tuple) else out
-
-    return layer, run
-
-
 def measure(
     layer: torch.nn.Module,
     run: Callable[[Tensor], Tensor],
@@ -389,35 +238,3 @@ def measure(
         with recorder:
             torch.autograd.grad(out, (hidden, *parameters), grad, allow_unused=True)
     return Cost(forward, tuple(recorder.steps), sum(saved.values()))
-
-
-def layer_costs(size: LayerSize) -> dict[str, dict[str, Cost]]:
-    """One BERT layer: by who computes it (:data:`STOCK`, :data:`OURS`, :data:`FUSED`, :data:`INT8`), then by mode.
-
-    :data:`FUSED` takes the bias and GELU into the product, which isn't what dispatch chooses until it is measured.
-    :data:`INT8` is dynamic, for 16-bit and fp32 activations.
-
-    Raises:
-        RuntimeError: triton isn't installed, and without it there are no kernels to count.
-    """
-    if not dispatch.has_triton():
-        raise RuntimeError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
-    costs: dict[str, dict[str, Cost]] = {}
-    for name in (STOCK, OURS, FUSED, INT8):
-        backend = "triton" if name == FUSED else "torch"
-        with dispatch.use_backend("auto"), dispatch.use_backend(backend, ops=["linear_activation"]):
-            costs[name] = {mode: _layer_cost(name, size, training=mode == "training") for mode in MODES}
-    return costs
-
-
-def _layer_cost(name: str, size: LayerSize, *, training: bool) -> Cost:
-    with torch.device("meta"):
-        if name == STOCK:
-            layer, run = _stock_layer(size)
-        elif name == INT8:
-            layer, run = _int8_layer(size, training=training)
-        else:
-            layer, run = _our_layer(size)
-        layer.to(size.dtype)
-        hidden = torch.empty(size.batch, size.seq, size.hidden, dtype=size.dtype)
-    return measure(layer, run, hidden, training=training)

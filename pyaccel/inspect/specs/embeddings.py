@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
 from pyaccel.kernels import config
-from pyaccel.verify.kernel_specs import Argument, KernelSpec, kernel_spec
 
 # dtype label -> tables and their gradients, LayerNorm's parameters and the output (under autocast's tables in fp32).
 DTYPES = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
 from pyaccel.kernels import config
 from pyaccel.kernels.config import RowConfig
-from pyaccel.verify.kernel_specs import Argument, KernelSpec, kernel_spec
 
 # dtype label -> (x and what has its dtype, bias) as Triton names them.
 DTYPES = {

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
 from pyaccel.kernels import attention_config
 from pyaccel.kernels.attention_config import AttentionConfig
-from pyaccel.verify.kernel_specs import ARCHS, Argument, KernelSpec, kernel_spec
 
 if TYPE_CHECKING:
     from pyaccel.kernels.attention_call import AttentionCall

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
 from pyaccel.kernels.linear_activation_config import (
     CONFIGS,
     MAX_UNALIGNED_N,
     LinearActivationConfig,
     linear_activation_part,
 )
-from pyaccel.verify.kernel_specs import ARCHS, Argument, KernelSpec, kernel_spec
 
 # dtype label -> (matrices, bias) as Triton names them, and bytes of an element.
 DTYPES = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.kernels import config
-from pyaccel.verify.kernel_specs import KernelSpec, kernel_spec
 
 DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 # Rows of each configuration. Packed batches have any number of them.

@@ -1,7 +1,7 @@
 """What a whole BERT costs, stock beside accelerated: launches, FLOPs, bytes moved, bytes saved for backward.
 
 Both are transformers' own model on meta tensors, the accelerated one after :func:`pyaccel.accelerate`; every operator
-they call is written down (:mod:`pyaccel.verify.cost`). The stock model computes padding, the accelerated one doesn't.
+they call is written down (:mod:`pyaccel.cost.layer`). The stock model computes padding, the accelerated one doesn't.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import checkpoints, dispatch
+from pyaccel.cost.as_cuda import AsOnCuda
+from pyaccel.cost.recorder import Cost, Step, measure
+from pyaccel.cost.roofline import Card
 from pyaccel.packing import PackedLayout, pack, unpack
-from pyaccel.verify.cost import AsOnCuda, Card, Cost, Step, measure
 
 # transformers' names of the sizes in config.json: layers, hidden, heads, intermediate.
 NAMED = {

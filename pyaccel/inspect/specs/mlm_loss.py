@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
 from pyaccel.kernels import config
-from pyaccel.verify.kernel_specs import Argument, KernelSpec, kernel_spec
 
 # Logits and bias have one dtype: autocast converts both.
 DTYPES = ("bf16", "fp16", "fp32")

@@ -1,0 +1,1 @@
+"""Machine code of every kernel configuration, for GPUs that are not there: ``pyaccel inspect``."""

@@ -1,0 +1,1 @@
+"""The kernels of each family with the arguments of real calls, to be compiled."""

@@ -1,0 +1,135 @@
+"""Kernels of residual_layernorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.kernels import config as kernel_config
+
+# dtype label -> (x, residual and sum, parameters, output) as Triton names them.
+ROW_DTYPES = {
+    "bf16": ("bf16", "bf16", "bf16", "bf16"),
+    "fp16": ("fp16", "fp16", "fp16", "fp16"),
+    "fp32": ("fp32", "fp32", "fp32", "fp32"),
+    # As autocast gives them: a 16-bit branch, everything else in fp32.
+    "bf16 + fp32": ("bf16", "fp32", "fp32", "fp32"),
+}
+
+
+def _row_configs(heuristic: Callable[[int], Any]) -> dict[Any, int]:
+    """Every configuration that a row heuristic returns, with the longest row that has it."""
+    # The longest is a power of two: rows whose start is aligned, which is what wide accesses need.
+    return {heuristic(n_cols): n_cols for n_cols in range(1, kernel_config.MAX_ROW + 1)}
+
+
+def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
+    """The family's kernels: forward and backward, lean (inference) and with every option; int8 as inference has it."""
+    # Not a multiple of 16: packed batches have any number of rows.
+    n_rows = 4099
+    threshold = {"threshold": 429496730}
+    specs = []
+    for dtype in dtypes:
+        x, stream, parameter, out = (f"*{name}" for name in ROW_DTYPES[dtype])
+        for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_forward).items():
+            for variant in ("", ", dropout", ", int8"):
+                dropout, int8 = variant == ", dropout", variant == ", int8"
+                if int8 and n_cols > 8192:  # pyaccel.ops.residual_layernorm.MAX_CODES_ROW
+                    continue
+                specs.append(
+                    kernel_spec(
+                        "residual_layernorm",
+                        "forward" + variant,
+                        "pyaccel.kernels.residual_layernorm:forward_kernel",
+                        {
+                            "out_ptr": out,
+                            "sum_ptr": stream if dropout else None,
+                            "codes_ptr": "*i8" if int8 else None,
+                            "codes_scale_ptr": "*fp32" if int8 else None,
+                            "mean_ptr": "*fp32" if dropout else None,
+                            "rstd_ptr": "*fp32" if dropout else None,
+                            "x_ptr": x,
+                            "residual_ptr": stream,
+                            "weight_ptr": parameter,
+                            "bias_ptr": parameter,
+                            "x_bias_ptr": parameter if variant else None,
+                            "key_ptr": "*i64" if dropout else None,
+                            "stride_x_row": n_cols,
+                            "stride_x_col": 1,
+                            "stride_residual_row": n_cols,
+                            "stride_residual_col": 1,
+                            "n_rows": n_rows,
+                            "n_cols": n_cols,
+                            "eps": 1e-12,
+                            "scale": 1.1,
+                            **threshold,
+                        },
+                        {
+                            "RMS_NORM": False,
+                            "BLOCK_ROWS": row_config.block_rows,
+                            "BLOCK_N": row_config.block_n,
+                        },
+                        dtype=dtype,
+                        config=row_config.label,
+                        num_warps=row_config.num_warps,
+                        do_not_specialize=threshold,
+                    )
+                )
+        for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_backward).items():
+            kernel = "backward_tiled_kernel" if row_config.tiled else "backward_kernel"
+            for full in (False, True):
+                specs.append(
+                    kernel_spec(
+                        "residual_layernorm",
+                        "backward, dropout" if full else "backward",
+                        f"pyaccel.kernels.residual_layernorm_backward:{kernel}",
+                        {
+                            "dx_ptr": x,
+                            "dresidual_ptr": stream if full else None,
+                            "dweight_ptr": "*fp32",
+                            "dbias_ptr": "*fp32",
+                            "dx_bias_ptr": "*fp32" if full else None,
+                            "dy_ptr": out,
+                            "dsum_ptr": stream if full else None,
+                            "sum_ptr": stream,
+                            "mean_ptr": "*fp32",
+                            "rstd_ptr": "*fp32",
+                            "weight_ptr": parameter,
+                            "key_ptr": "*i64" if full else None,
+                            "stride_dy_row": n_cols,
+                            "stride_dy_col": 1,
+                            "stride_dsum_row": n_cols if full else 0,
+                            "stride_dsum_col": 1 if full else 0,
+                            "n_rows": n_rows,
+                            "n_cols": n_cols,
+                            "scale": 1.1,
+                            **threshold,
+                        },
+                        {"BLOCK_ROWS": row_config.block_rows, "BLOCK_N": row_config.block_n},
+                        dtype=dtype,
+                        config=row_config.label,
+                        num_warps=row_config.num_warps,
+                        programs_per_sm=row_config.programs_per_sm,
+                        do_not_specialize=threshold,
+                    )
+                )
+        sum_config = kernel_config.column_sum()
+        specs.append(
+            kernel_spec(
+                "residual_layernorm",
+                "column sum",
+                "pyaccel.kernels.column_sum:column_sum_kernel",
+                {
+                    **{f"out{i}_ptr": parameter for i in range(3)},
+                    **{f"partial{i}_ptr": "*fp32" for i in range(3)},
+                    "n_partials": 264,
+                    "n_cols": 768,
+                },
+                {"BLOCK_P": sum_config.block_p, "BLOCK_N": sum_config.block_n},
+                dtype=dtype,
+                config=sum_config.label,
+                num_warps=sum_config.num_warps,
+            )
+        )
+    return specs
