@@ -25,7 +25,8 @@ from pyaccel.hf import fast_path
 from pyaccel.nn import encoder_layer
 from pyaccel.packing import layout
 from pyaccel.verify import VerifyReport, verify
-from pyaccel.verify.op_checks import cases, check_op, check_ops
+from pyaccel.verify.op_cases import cases
+from pyaccel.verify.op_checks import check_op, check_ops
 from pyaccel.verify.policy import RunningMoments, judge_random
 from pyaccel.verify.report import Check, read_budget
 from pyaccel.verify.trace import layout_reason
