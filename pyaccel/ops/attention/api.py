@@ -24,7 +24,7 @@ from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention import varlen as torch_backend
 from pyaccel.ops.attention.checks import Window
-from pyaccel.ops.attention.choice import _cast_under_autocast, _choose, _lengths, _refuse, _without_leading
+from pyaccel.ops.attention.choice import cast_under_autocast, choose, lengths_of, refuse, without_leading
 from pyaccel.ops.attention.sdpa import may_hold, sdpa
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@_cast_under_autocast("query", "key", "value")
+@cast_under_autocast("query", "key", "value")
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -121,11 +121,11 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, scale, enable_gqa, key_padding_mask, window_size
     )
     if reasons:
-        _refuse(op, reasons, query, key, value)
+        refuse(op, reasons, query, key, value)
     absent = 0 if query.dim() == 4 else 4 - max(query.dim(), key.dim(), value.dim())
     query, key, value = arguments.padded_views(query, key, value)
     attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
-    backend = _choose(op, query, key, value, seqlen=query.shape[2])
+    backend = choose(op, query, key, value, seqlen=query.shape[2])
     # On a CPU in eager mode the torch backend drops by PyTorch's mask: ours takes it three times the attention.
     drops_itself = backend == "torch" and dispatch.on_host(query) and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
@@ -144,7 +144,7 @@ def scaled_dot_product_attention(
             seed,
             return_lse,
         )
-        return _without_leading(result, absent) if absent else result
+        return without_leading(result, absent) if absent else result
     if key_padding_mask is not None and not may_hold(~key_padding_mask):
         key_padding_mask = None
     if backend == "torch" and seed is None and not return_lse:
@@ -174,10 +174,10 @@ def scaled_dot_product_attention(
                 upcast=False,
             ),
         )
-    return _without_leading(result, absent) if absent else result
+    return without_leading(result, absent) if absent else result
 
 
-@_cast_under_autocast("query", "key")
+@cast_under_autocast("query", "key")
 def attention_probs(
     query: Tensor,
     key: Tensor,
@@ -211,7 +211,7 @@ def attention_probs(
         query, key, lse, attn_mask, scale, enable_gqa, key_padding_mask, window_size
     )
     if reasons:
-        _refuse(op, reasons, query, key, key)
+        refuse(op, reasons, query, key, key)
     absent = 4 - max(query.dim(), key.dim())
     query, key, _ = arguments.padded_views(query, key, key)
     lse = lse[(None,) * absent]
@@ -223,7 +223,7 @@ def attention_probs(
         no_kernel.append(
             "the kernel has no gradient, and one is needed: detach the inputs or use torch.no_grad()"
         )
-    backend = _choose(op, query, key, key, no_kernel)
+    backend = choose(op, query, key, key, no_kernel)
     if backend == "triton":
         probs = triton_backend.probs(
             query, key, lse, attn_mask, key_padding_mask, is_causal, scale, window_size
@@ -241,7 +241,7 @@ def attention_probs(
             window_size=window_size,
             upcast=False,
         )
-    return cast(Tensor, _without_leading(probs, absent)) if absent else probs
+    return cast(Tensor, without_leading(probs, absent)) if absent else probs
 
 
 # --- packed -------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@_cast_under_autocast("query", "key", "value")
+@cast_under_autocast("query", "key", "value")
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -336,8 +336,8 @@ def varlen_attention(
         window_size,
     )
     if reasons:
-        _refuse(op, reasons, query, key, value)
-    backend = _choose(op, query, key, value, seqlen=max_seqlen_q, dropout_p=dropout_p)
+        refuse(op, reasons, query, key, value)
+    backend = choose(op, query, key, value, seqlen=max_seqlen_q, dropout_p=dropout_p)
     on_host = dispatch.on_host(query)
     drops_itself = backend == "torch" and on_host and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
@@ -366,9 +366,9 @@ def varlen_attention(
     lens_q: list[int] = []
     lens_k: list[int] = []
     if on_host or backend == "reference":
-        lens_q = lens_k = _lengths("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
+        lens_q = lens_k = lengths_of("q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         if cu_seqlens_k is not cu_seqlens_q or (key.shape[0], max_seqlen_k) != (query.shape[0], max_seqlen_q):
-            lens_k = _lengths("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
+            lens_k = lengths_of("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     if backend == "triton":
         return triton_backend.packed(
             query,

@@ -21,7 +21,7 @@ SERVE_ALL: dict[str, list[str]] = {"triton": [], "torch": [], "reference": []}
 Attention = TypeVar("Attention", bound=Callable[..., Any])
 
 
-def _cast_under_autocast(*names: str) -> Callable[[Attention], Attention]:
+def cast_under_autocast(*names: str) -> Callable[[Attention], Attention]:
     """Call the function with its first arguments, of these names, in autocast's dtype, and with autocast off."""
 
     def decorator(function: Attention) -> Attention:
@@ -48,14 +48,14 @@ def _to_autocast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if narrows else x
 
 
-def _refuse(op: str, reasons: list[str], query: Tensor, key: Tensor, value: Tensor) -> None:
+def refuse(op: str, reasons: list[str], query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise for ``reasons``, and for those of the Triton kernels beside them if they were asked for."""
     if dispatch.requested(op) == "triton" and all(isinstance(t, Tensor) for t in (query, key, value)):
         reasons = list(dict.fromkeys([*reasons, *triton_backend.not_supported_reasons(query, key, value)]))
     dispatch.invalid(op, reasons)
 
 
-def _choose(
+def choose(
     op: str,
     query: Tensor,
     key: Tensor,
@@ -87,13 +87,13 @@ def _choose(
     return dispatch.choose(op, {**SERVE_ALL, "triton": triton}, *measured).backend
 
 
-def _without_leading(result: Tensor | tuple[Tensor, Tensor], dims: int) -> Tensor | tuple[Tensor, Tensor]:
+def without_leading(result: Tensor | tuple[Tensor, Tensor], dims: int) -> Tensor | tuple[Tensor, Tensor]:
     """The result without the leading dimensions of size 1 that query, key and value came without."""
     first = (0,) * dims
     return (result[0][first], result[1][first]) if isinstance(result, tuple) else result[first]
 
 
-def _lengths(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[int]:
+def lengths_of(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> list[int]:
     """Sequence lengths, from offsets that are checked on the way."""
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(offsets)]

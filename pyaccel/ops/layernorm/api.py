@@ -20,8 +20,8 @@ from pyaccel.ops.layernorm.checks import (
     not_supported_reasons,
     output_dtype,
 )
-from pyaccel.ops.layernorm.eager import _reference_backend, _torch_backend
-from pyaccel.ops.layernorm.triton import _triton_backend
+from pyaccel.ops.layernorm.eager import reference_backend, torch_backend
+from pyaccel.ops.layernorm.triton import triton_backend
 
 
 @overload
@@ -112,11 +112,11 @@ def residual_layernorm(
     choice = choose_backend(quantize_output, x, residual, weight, bias, x_bias)
     wanted = (return_output, return_sum, quantize_output, quantize_output)
     if choice.backend == "triton":
-        results = _triton_backend(
+        results = triton_backend(
             x, residual, weight, bias, eps, dropout_p, x_bias, rms_norm, out_dtype, wanted
         )
     else:
-        run = _torch_backend if choice.backend == "torch" else _reference_backend
+        run = torch_backend if choice.backend == "torch" else reference_backend
         # Codes are of the output in fp32, before it is rounded to its dtype.
         dtype = torch.promote_types(out_dtype, torch.float32) if quantize_output else out_dtype
         out, total = run(x, residual, weight, bias, eps, dropout_p, x_bias, rms_norm, dtype)

@@ -50,8 +50,8 @@ def not_supported_reasons(
 
 def output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     """The output's: the sum's, and float32 under autocast, as ``F.layer_norm``'s is."""
-    return _sum_dtype(x, residual) if autocast_dtype(x.device) is None else torch.float32
+    return sum_dtype(x, residual) if autocast_dtype(x.device) is None else torch.float32
 
 
-def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)

@@ -17,7 +17,7 @@ def _drops_on_host(x: Tensor, residual: Tensor) -> bool:
     return x.dtype == residual.dtype and dispatch.on_host(x) and runs_now(x, residual)
 
 
-def _torch_backend(
+def torch_backend(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -40,7 +40,7 @@ def _torch_backend(
     return normalise(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype), total
 
 
-def _reference_backend(
+def reference_backend(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,

@@ -13,7 +13,7 @@ from pyaccel.ops.common import differentiable_once
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layernorm.checks import (
     OP,
-    _sum_dtype,
+    sum_dtype,
 )
 
 
@@ -78,7 +78,7 @@ def _forward_outputs(
     n_rows, n_cols = x.shape
     return (
         x.new_empty(n_rows if want_out else 0, n_cols, dtype=out_dtype),
-        x.new_empty(n_rows if want_sum else 0, n_cols, dtype=_sum_dtype(x, residual)),
+        x.new_empty(n_rows if want_sum else 0, n_cols, dtype=sum_dtype(x, residual)),
         x.new_empty(n_rows if want_codes else 0, n_cols, dtype=torch.int8),
         x.new_empty(n_rows if want_codes else 0, dtype=torch.float32),
         x.new_empty(n_rows if want_statistics and not rms_norm else 0, dtype=torch.float32),
@@ -275,7 +275,7 @@ class ResidualLayerNormFunction(torch.autograd.Function):
         return *(g if n else None for g, n in zip(out, needed, strict=True)), *(None,) * 6
 
 
-def _triton_backend(
+def triton_backend(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
