@@ -25,11 +25,7 @@ from pyaccel.nn import Int8Linear
 from pyaccel.nn.encoder_layer import encoder_layer
 
 STOCK, OURS, FUSED = "transformers, SDPA", "pyaccel", "pyaccel, fused product"
-
-
 INT8 = "pyaccel, int8"
-
-
 MODES = ("evaluation", "training")
 
 

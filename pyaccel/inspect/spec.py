@@ -1,6 +1,6 @@
 """What is compiled: every kernel with every launch configuration that ships, and a real call's arguments.
 
-A family adds one builder to :data:`BUILDERS`. Importing this needs no triton.
+A family adds one builder to :mod:`pyaccel.inspect.specs.registry`. Importing this needs no triton.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Any
 # A kernel's argument as a launch has it: "*bf16" for a pointer to bfloat16, a number, None, or a tuple of integers.
 Argument = str | int | float | None | tuple[int, ...]
 
-
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
-
 
 Name = str | tuple[str, int]  # of an argument, or of an element of one that is a tuple
 

@@ -35,7 +35,7 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
         for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_forward).items():
             for variant in ("", ", dropout", ", int8"):
                 dropout, int8 = variant == ", dropout", variant == ", int8"
-                if int8 and n_cols > 8192:  # pyaccel.ops.residual_layernorm.MAX_CODES_ROW
+                if int8 and n_cols > 8192:  # pyaccel.ops.layernorm.checks.MAX_CODES_ROW
                     continue
                 specs.append(
                     kernel_spec(

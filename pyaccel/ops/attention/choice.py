@@ -16,8 +16,6 @@ from pyaccel.ops.attention import varlen as torch_backend
 from pyaccel.ops.common import autocast_dtype
 
 SERVE_ALL: dict[str, list[str]] = {"triton": [], "torch": [], "reference": []}
-
-
 Attention = TypeVar("Attention", bound=Callable[..., Any])
 
 

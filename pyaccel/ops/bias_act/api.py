@@ -1,4 +1,4 @@
-"""Bias + activation: the registered ops, their autograd Function and the public function.
+"""Bias + activation.
 
 What stands between the two matrix products of a Transformer layer's feed-forward half. Source of the erf GELU, which is
 BERT's: arXiv:1606.08415.
@@ -17,12 +17,7 @@ from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quanti
 from pyaccel.reference.residual_layernorm import add_bias
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-
-
 MAX_QUANTIZED_ROW = 16384  # the kernel for int8 codes holds whole rows
-
-
-# --- the public function --------------------------------------------------------------------------------------
 
 
 def not_supported_reasons(

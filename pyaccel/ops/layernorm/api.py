@@ -1,4 +1,4 @@
-"""Bias + dropout + residual + LayerNorm or RMSNorm: the registered ops, their autograd Function and the function.
+"""Bias + dropout + residual + LayerNorm or RMSNorm.
 
 Everything that stands between two matrix products of a post-norm (or pre-norm) Transformer layer, as one kernel
 forward and one backward. Source: LayerNorm, arXiv:1607.06450; RMSNorm, arXiv:1910.07467; placements, arXiv:2002.04745.
