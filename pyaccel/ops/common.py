@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.library import CustomOpDef
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -110,3 +112,22 @@ def differentiable_once(op: Callable[..., Any], name: str, others: str) -> Calla
         return op(*args) if torch.compiler.is_compiling() else Once.apply(*args)
 
     return apply
+
+
+def custom_op(name: str, outputs: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """``torch.library.custom_op`` of a function that mutates nothing, with its fake.
+
+    Args:
+        name: ``"pyaccel::..."``.
+        outputs: makes the op's empty results of some of its arguments, which it names as the op does.
+    """
+    wanted = tuple(inspect.signature(outputs).parameters)
+
+    def registered(function: Callable[..., Any]) -> CustomOpDef:
+        names = tuple(inspect.signature(function).parameters)
+        places = tuple(names.index(each) for each in wanted)
+        op = torch.library.custom_op(name, function, mutates_args=())
+        op.register_fake(lambda *args: outputs(*(args[place] for place in places)))
+        return op
+
+    return registered

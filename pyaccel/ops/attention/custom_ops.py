@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
+from pyaccel.ops.common import custom_op
 
 
 def forward_flops(query: Tensor, value: Tensor, seq_k: int, lengths: Sequence[int] | None = None) -> int:
@@ -49,7 +50,15 @@ def _scores(query: Tensor, seq_k: int, lengths: Sequence[int] | None) -> int:
 #   seq_q, seq_k               the lengths; packed: of the longest sequence
 
 
-@torch.library.custom_op("pyaccel::attention_forward", mutates_args=())
+def _forward_outputs(
+    query: Tensor, value: Tensor, attn_mask: Tensor | None, want_lse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
+    is_float = want_lse and attn_mask is not None and attn_mask.dtype != torch.bool
+    return _like(query, value.shape[3]), lse, torch.empty_like(lse) if is_float else lse.new_empty(0)
+
+
+@custom_op("pyaccel::attention_forward", _forward_outputs)
 def forward_op(
     query: Tensor,
     key: Tensor,
@@ -108,37 +117,23 @@ def _like(x: Tensor, dim: int) -> Tensor:
     return x.new_empty(batch, seq, heads, dim).transpose(1, 2)
 
 
-def _forward_outputs(
-    query: Tensor, value: Tensor, attn_mask: Tensor | None, want_lse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
-    is_float = want_lse and attn_mask is not None and attn_mask.dtype != torch.bool
-    return _like(query, value.shape[3]), lse, torch.empty_like(lse) if is_float else lse.new_empty(0)
+def _backward_outputs(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, want_dmask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dmask = (
+        query.new_empty(0)
+        if attn_mask is None or not want_dmask
+        else attn_mask.new_empty(attn_mask.shape)  # contiguous, whatever the mask is
+    )
+    return (
+        _like(query, query.shape[3]),
+        _like(key, key.shape[3]),
+        _like(value, value.shape[3]),
+        dmask,
+    )
 
 
-@forward_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_key: Tensor | None,
-    seq_q: int,
-    seq_k: int,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-    want_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_outputs(query, value, attn_mask, want_lse)
-
-
-@torch.library.custom_op("pyaccel::attention_backward", mutates_args=())
+@custom_op("pyaccel::attention_backward", _backward_outputs)
 def backward_op(
     dout: Tensor,
     dlse: Tensor | None,
@@ -191,50 +186,11 @@ def backward_op(
     return dq, dk, dv, dmask
 
 
-def _backward_outputs(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, want_dmask: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dmask = (
-        query.new_empty(0)
-        if attn_mask is None or not want_dmask
-        else attn_mask.new_empty(attn_mask.shape)  # contiguous, whatever the mask is
-    )
-    return (
-        _like(query, query.shape[3]),
-        _like(key, key.shape[3]),
-        _like(value, value.shape[3]),
-        dmask,
-    )
+def _probs_outputs(query: Tensor, key: Tensor) -> Tensor:
+    return query.new_empty(*query.shape[:3], key.shape[2])
 
 
-@backward_op.register_fake
-def _(
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    lse_error: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_key: Tensor | None,
-    seq_q: int,
-    seq_k: int,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-    want_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _backward_outputs(query, key, value, attn_mask, want_dmask)
-
-
-@torch.library.custom_op("pyaccel::attention_probs", mutates_args=())
+@custom_op("pyaccel::attention_probs", _probs_outputs)
 def probs_op(
     query: Tensor,
     key: Tensor,
@@ -257,21 +213,6 @@ def probs_op(
     probs = query.new_empty(*query.shape[:3], key.shape[2])
     attention_scores.probs(probs, lse, call, config.attention("scores", call.shape))
     return probs
-
-
-@probs_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], key.shape[2])
 
 
 def _call(

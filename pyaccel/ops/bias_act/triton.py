@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.ops.common import differentiable_once
+from pyaccel.ops.common import custom_op, differentiable_once
 
 OP = "bias_gelu"
 
 
-@torch.library.custom_op("pyaccel::bias_gelu_forward", mutates_args=())
+def _forward_outputs(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@custom_op("pyaccel::bias_gelu_forward", _forward_outputs)
 def forward_op(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Output ``[rows, cols]`` in x's dtype."""
     from pyaccel.kernels import bias_gelu, config
@@ -22,12 +26,11 @@ def forward_op(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return out
 
 
-@forward_op.register_fake
-def _(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _quantize_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("pyaccel::bias_gelu_quantize", mutates_args=())
+@custom_op("pyaccel::bias_gelu_quantize", _quantize_outputs)
 def quantize_op(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """int8 codes ``[rows, cols]`` and fp32 scales ``[rows]`` of the fp32 result."""
     from pyaccel.kernels import bias_gelu, config
@@ -37,16 +40,18 @@ def quantize_op(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor
     return codes, scale
 
 
-def _quantize_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+def _backward_outputs(
+    x: Tensor, bias: Tensor | None, want_dx: bool, want_dbias: bool
+) -> tuple[Tensor, Tensor]:
+    n_rows, n_cols = x.shape
+    dtype = x.dtype if bias is None else bias.dtype
+    return (
+        x.new_empty(n_rows if want_dx else 0, n_cols),
+        x.new_empty(n_cols if want_dbias else 0, dtype=dtype),
+    )
 
 
-@quantize_op.register_fake
-def _(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    return _quantize_outputs(x)
-
-
-@torch.library.custom_op("pyaccel::bias_gelu_backward", mutates_args=())
+@custom_op("pyaccel::bias_gelu_backward", _backward_outputs)
 def backward_op(
     dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, want_dx: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor]:
@@ -64,24 +69,6 @@ def backward_op(
     if want_dbias:
         column_sum.column_sum((dbias, None, None), (partial, None, None), config.column_sum())
     return dx, dbias
-
-
-def _backward_outputs(
-    x: Tensor, bias: Tensor | None, want_dx: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    n_rows, n_cols = x.shape
-    dtype = x.dtype if bias is None else bias.dtype
-    return (
-        x.new_empty(n_rows if want_dx else 0, n_cols),
-        x.new_empty(n_cols if want_dbias else 0, dtype=dtype),
-    )
-
-
-@backward_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, want_dx: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    return _backward_outputs(x, bias, want_dx, want_dbias)
 
 
 backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")

@@ -11,14 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.ops.common import differentiable_once
+from pyaccel.ops.common import custom_op, differentiable_once
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
 # Ids are flat [tokens]; token i is at position position_ids[i % period], or i % period.
 
 
-@torch.library.custom_op("pyaccel::bert_embeddings_forward", mutates_args=())
+def _forward_outputs(
+    input_ids: Tensor, cu_seqlens: Tensor | None, word_weight: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = input_ids.shape[0]
+    return (
+        word_weight.new_empty(tokens, word_weight.shape[1], dtype=out_dtype),
+        word_weight.new_empty(tokens, dtype=torch.float32),
+        word_weight.new_empty(tokens, dtype=torch.float32),
+        word_weight.new_empty(0 if cu_seqlens is None else tokens, dtype=torch.int32),
+        word_weight.new_empty(3, tokens, dtype=torch.bool),
+    )
+
+
+@custom_op("pyaccel::bert_embeddings_forward", _forward_outputs)
 def forward_op(
     input_ids: Tensor,
     position_ids: Tensor | None,
@@ -59,40 +72,35 @@ def forward_op(
     return out, mean, rstd, positions, in_range
 
 
-def _forward_outputs(
-    input_ids: Tensor, cu_seqlens: Tensor | None, word_weight: Tensor, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = input_ids.shape[0]
-    return (
-        word_weight.new_empty(tokens, word_weight.shape[1], dtype=out_dtype),
-        word_weight.new_empty(tokens, dtype=torch.float32),
-        word_weight.new_empty(tokens, dtype=torch.float32),
-        word_weight.new_empty(0 if cu_seqlens is None else tokens, dtype=torch.int32),
-        word_weight.new_empty(3, tokens, dtype=torch.bool),
-    )
-
-
-@forward_op.register_fake
-def _(
-    input_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
+def _backward_outputs(
     word_weight: Tensor,
     position_weight: Tensor | None,
     token_type_weight: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dropout_key: Tensor | None,
-    period: int,
-    eps: float,
-    dropout_p: float,
-    out_dtype: torch.dtype,
+    want_dword: bool,
+    want_dposition: bool,
+    want_dtype: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(input_ids, cu_seqlens, word_weight, out_dtype)
+    hidden = word_weight.shape[1]
+
+    def table(t: Tensor | None, wanted: bool) -> Tensor:
+        # Dense and 0 where no token is, as nn.Embedding's; contiguous, whatever the table's strides.
+        return word_weight.new_zeros(0 if t is None or not wanted else t.shape[0], hidden)
+
+    def vector(dtype: torch.dtype | None) -> Tensor:
+        return word_weight.new_empty(0 if dtype is None else hidden, dtype=dtype)
+
+    return (
+        table(word_weight, want_dword),
+        table(position_weight, want_dposition),
+        table(token_type_weight, want_dtype),
+        vector(dweight_dtype),
+        vector(dbias_dtype),
+    )
 
 
-@torch.library.custom_op("pyaccel::bert_embeddings_backward", mutates_args=())
+@custom_op("pyaccel::bert_embeddings_backward", _backward_outputs)
 def backward_op(
     dy: Tensor,
     input_ids: Tensor,
@@ -120,7 +128,7 @@ def backward_op(
 
     tables = (word_weight, position_weight, token_type_weight)
     want = (want_dword, want_dposition, want_dtype)
-    grads = _backward_outputs(tables, want, dweight_dtype, dbias_dtype)
+    grads = _backward_outputs(*tables, *want, dweight_dtype, dbias_dtype)
     tokens, hidden = dy.shape
     row_config = config.bert_embeddings_backward(hidden)
     n_programs = config.persistent_programs(row_config, tokens, device_info(dy.device).num_sms)
@@ -183,51 +191,6 @@ def _sorted_positions(
 
 def _sorted_types(token_type_ids: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
     return (torch.zeros_like(input_ids), None) if token_type_ids is None else _sorted(token_type_ids)
-
-
-def _backward_outputs(
-    tables: tuple[Tensor, Tensor | None, Tensor | None],
-    want: tuple[bool, bool, bool],
-    dweight_dtype: torch.dtype | None,
-    dbias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    word, hidden = tables[0], tables[0].shape[1]
-
-    def table(t: Tensor | None, wanted: bool) -> Tensor:
-        # Dense and 0 where no token is, as nn.Embedding's; contiguous, whatever the table's strides.
-        return word.new_zeros(0 if t is None or not wanted else t.shape[0], hidden)
-
-    def vector(dtype: torch.dtype | None) -> Tensor:
-        return word.new_empty(0 if dtype is None else hidden, dtype=dtype)
-
-    dword, dposition, dtype = (table(t, wanted) for t, wanted in zip(tables, want, strict=True))
-    return dword, dposition, dtype, vector(dweight_dtype), vector(dbias_dtype)
-
-
-@backward_op.register_fake
-def _(
-    dy: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_key: Tensor | None,
-    period: int,
-    dropout_p: float,
-    padding_idx: int,
-    want_dword: bool,
-    want_dposition: bool,
-    want_dtype: bool,
-    dweight_dtype: torch.dtype | None,
-    dbias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tables = (word_weight, position_weight, token_type_weight)
-    return _backward_outputs(tables, (want_dword, want_dposition, want_dtype), dweight_dtype, dbias_dtype)
 
 
 backward_once = differentiable_once(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
-from pyaccel.ops.common import rows
+from pyaccel.ops.common import custom_op, rows
 
 # kernels/config.py's MAX_ROW and MAX_CODES_ROW, which aren't imported where Triton may be missing
 MAX_ROW = 16384
@@ -69,16 +69,6 @@ def weight_only_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
 
 
-@torch.library.custom_op("pyaccel::quantize_rows", mutates_args=())
-def quantize_rows_op(x: Tensor, factor: Tensor | None, with_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes ``[rows, cols]``, fp32 scales and offsets ``[rows]`` of ``x [rows, cols] * factor [cols]``."""
-    from pyaccel.kernels import config, quantize
-
-    codes, scale, offset = _rows_outputs(x, with_offset)
-    quantize.rows(codes, scale, offset if with_offset else None, x, factor, config.quantize(x.shape[1]))
-    return codes, scale, offset
-
-
 def _rows_outputs(x: Tensor, with_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     n_rows = x.shape[0]
     return (
@@ -88,12 +78,21 @@ def _rows_outputs(x: Tensor, with_offset: bool) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
-@quantize_rows_op.register_fake
-def _(x: Tensor, factor: Tensor | None, with_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows_outputs(x, with_offset)
+@custom_op("pyaccel::quantize_rows", _rows_outputs)
+def quantize_rows_op(x: Tensor, factor: Tensor | None, with_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes ``[rows, cols]``, fp32 scales and offsets ``[rows]`` of ``x [rows, cols] * factor [cols]``."""
+    from pyaccel.kernels import config, quantize
+
+    codes, scale, offset = _rows_outputs(x, with_offset)
+    quantize.rows(codes, scale, offset if with_offset else None, x, factor, config.quantize(x.shape[1]))
+    return codes, scale, offset
 
 
-@torch.library.custom_op("pyaccel::quantize_tensor", mutates_args=())
+def _quantize_tensor_outputs(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@custom_op("pyaccel::quantize_tensor", _quantize_tensor_outputs)
 def quantize_tensor_op(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tensor:
     """int8 codes ``[rows, cols]`` of ``x [rows, cols] * factor [cols]`` by an fp32 scalar."""
     from pyaccel.kernels import config, quantize
@@ -103,17 +102,20 @@ def quantize_tensor_op(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tenso
     return codes
 
 
-@quantize_tensor_op.register_fake
-def _(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
-
-
 def matmul_flops(a: Tensor, b: Tensor) -> int:
     """Of the product of codes ``[M, K]`` and ``[N, K]``, half of 16-bit ones: matrix units do twice as many in int8."""
     return a.numel() * b.shape[0]
 
 
-@torch.library.custom_op("pyaccel::int8_matmul", mutates_args=())
+def _matmul_outputs(a: Tensor, b: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    n_rows = a.shape[0]
+    return (
+        a.new_empty(n_rows, b.shape[0], dtype=out_dtype or torch.int8),
+        a.new_empty(n_rows if out_dtype is None else 0, dtype=torch.float32),
+    )
+
+
+@custom_op("pyaccel::int8_matmul", _matmul_outputs)
 def matmul_op(
     a: Tensor,
     b: Tensor,
@@ -166,30 +168,11 @@ def matmul_op(
     return out, out_scale
 
 
-def _matmul_outputs(a: Tensor, b: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    n_rows = a.shape[0]
-    return (
-        a.new_empty(n_rows, b.shape[0], dtype=out_dtype or torch.int8),
-        a.new_empty(n_rows if out_dtype is None else 0, dtype=torch.float32),
-    )
+def _weight_only_outputs(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@matmul_op.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_offset: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    return _matmul_outputs(a, b, out_dtype)
-
-
-@torch.library.custom_op("pyaccel::int8_weight_only_matmul", mutates_args=())
+@custom_op("pyaccel::int8_weight_only_matmul", _weight_only_outputs)
 def weight_only_op(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
@@ -209,11 +192,6 @@ def weight_only_op(
         launch,
     )
     return out
-
-
-@weight_only_op.register_fake
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _aligned(x: Tensor) -> Tensor:

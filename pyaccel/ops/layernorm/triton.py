@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
-from pyaccel.ops.common import differentiable_once
+from pyaccel.ops.common import custom_op, differentiable_once
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layernorm.checks import (
     OP,
@@ -17,7 +17,28 @@ from pyaccel.ops.layernorm.checks import (
 )
 
 
-@torch.library.custom_op("pyaccel::residual_layernorm_forward", mutates_args=())
+def _forward_outputs(
+    x: Tensor,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    rms_norm: bool,
+    want_out: bool,
+    want_sum: bool,
+    want_codes: bool,
+    want_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n_rows, n_cols = x.shape
+    return (
+        x.new_empty(n_rows if want_out else 0, n_cols, dtype=out_dtype),
+        x.new_empty(n_rows if want_sum else 0, n_cols, dtype=sum_dtype(x, residual)),
+        x.new_empty(n_rows if want_codes else 0, n_cols, dtype=torch.int8),
+        x.new_empty(n_rows if want_codes else 0, dtype=torch.float32),
+        x.new_empty(n_rows if want_statistics and not rms_norm else 0, dtype=torch.float32),
+        x.new_empty(n_rows if want_statistics else 0, dtype=torch.float32),
+    )
+
+
+@custom_op("pyaccel::residual_layernorm_forward", _forward_outputs)
 def forward_op(
     x: Tensor,
     residual: Tensor | None,
@@ -65,48 +86,32 @@ def forward_op(
     return outputs
 
 
-def _forward_outputs(
-    x: Tensor,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-    rms_norm: bool,
-    want_out: bool,
-    want_sum: bool,
-    want_codes: bool,
-    want_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_rows, n_cols = x.shape
+def _backward_outputs(
+    total: Tensor,
+    dx_dtype: torch.dtype | None,
+    dresidual_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    dx_bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n_rows, n_cols = total.shape
+
+    def matrix(dtype: torch.dtype | None) -> Tensor:
+        return total.new_empty(0 if dtype is None else n_rows, n_cols, dtype=dtype)
+
+    def vector(dtype: torch.dtype | None) -> Tensor:
+        return total.new_empty(0 if dtype is None else n_cols, dtype=dtype)
+
     return (
-        x.new_empty(n_rows if want_out else 0, n_cols, dtype=out_dtype),
-        x.new_empty(n_rows if want_sum else 0, n_cols, dtype=sum_dtype(x, residual)),
-        x.new_empty(n_rows if want_codes else 0, n_cols, dtype=torch.int8),
-        x.new_empty(n_rows if want_codes else 0, dtype=torch.float32),
-        x.new_empty(n_rows if want_statistics and not rms_norm else 0, dtype=torch.float32),
-        x.new_empty(n_rows if want_statistics else 0, dtype=torch.float32),
+        matrix(dx_dtype),
+        matrix(dresidual_dtype),
+        vector(dweight_dtype),
+        vector(dbias_dtype),
+        vector(dx_bias_dtype),
     )
 
 
-@forward_op.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    dropout_key: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    out_dtype: torch.dtype,
-    rms_norm: bool,
-    want_out: bool,
-    want_sum: bool,
-    want_codes: bool,
-    want_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics)
-
-
-@torch.library.custom_op("pyaccel::residual_layernorm_backward", mutates_args=())
+@custom_op("pyaccel::residual_layernorm_backward", _backward_outputs)
 def backward_op(
     dy: Tensor,
     dsum: Tensor | None,
@@ -165,50 +170,6 @@ def backward_op(
     partials = tuned.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
     column_sum.column_sum((dweight, dbias, dx_bias), partials, config.column_sum())
     return grads
-
-
-def _backward_outputs(
-    total: Tensor,
-    dx_dtype: torch.dtype | None,
-    dresidual_dtype: torch.dtype | None,
-    dweight_dtype: torch.dtype | None,
-    dbias_dtype: torch.dtype | None,
-    dx_bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_rows, n_cols = total.shape
-
-    def matrix(dtype: torch.dtype | None) -> Tensor:
-        return total.new_empty(0 if dtype is None else n_rows, n_cols, dtype=dtype)
-
-    def vector(dtype: torch.dtype | None) -> Tensor:
-        return total.new_empty(0 if dtype is None else n_cols, dtype=dtype)
-
-    return (
-        matrix(dx_dtype),
-        matrix(dresidual_dtype),
-        vector(dweight_dtype),
-        vector(dbias_dtype),
-        vector(dx_bias_dtype),
-    )
-
-
-@backward_op.register_fake
-def _(
-    dy: Tensor,
-    dsum: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    dropout_key: Tensor | None,
-    dropout_p: float,
-    dx_dtype: torch.dtype | None,
-    dresidual_dtype: torch.dtype | None,
-    dweight_dtype: torch.dtype | None,
-    dbias_dtype: torch.dtype | None,
-    dx_bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward_outputs(total, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
 
 
 backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
-from pyaccel.ops.common import autocast_dtype, differentiable_once
+from pyaccel.ops.common import autocast_dtype, custom_op, differentiable_once
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
@@ -26,7 +26,12 @@ def forward_flops(x: Tensor, weight: Tensor) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-@torch.library.custom_op("pyaccel::linear_activation_forward", mutates_args=())
+def _forward_outputs(x: Tensor, weight: Tensor, want_pre: bool) -> tuple[Tensor, Tensor]:
+    n_out = weight.shape[0]
+    return x.new_empty(x.shape[0], n_out), x.new_empty(x.shape[0] if want_pre else 0, n_out)
+
+
+@custom_op("pyaccel::linear_activation_forward", _forward_outputs)
 def forward_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, want_pre: bool
 ) -> tuple[Tensor, Tensor]:
@@ -58,19 +63,15 @@ def forward_op(
     return out, pre
 
 
-def _forward_outputs(x: Tensor, weight: Tensor, want_pre: bool) -> tuple[Tensor, Tensor]:
-    n_out = weight.shape[0]
-    return x.new_empty(x.shape[0], n_out), x.new_empty(x.shape[0] if want_pre else 0, n_out)
+def _backward_outputs(pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    n_rows, n_cols = pre.shape
+    return (
+        pre.new_empty(n_rows if want_dpre else 0, n_cols),
+        pre.new_empty(0 if bias_dtype is None else n_cols, dtype=bias_dtype or pre.dtype),
+    )
 
 
-@forward_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, want_pre: bool
-) -> tuple[Tensor, Tensor]:
-    return _forward_outputs(x, weight, want_pre)
-
-
-@torch.library.custom_op("pyaccel::linear_activation_backward", mutates_args=())
+@custom_op("pyaccel::linear_activation_backward", _backward_outputs)
 def backward_op(
     dout: Tensor, pre: Tensor, activation: str, want_dpre: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -91,21 +92,6 @@ def backward_op(
     if partial is not None:
         column_sum.column_sum((dbias, None, None), (partial, None, None), config.column_sum())
     return dpre, dbias
-
-
-def _backward_outputs(pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    n_rows, n_cols = pre.shape
-    return (
-        pre.new_empty(n_rows if want_dpre else 0, n_cols),
-        pre.new_empty(0 if bias_dtype is None else n_cols, dtype=bias_dtype or pre.dtype),
-    )
-
-
-@backward_op.register_fake
-def _(
-    dout: Tensor, pre: Tensor, activation: str, want_dpre: bool, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    return _backward_outputs(pre, want_dpre, bias_dtype)
 
 
 backward_once = differentiable_once(

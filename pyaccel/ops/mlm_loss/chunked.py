@@ -13,16 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops.common import differentiable_once, without_autocast
+from pyaccel.ops.common import custom_op, differentiable_once, without_autocast
 
 OP = "masked_lm_cross_entropy"
+
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0. How many tokens
 # are masked is known inside alone: a compiled graph has no sizes that depend on data.
 
 
-@torch.library.custom_op("pyaccel::masked_lm_cross_entropy_forward", mutates_args=())
+def _forward_outputs(
+    hidden: Tensor, weight: Tensor, want_dhidden: bool, want_dweight: bool, want_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, hidden_size = hidden.shape
+    vocab, wide = weight.shape[0], _wide(hidden.dtype)
+    return (
+        hidden.new_empty(tokens, dtype=wide),
+        hidden.new_empty(tokens if want_dhidden else 0, hidden_size),
+        hidden.new_empty(vocab if want_dweight else 0, hidden_size, dtype=wide),
+        hidden.new_empty(vocab if want_dbias else 0, dtype=wide),
+    )
+
+
+@custom_op("pyaccel::masked_lm_cross_entropy_forward", _forward_outputs)
 def forward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -73,36 +87,6 @@ def forward_op(
                 # torch's sum: it reads 16 bits and adds in fp32, in an order of its sizes alone.
                 dbias += logits.sum(0, dtype=dbias.dtype)
     return outputs
-
-
-def _forward_outputs(
-    hidden: Tensor, weight: Tensor, want_dhidden: bool, want_dweight: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, hidden_size = hidden.shape
-    vocab, wide = weight.shape[0], _wide(hidden.dtype)
-    return (
-        hidden.new_empty(tokens, dtype=wide),
-        hidden.new_empty(tokens if want_dhidden else 0, hidden_size),
-        hidden.new_empty(vocab if want_dweight else 0, hidden_size, dtype=wide),
-        hidden.new_empty(vocab if want_dbias else 0, dtype=wide),
-    )
-
-
-@forward_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_scale: Tensor | None,
-    ignore_index: int,
-    chunk_size: int,
-    use_triton: bool,
-    want_dhidden: bool,
-    want_dweight: bool,
-    want_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(hidden, weight, want_dhidden, want_dweight, want_dbias)
 
 
 def check_labels(labels: Tensor, real: Tensor, vocab: int) -> None:
@@ -174,7 +158,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.add_(product)
 
 
-@torch.library.custom_op("pyaccel::masked_lm_cross_entropy_backward", mutates_args=())
+def _backward_outputs(
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    hidden_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(grad: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return grad.new_empty((0, *grad.shape[1:]) if dtype is None else grad.shape, dtype=dtype)
+
+    return like(dhidden, hidden_dtype), like(dweight, weight_dtype), like(dbias, bias_dtype)
+
+
+@custom_op("pyaccel::masked_lm_cross_entropy_backward", _backward_outputs)
 def backward_op(
     dloss: Tensor,
     dhidden: Tensor,
@@ -192,29 +190,6 @@ def backward_op(
             # In fp32, rounded once: as a 0-dim factor dloss would be rounded to 16 bits first.
             torch.mul(grad, dloss.to(_wide(grad.dtype)).reshape(1), out=out)
     return outs
-
-
-def _backward_outputs(
-    dhidden: Tensor, dweight: Tensor, dbias: Tensor, *dtypes: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, c = (
-        grad.new_empty(grad.shape if dtype is not None else (0, *grad.shape[1:]), dtype=dtype)
-        for grad, dtype in zip((dhidden, dweight, dbias), dtypes, strict=True)
-    )
-    return a, b, c
-
-
-@backward_op.register_fake
-def _(
-    dloss: Tensor,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    hidden_dtype: torch.dtype | None,
-    weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_outputs(dhidden, dweight, dbias, hidden_dtype, weight_dtype, bias_dtype)
 
 
 _OTHERS = f"pyaccel.use_backend('reference', ops=['{OP}'])"
