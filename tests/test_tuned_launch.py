@@ -296,7 +296,7 @@ def test_a_default_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_kernel_that_is_tuned_is_one_that_asks() -> None:
     """Each name is one of those that the ops give to `tuned.launch`."""
-    source = "".join(file.read_text() for file in (Path(tuned.__file__).parent / "ops").glob("*.py"))
+    source = "".join(file.read_text() for file in (Path(tuned.__file__).parent / "ops").rglob("*.py"))
     for one in launches():
         name = one.kernel.removeprefix("attention_")
         assert f'"{one.kernel}"' in source or f'_launch("{name}"' in source
