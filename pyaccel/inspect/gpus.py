@@ -34,7 +34,7 @@ class Part:
     register_granule: int = 8
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> float:
-        """Warps that an SM holds at once, as a part of the most it can; 0 for a block that doesn't fit."""
+        """Resident warps of an SM, as a fraction of the most that it holds; 0 for a block that doesn't fit."""
         granule = self.register_granule
         registers = max(-(-registers // granule), 1) * granule
         warps_by_registers = 4 * (self.registers_per_scheduler // registers)

@@ -32,7 +32,7 @@ def encoder_layer(
         attend: takes q, k and v `[..., num_heads, head_dim]`, returns the context `[..., hidden_size]`. Attention's
             own dropout is its business.
         chunk_size: run the feed-forward network on so many rows at a time (in the second last dimension), for less
-            memory and the same numbers; 0: on all at once.
+            memory and the same numbers; 0: on all rows together.
 
     Returns:
         `[..., hidden_size]`. Dropout acts where the layer's dropout modules are in training mode.

@@ -60,6 +60,6 @@ MUTANTS = [
     Mutant("int8: given although a gradient is needed", OP, "    if quantize_output and _needs_gradient(x, bias):", "    if quantize_output and _needs_gradient(x, None):"),
     Mutant("dbias: in x's dtype", "pyaccel/ops/bias_act/triton.py", "dtype = x.dtype if bias is None else bias.dtype", "dtype = x.dtype"),
     Mutant("a copy of x is saved", "pyaccel/ops/bias_act/triton.py", "ctx.save_for_backward(x, bias)", "ctx.save_for_backward(x.clone(), bias)"),
-    Mutant("the bias gradient is summed although nobody wants it", "pyaccel/ops/bias_act/triton.py", "want_dx, want_dbias = ctx.needs_input_grad[:2]\n", "want_dx, want_dbias = ctx.needs_input_grad[0], bias is not None\n"),
+    Mutant("the bias gradient is summed where it is not needed", "pyaccel/ops/bias_act/triton.py", "want_dx, want_dbias = ctx.needs_input_grad[:2]\n", "want_dx, want_dbias = ctx.needs_input_grad[0], bias is not None\n"),
     Mutant("a bias of any stride is taken as contiguous", OP, "bias = None if bias is None else bias.contiguous()", "bias = bias"),
 ]  # fmt: skip

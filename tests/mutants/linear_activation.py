@@ -53,7 +53,7 @@ MUTANTS = [
     Mutant("backward: a copy of x is saved", TRITON, "            x if want_dweight else None", "            x.clone() if want_dweight else None"),
     Mutant("backward: x is saved although the weight is frozen", TRITON, "            x if want_dweight else None", "            x"),
     Mutant("backward: the output is saved for the pre-activation", TRITON, "None if activation is None else output[1]", "None if activation is None else output[0]"),
-    Mutant("backward: the bias gradient is summed although nobody wants it", TRITON, "bias_dtype = ctx.bias_dtype if want_dbias else None", "bias_dtype = ctx.bias_dtype"),
+    Mutant("backward: the bias gradient is summed where it is not needed", TRITON, "bias_dtype = ctx.bias_dtype if want_dbias else None", "bias_dtype = ctx.bias_dtype"),
     Mutant("backward: a double backward through the pre-activation is forgotten", TRITON, "        ctx.set_materialize_grads(False)", "        ctx.mark_non_differentiable(output[1])\n        ctx.set_materialize_grads(False)"),
     Mutant("inference: a pre-activation is written", TRITON, "x.shape[0] if want_pre else 0, n_out", "x.shape[0], n_out"),
     Mutant("the bias of a linear layer: any stride is taken as contiguous", TRITON, "bias = None if bias is None else bias.contiguous()", "bias = bias"),

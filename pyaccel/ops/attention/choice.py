@@ -69,7 +69,7 @@ def choose(
     a measurement may decide, as on a CPU ``dropout_p`` does.
     """
     on_cpu = query.device.type == "cpu"
-    if on_cpu and dispatch.requested(op) != "triton":  # then nobody asks for the reasons of the kernels
+    if on_cpu and dispatch.requested(op) != "triton":  # the reasons of the kernels are not needed
         why = "on the CPU"
         if op == "varlen_attention" and seqlen and dispatch.is_recording():
             training = torch_backend.records(query, key, value)
