@@ -19,7 +19,7 @@ from pyaccel.benchmarks.method import ROOT, Row
 from pyaccel.benchmarks.registry import OURS
 from pyaccel.benchmarks.table import Cell, cells, read
 from pyaccel.tuned import FOLDER as TUNED
-from pyaccel.tuned import read as read_tables
+from pyaccel.tuning_tables import read as read_tables
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"

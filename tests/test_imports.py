@@ -43,7 +43,8 @@ RULES = {
     "reference": Rule(),
     "dispatch": Rule(),
     "packing": Rule(),
-    "tuned": Rule(),
+    "tuned": Rule(("tuning_tables",)),
+    "tuning_tables": Rule(),
     "ops": Rule(("reference", "dispatch", "tuned"), lazily=("pyaccel.kernels",)),
     "nn": Rule(("reference", "dispatch", "packing", "ops")),
     "models": Rule(

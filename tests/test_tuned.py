@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from typer.testing import CliRunner
 
 import pyaccel
-from pyaccel import dispatch, ops, quantization, tuned
+from pyaccel import dispatch, ops, quantization, tuned, tuning_tables
 from pyaccel.benchmarks import tune as tuning
 from pyaccel.benchmarks.registry import Variant
 from pyaccel.cli import app
@@ -271,7 +271,7 @@ def test_things_that_are_no_files(own: Path) -> None:
 
 def test_a_huge_file_is_not_read(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own.write_bytes(_table())
-    monkeypatch.setattr(tuned, "MOST_BYTES", own.stat().st_size - 1)
+    monkeypatch.setattr(tuning_tables, "MOST_BYTES", own.stat().st_size - 1)
     _one_warning("more than .* bytes")
 
 

@@ -1,6 +1,7 @@
 """The public functions: each validates, chooses a backend, and says why it can't where it can't."""
 
-from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention
+from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.bias_act.api import bias_gelu
 from pyaccel.ops.embeddings.api import bert_embeddings
 from pyaccel.ops.int8.linear import int8_linear

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.verify.op_cases import OpCase, Tensors, cases
+from pyaccel.verify.op_case import OpCase, Tensors
+from pyaccel.verify.op_cases import cases
 from pyaccel.verify.policy import same_bits
 from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, compare
 

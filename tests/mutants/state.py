@@ -15,7 +15,7 @@ MUTANTS = [
     Mutant("state: a process-wide request overrides blocks", DISPATCH, "    for scope in reversed(scopes):\n        found", "    for scope in () if rest else reversed(scopes):\n        found"),
     Mutant("state: a block that was never entered says nothing", DISPATCH, "        self._unused = True\n", ""),
     Mutant("state: one recorder sees a choice", DISPATCH, "for recorder in _recorders.get():", "for recorder in _recorders.get()[-1:]:"),
-    Mutant("tuned: a time that is no number is one", TUNED, "type(us) in (int, float) and 0 < us < 1e18", "not us <= 0"),
+    Mutant("tuned: a time that is no number is one", "pyaccel/tuning_tables.py", "type(us) in (int, float) and 0 < us < 1e18", "not us <= 0"),
     Mutant("tuned: sizes of any length", TUNED, "if any(len(timing.size) != len(size) for timing in measured):", "if False:"),
     Mutant("tuned: the folder may not be refused", TUNED, "        except (OSError, RuntimeError) as error:\n            problems", "        except RuntimeError as error:\n            problems"),
     Mutant("tuned: a warning at each call", TUNED, "        _warned.add(problem)\n", ""),

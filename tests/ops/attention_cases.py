@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.ops.attention.api import scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.attention.api import scaled_dot_product_attention
+from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_close_to_truth, assert_statistic

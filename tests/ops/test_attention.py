@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch
 from pyaccel.ops.attention import sdpa as sdpa_backend
-from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention
+from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_statistic
 from tests.ops.attention_helpers import (

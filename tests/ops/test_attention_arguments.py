@@ -14,7 +14,8 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from pyaccel import dispatch, tuned
 from pyaccel.ops.attention import api as module
 from pyaccel.ops.attention import checks as arguments
-from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention
+from pyaccel.ops.attention.packed import varlen_attention
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.ops.attention_helpers import (
     BACKENDS,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyaccel import dispatch
 from pyaccel.ops.attention import varlen as torch_backend
-from pyaccel.ops.attention.api import varlen_attention
+from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_statistic
 from tests.ops.attention_helpers import BF16, F16, F32, NAN, Options, check, leaf

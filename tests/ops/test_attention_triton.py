@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch
-from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention, varlen_attention
+from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention
+from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 from pyaccel.reference.philox import keep_mask

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, tuned
 from pyaccel.ops.attention import sdpa as sdpa_backend
-from pyaccel.ops.attention.api import varlen_attention
+from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic
