@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant("on the CPU: weights of a row of padding alone are 1 in gradients", SDPA, "(top.abs() > _NEAR)", "(top.abs() > math.inf)"),
     Mutant("on the CPU: a negative scale shows what a causal mask hides", SDPA, "and scale <= 0.0:", "and scale <= -1e9:"),
     Mutant("on the CPU: gradients of no queries share memory", SDPA, "is int and query.shape[2] == 0\n", "is int and query.shape[2] < 0\n"),
-    Mutant("packed: keys that no query reads have no gradient", "pyaccel/ops/attention/varlen.py", "return _joined_to(out, key, value) if training and not attended else out", "return out"),
+    Mutant("packed: keys that no query reads have no gradient", "pyaccel/ops/attention/varlen.py", "        return _joined_to(out, key, value)\n", "        return out\n"),
     Mutant("in a graph: NaN of a query hides", SDPA, "_showing(out, query) if may_hide and not reads else out", "out"),
     Mutant("reference: scores of fp16 overflow", REFERENCE, "narrow = wide if dtype == torch.float16 else dtype", "narrow = dtype"),
     Mutant("products: fp16 is served where it was measured", "pyaccel/ops/attention/matmul.py", "if query.dtype not in _EVALUATION or dropout_p == 1.0", "if dropout_p == 1.0"),

@@ -94,8 +94,9 @@ def varlen_by_group(
     if rest.shape[0] or not parts:
         parts.append(reference.zero_output(rest, value_dim))
     out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    attended = any(len_q and len_k for len_q, len_k, _ in groups)
-    return _joined_to(out, key, value) if training and not attended else out
+    if training and not any(len_q and len_k for len_q, len_k, _ in groups):
+        return _joined_to(out, key, value)
+    return out
 
 
 def _joined_to(out: Tensor, *tensors: Tensor) -> Tensor:
