@@ -1,7 +1,7 @@
 """What a whole BERT costs, stock beside accelerated: launches, FLOPs, bytes moved, bytes saved for backward.
 
 Both are transformers' own model on meta tensors, the accelerated one after :func:`pyaccel.accelerate`; every operator
-they call is written down (:mod:`pyaccel.cost.layer`). The stock model computes padding, the accelerated one doesn't.
+they call is written down (:mod:`pyaccel.cost.recorder`). The stock model computes padding, the accelerated one doesn't.
 """
 
 from __future__ import annotations
