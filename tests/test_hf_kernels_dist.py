@@ -29,8 +29,8 @@ from transformers.utils.import_utils import is_kernels_available
 assert is_kernels_available(), "transformers does not see the kernels distribution: this proves nothing"
 import kernels
 assert {hf_kernels!r} in kernels.__file__, kernels.__file__
-import pyaccel.kernels.residual_layernorm as ours
-assert ours.__name__ == "pyaccel.kernels.residual_layernorm"
+import pyaccel.kernels.layernorm.forward as ours
+assert ours.__name__ == "pyaccel.kernels.layernorm.forward"
 
 torch.manual_seed(0)
 config = BertConfig(

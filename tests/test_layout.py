@@ -26,7 +26,7 @@ def git(*args: str | Path, cwd: Path = ROOT) -> str:
 
 
 def test_kernels_is_no_package():
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
 
 
 @pytest.mark.parametrize("folder", ["kernels", "benchmarks"])
@@ -48,12 +48,15 @@ def test_git_keeps_the_link(tmp_path: Path):
     assert listed[3] == "pyaccel/kernels"
     git(*repository, "checkout-index", "--all", f"--prefix={tmp_path}/copy/")
     assert os.readlink(tmp_path / "copy" / "pyaccel" / "kernels") == "../kernels"
-    assert (tmp_path / "copy" / "pyaccel" / "kernels" / "residual_layernorm.py").is_file()
+    assert (tmp_path / "copy" / "pyaccel" / "kernels" / "layernorm" / "forward.py").is_file()
 
 
 def test_nothing_is_imported_as_kernels():
     """Importing every kernel file from the root loads each once, under its one name."""
-    names = [f"pyaccel.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
+    names = [
+        ".".join(["pyaccel", *path.relative_to(ROOT).with_suffix("").parts])
+        for path in sorted((ROOT / "kernels").rglob("*.py"))
+    ]
     code = (
         f"import importlib, sys\n"
         f"for name in {names}:\n"
@@ -83,9 +86,9 @@ def test_nothing_is_imported_as_kernels():
         "LICENSE",
         ".ci/run",
         ".pre-commit-config.yaml",
-        "kernels/config.py",
-        "kernels/philox.py",
-        "kernels/residual_layernorm.py",
+        "kernels/common/configs.py",
+        "kernels/common/philox.py",
+        "kernels/layernorm/forward.py",
         "pyaccel/__init__.py",
         "pyaccel/__main__.py",
         "pyaccel/py.typed",
@@ -141,7 +144,7 @@ def test_house_rule_holds(hook: str):
                 checked.append(name)
                 found = re.search(HOOKS[hook]["entry"], path.read_text(), re.MULTILINE)
                 assert not found, f"{name}: {found[0].strip()!r}: {HOOKS[hook]['name']}"
-    assert "kernels/residual_layernorm.py" in checked
+    assert "kernels/layernorm/forward.py" in checked
 
 
 @pytest.mark.parametrize(("hook", "line"), [(hook, line) for hook, lines in BROKEN.items() for line in lines])

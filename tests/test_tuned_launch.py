@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The configurations with which LayerNorm's forward kernel is launched."""
-    from pyaccel.kernels import residual_layernorm
+    from pyaccel.kernels.layernorm import forward as residual_layernorm
 
     configs: list[Any] = []
     forward = residual_layernorm.forward
@@ -119,13 +119,13 @@ def test_a_configuration_that_no_launch_can_have_is_one_warning_and_the_default(
 
 
 def _default() -> Any:
-    from pyaccel.kernels import config
+    from pyaccel.kernels.layernorm import config
 
     return config.residual_layernorm_forward(64)
 
 
 def test_candidates_are_a_step_away() -> None:
-    from pyaccel.kernels.attention_config import AttentionConfig
+    from pyaccel.kernels.attention.config import AttentionConfig
 
     default = _default()
     found = tune.candidates(default)
@@ -168,15 +168,13 @@ class OutOfResources(Exception):
 
 def launches_of(kernel: str) -> tuple[Any, str, Any]:
     """The launcher's module and name, and a call of an op that launches it by a measured configuration."""
-    from pyaccel.kernels import (
-        attention,
-        attention_dkey_dvalue,
-        attention_dquery,
-        int8_matmul,
-        linear_activation,
-        residual_layernorm,
-        residual_layernorm_backward,
-    )
+    from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
+    from pyaccel.kernels.attention import dq as attention_dquery
+    from pyaccel.kernels.attention import forward as attention
+    from pyaccel.kernels.int8 import matmul as int8_matmul
+    from pyaccel.kernels.layernorm import backward as residual_layernorm_backward
+    from pyaccel.kernels.layernorm import forward as residual_layernorm
+    from pyaccel.kernels.linear import kernels as linear_activation
 
     generator = torch.Generator().manual_seed(0)
 
@@ -274,7 +272,7 @@ def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
 
 
 def test_an_error_of_the_call_itself_is_no_fault_of_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyaccel.kernels import residual_layernorm
+    from pyaccel.kernels.layernorm import forward as residual_layernorm
 
     def failing(*_: Any) -> None:
         raise RuntimeError("the device is gone")

@@ -73,7 +73,7 @@ _NO_LAUNCH = {
 
 
 def _attention_backward_launches(arguments: dict[str, Any]) -> int:
-    from pyaccel.kernels import attention_config
+    from pyaccel.kernels.attention import config as attention_config
 
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     shape = attention_config.AttentionShape(
@@ -94,7 +94,7 @@ def _attention_backward_launches(arguments: dict[str, Any]) -> int:
 
 def _int8_matmul_launches(arguments: dict[str, Any]) -> int:
     """The product, the weight's row sums where there are offsets, and what finishes split or requantised sums."""
-    from pyaccel.kernels import int8_matmul_config
+    from pyaccel.kernels.int8 import config as int8_matmul_config
 
     a, b = arguments["a"], arguments["b"]
     sizes = (a.shape[0], b.shape[0], a.shape[1])

@@ -12,17 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyaccel.kernels import (
-    attention,
-    attention_dkey_dvalue,
-    attention_dquery,
-    attention_scores,
-    attention_short,
-)
-from pyaccel.kernels import attention_config as config
-from pyaccel.kernels.attention_call import AttentionCall
-from pyaccel.kernels.attention_config import AttentionConfig, AttentionShape
-from pyaccel.kernels.device import device_info
+from pyaccel.kernels.attention import config
+from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
+from pyaccel.kernels.attention import dq as attention_dquery
+from pyaccel.kernels.attention import forward as attention
+from pyaccel.kernels.attention import scores as attention_scores
+from pyaccel.kernels.attention import short as attention_short
+from pyaccel.kernels.attention.config import AttentionConfig, AttentionShape
+from pyaccel.kernels.attention.params import AttentionCall
+from pyaccel.kernels.common.device import device_info
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic

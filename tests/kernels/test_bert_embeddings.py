@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from pyaccel import reference
-from pyaccel.kernels import bert_embeddings, bert_embeddings_backward, config, segment_sum
-from pyaccel.kernels.bert_embeddings import Lookup
+from pyaccel.kernels.common import configs, limits, segment_sum
+from pyaccel.kernels.embeddings import backward as bert_embeddings_backward
+from pyaccel.kernels.embeddings import config
+from pyaccel.kernels.embeddings import forward as bert_embeddings
+from pyaccel.kernels.embeddings.forward import Lookup
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference.bert_embeddings import packed_positions
 from tests.assertions import assert_bits_equal, assert_close_to_truth
@@ -195,7 +198,7 @@ def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
             dz, None, None, rows, mean, rstd, lookup, None, None, 0.0, 1, config.bert_embeddings_backward(16)
         )
         total = torch.zeros(4, 16, device=device)
-        segment_sum.segment_sum(total, rows, *torch.sort(ids, stable=True), -1, config.segment_sum(4))
+        segment_sum.segment_sum(total, rows, *torch.sort(ids, stable=True), -1, configs.segment_sum(4))
         results.append((out, dz, total))
     for a, b in zip(*results, strict=True):
         assert_bits_equal(a, b)
@@ -203,7 +206,7 @@ def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
 
 # --- segment sum ----------------------------------------------------------------------------------------------
 
-TINY = config.SegmentSumConfig(4, 32, 1, border_p=2, border_n=16, border_warps=1)
+TINY = configs.SegmentSumConfig(4, 32, 1, border_p=2, border_n=16, border_warps=1)
 # ids, in chunks of 4: runs inside of chunks, across one border, up to a border, over many chunks, and one alone.
 RUNS = {
     "one row": [2],
@@ -242,7 +245,7 @@ def test_segment_sum(
 def test_segment_sum_with_every_configuration(
     config_of: int, device: torch.device, guarded_empty: Alloc
 ) -> None:
-    shipped = config.segment_sum(config_of)
+    shipped = configs.segment_sum(config_of)
     count = 2 * shipped.chunk + 3
     ids = torch.cat([torch.zeros(5), torch.ones(count - 9), torch.full((4,), 5.0)]).int().to(device)
     rows = torch.randn(300, count, device=device).t()  # columns lie far apart
@@ -268,12 +271,12 @@ def test_segment_sum_of_nothing_and_of_what_is_skipped(device: torch.device, gua
 
 def test_configs_are_values_and_rows_have_a_limit() -> None:
     assert {config.bert_embeddings_forward(n) for n in FORWARD} == {
-        config.bert_embeddings_forward(n) for n in range(1, config.MAX_ROW + 1)
+        config.bert_embeddings_forward(n) for n in range(1, limits.MAX_ROW + 1)
     }
     assert {config.bert_embeddings_backward(n) for n in BACKWARD} == {
-        config.bert_embeddings_backward(n) for n in range(1, config.MAX_ROW + 1)
+        config.bert_embeddings_backward(n) for n in range(1, limits.MAX_ROW + 1)
     }
-    assert hash(config.segment_sum(7)) == hash(config.segment_sum(65536))
+    assert hash(configs.segment_sum(7)) == hash(configs.segment_sum(65536))
     for heuristic in (config.bert_embeddings_forward, config.bert_embeddings_backward):
         for hidden in (0, 16385):
             with pytest.raises(ValueError, match="1 to 16384"):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from pyaccel import reference
-from pyaccel.kernels import bias_gelu, config
-from pyaccel.kernels.config import RowConfig
+from pyaccel.kernels.bias_act import config
+from pyaccel.kernels.bias_act import kernels as bias_gelu
+from pyaccel.kernels.common import configs, limits
+from pyaccel.kernels.common.configs import RowConfig
 from pyaccel.ops.bias_act.api import ACTIVATIONS
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.pairwise import pairwise
@@ -67,7 +69,7 @@ def expected(
 
 
 def programs(x: Tensor, row_config: RowConfig, num_sms: int) -> int:
-    return config.programs_per_column(row_config, *x.shape, num_sms)
+    return configs.programs_per_column(row_config, *x.shape, num_sms)
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
@@ -145,7 +147,7 @@ def test_configs_are_values_and_int8_rows_have_a_limit() -> None:
     assert {config.bias_gelu_forward(n) for n in (1536, 3072, 4096)} == {config.bias_gelu_forward(512)}
     assert hash(config.bias_gelu_backward(3072)) == hash(config.bias_gelu_backward(100_000))
     assert {config.bias_gelu_quantize(n) for n in WIDTHS} == {
-        config.bias_gelu_quantize(n) for n in range(1, config.MAX_ROW + 1)
+        config.bias_gelu_quantize(n) for n in range(1, limits.MAX_ROW + 1)
     }
     for cols in WIDTHS:
         assert config.bias_gelu_quantize(cols).block_n >= cols
@@ -169,4 +171,4 @@ def test_configs_are_values_and_int8_rows_have_a_limit() -> None:
 def test_the_persistent_grid_is_spread_over_the_columns(
     rows: int, cols: int, num_sms: int, expected: int
 ) -> None:
-    assert config.programs_per_column(config.bias_gelu_backward(cols), rows, cols, num_sms) == expected
+    assert configs.programs_per_column(config.bias_gelu_backward(cols), rows, cols, num_sms) == expected

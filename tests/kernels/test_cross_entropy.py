@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel.kernels import config, cross_entropy
+from pyaccel.kernels.mlm_loss import config, cross_entropy
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.pairwise import pairwise
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyaccel.kernels import config as row_config
-from pyaccel.kernels import int8_epilogue, int8_matmul, int8_weight_only
-from pyaccel.kernels import int8_matmul_config as config
-from pyaccel.kernels.device import device_info
-from pyaccel.kernels.int8_epilogue import Epilogue
-from pyaccel.kernels.int8_matmul_config import Int8MatmulConfig
+from pyaccel.kernels.common.device import device_info
+from pyaccel.kernels.int8 import config
+from pyaccel.kernels.int8 import epilogue as int8_epilogue
+from pyaccel.kernels.int8 import matmul as int8_matmul
+from pyaccel.kernels.int8 import weight_only as int8_weight_only
+from pyaccel.kernels.int8.config import Int8MatmulConfig
+from pyaccel.kernels.int8.epilogue import Epilogue
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate
 from pyaccel.reference import quantize as reference_quantize
@@ -139,14 +140,14 @@ def test_epilogue(case: dict[str, Any], device: torch.device, guarded_empty: All
 
     sums = guarded_empty((3, rows, n_out), dtype=torch.int32, device=device)
     int8_matmul.matmul(sums, call["a"], call["b"], None, launched)
-    int8_epilogue.finish(split, None, sums, epilogue, row_config.int8_finish(n_out, quantize=False))
+    int8_epilogue.finish(split, None, sums, epilogue, config.int8_finish(n_out, quantize=False))
     assert_bits_equal(split, out, name="split")
 
     wide = torch.empty(rows, n_out, device=device)
-    int8_epilogue.finish(wide, None, sums, epilogue, row_config.int8_finish(n_out, quantize=False))
+    int8_epilogue.finish(wide, None, sums, epilogue, config.int8_finish(n_out, quantize=False))
     again = guarded_empty((rows, n_out), dtype=torch.int8, device=device)
     scale = guarded_empty((rows,), device=device)
-    int8_epilogue.finish(again, scale, sums, epilogue, row_config.int8_finish(n_out, quantize=True))
+    int8_epilogue.finish(again, scale, sums, epilogue, config.int8_finish(n_out, quantize=True))
     for found, right in zip((again, scale), reference_quantize.quantize_per_token(wide), strict=True):
         assert_bits_equal(found, right, name="int8")
 

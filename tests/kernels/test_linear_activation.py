@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyaccel.kernels import linear_activation
-from pyaccel.kernels import linear_activation_config as config
-from pyaccel.kernels.linear_activation_config import LinearActivationConfig
-from pyaccel.kernels.tile_order import tile_of_program
+from pyaccel.kernels.common.tiles import tile_of_program
+from pyaccel.kernels.linear import config
+from pyaccel.kernels.linear import kernels as linear_activation
+from pyaccel.kernels.linear.config import LinearActivationConfig
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth
@@ -92,7 +92,7 @@ def test_it_writes_output_and_pre_activation_and_nothing_else(
 
 
 def _of(device: torch.device, itemsize: int) -> tuple[LinearActivationConfig, ...]:
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.common.device import device_info
 
     return config.CONFIGS[config.linear_activation_part(device_info(device).arch, itemsize)]
 

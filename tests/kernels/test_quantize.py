@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyaccel.kernels import config, quantize
+from pyaccel.kernels.common import limits
+from pyaccel.kernels.int8 import config, quantize
 from pyaccel.reference import quantize as reference
 from tests.assertions import assert_bits_equal
 from tests.kernels.test_linear_activation import view
@@ -99,16 +100,16 @@ def test_sums_of_codes(rows: int, cols: int, gap: int, device: torch.device, gua
 
 
 def test_rows_have_a_limit_and_configs_are_values() -> None:
-    assert [config.quantize(n).label for n in (1, 512, 768, 3072, config.MAX_ROW)] == [
+    assert [config.quantize(n).label for n in (1, 512, 768, 3072, limits.MAX_ROW)] == [
         "4x512, 4 warps",
         "4x512, 4 warps",
         "2x1024, 4 warps",
         "1x4096, 16 warps",
         "1x16384, 16 warps",
     ]
-    for n_cols in range(1, config.MAX_ROW + 1, 37):
+    for n_cols in range(1, limits.MAX_ROW + 1, 37):
         assert config.quantize(n_cols).block_n >= n_cols
     with pytest.raises(ValueError, match="16384"):
-        config.quantize(config.MAX_ROW + 1)
+        config.quantize(limits.MAX_ROW + 1)
     with pytest.raises(ValueError, match="8192"):
         config.int8_finish(8193, quantize=True)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from pyaccel import reference
-from pyaccel.kernels import column_sum as column_sum_module
-from pyaccel.kernels import config, residual_layernorm, residual_layernorm_backward
+from pyaccel.kernels.common import configs
+from pyaccel.kernels.common import reduce as column_sum_module
+from pyaccel.kernels.layernorm import backward as residual_layernorm_backward
+from pyaccel.kernels.layernorm import config
+from pyaccel.kernels.layernorm import forward as residual_layernorm
 from pyaccel.ops.dropout import dropout_key
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
@@ -36,7 +39,7 @@ def test_forward_and_backward_write_all_of_their_outputs_and_nothing_else(
         assert not t.isnan().any()
 
     row_config = config.residual_layernorm_backward(cols)
-    n_programs = config.persistent_programs(row_config, rows, 2)
+    n_programs = configs.persistent_programs(row_config, rows, 2)
     partials = tuple(guarded_empty((n_programs, cols), device=device) for _ in range(3))
     dy, dsum = torch.randn(2, rows, cols, device=device).to(dtype).unbind()
     residual_layernorm_backward.backward(
@@ -46,7 +49,7 @@ def test_forward_and_backward_write_all_of_their_outputs_and_nothing_else(
         assert not t.isnan().any()
 
     outs = tuple(guarded_empty((cols,), dtype=dtype, device=device) for _ in range(3))
-    column_sum_module.column_sum(outs, partials, config.column_sum())
+    column_sum_module.column_sum(outs, partials, configs.column_sum())
     truth = [p.double().sum(0) for p in partials]
     for got, exact, partial in zip(outs, truth, partials, strict=True):
         assert_close_to_truth(got, exact, partial.sum(0).to(dtype))
@@ -106,7 +109,7 @@ def test_any_number_of_programs_gives_the_same_row_gradients(
 def test_column_sum(n_partials: int, device: torch.device, guarded_empty: Alloc) -> None:
     partial = torch.randn(n_partials, 70, device=device) + 0.5
     out = guarded_empty((70,), device=device)
-    column_sum_module.column_sum((None, out, None), (None, partial, None), config.column_sum())
+    column_sum_module.column_sum((None, out, None), (None, partial, None), configs.column_sum())
     assert_close_to_truth(out, partial.double().sum(0), partial.sum(0))
 
 

@@ -23,16 +23,14 @@ from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs import attention as attention_specs
 from pyaccel.inspect.specs.registry import specs
-from pyaccel.kernels import (
-    attention,
-    attention_call,
-    attention_dkey_dvalue,
-    attention_dquery,
-    attention_scores,
-    attention_short,
-)
-from pyaccel.kernels import attention_config as config
-from pyaccel.kernels.device import DeviceInfo
+from pyaccel.kernels.attention import config
+from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
+from pyaccel.kernels.attention import dq as attention_dquery
+from pyaccel.kernels.attention import forward as attention
+from pyaccel.kernels.attention import params as attention_call
+from pyaccel.kernels.attention import scores as attention_scores
+from pyaccel.kernels.attention import short as attention_short
+from pyaccel.kernels.common.device import DeviceInfo
 from tests.machine_code import DISTINCT_ARCHS, EVERY
 
 FULL = {("bf16", "sm_90")} if EVERY else set()

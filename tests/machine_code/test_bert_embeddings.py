@@ -17,7 +17,8 @@ from pyaccel.inspect.compile import MachineCode, compile_tasks
 from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs.registry import specs
-from pyaccel.kernels import config
+from pyaccel.kernels.common import configs, limits
+from pyaccel.kernels.embeddings import config
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS}
@@ -49,10 +50,10 @@ def test_every_configuration_and_architecture_is_there(compiled: Compiled) -> No
     rows = [
         heuristic(n)
         for heuristic in (config.bert_embeddings_forward, config.bert_embeddings_backward)
-        for n in range(1, config.MAX_ROW + 1)
+        for n in range(1, limits.MAX_ROW + 1)
     ]
     # The segment sums' configurations differ in their chunks alone, which are cut at run time.
-    sums = [config.segment_sum(n) for n in (1, 65536, 65537, 2**24)]
+    sums = [configs.segment_sum(n) for n in (1, 65536, 65537, 2**24)]
     assert len({(c.block_n, c.num_warps, c.border_p, c.border_n, c.border_warps) for c in sums}) == 1
     assert all(c.chunk % 16 == 0 for c in sums)
     expected = {(dtype, arch): len(set(rows)) + 2 for dtype, archs in MATRIX.items() for arch in archs}

@@ -19,7 +19,8 @@ from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.inspect.specs import bias_act as bias_gelu_specs
 from pyaccel.inspect.specs.registry import specs
-from pyaccel.kernels import bias_gelu, config
+from pyaccel.kernels.bias_act import kernels as bias_gelu
+from pyaccel.kernels.common import limits
 from pyaccel.ops.bias_act.api import ACTIVATIONS
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
@@ -64,7 +65,7 @@ def test_every_configuration_and_activation_is_there(compiled: Compiled) -> None
     shipped = {
         (name, heuristic(n).label)
         for name, heuristic in bias_gelu_specs.HEURISTICS.items()
-        for n in range(1, config.MAX_ROW + 1)
+        for n in range(1, limits.MAX_ROW + 1)
     }
     for dtype, archs in MATRIX.items():
         for arch in archs:

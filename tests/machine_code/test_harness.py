@@ -304,7 +304,7 @@ def test_two_revisions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     git = ["git", "-C", str(tree), "-c", "user.name=t", "-c", "user.email=t@t"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "before"]):
         subprocess.run([*git, *command], check=True)
-    heuristics = tree / "kernels" / "config.py"
+    heuristics = tree / "kernels" / "mlm_loss" / "config.py"
     text = heuristics.read_text()
     changed = text.replace("num_warps=block_n // 256,", "num_warps=block_n // 256 if block_n > 1024 else 8,")
     assert changed != text

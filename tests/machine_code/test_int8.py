@@ -22,10 +22,12 @@ from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.inspect.specs import int8 as int8_matmul_specs
 from pyaccel.inspect.specs import quantize as quantize_specs
 from pyaccel.inspect.specs.registry import specs
-from pyaccel.kernels import config as row_config
-from pyaccel.kernels import int8_epilogue, int8_matmul, int8_weight_only, quantize
-from pyaccel.kernels import int8_matmul_config as config
-from pyaccel.kernels.int8_epilogue import Epilogue
+from pyaccel.kernels.common import limits
+from pyaccel.kernels.int8 import config, quantize
+from pyaccel.kernels.int8 import epilogue as int8_epilogue
+from pyaccel.kernels.int8 import matmul as int8_matmul
+from pyaccel.kernels.int8 import weight_only as int8_weight_only
+from pyaccel.kernels.int8.epilogue import Epilogue
 from pyaccel.ops.linear.api import ACTIVATIONS
 from tests.machine_code import ARCHS, DISTINCT_ARCHS, EVERY, ROW_ARCHS
 
@@ -35,8 +37,8 @@ Compiled = list[tuple[KernelSpec, MachineCode]]
 LARGEST = config.CONFIGS["hopper"][0].label
 BOTH_LARGEST = {LARGEST, config.TMA_CONFIGS["hopper"][0].label}
 LONGEST = {
-    row_config.quantize(row_config.MAX_ROW).label,
-    row_config.int8_finish(row_config.MAX_CODES_ROW, quantize=True).label,
+    config.quantize(limits.MAX_ROW).label,
+    config.int8_finish(limits.MAX_QUANTIZED_ROW, quantize=True).label,
 }
 
 
@@ -94,7 +96,7 @@ def test_every_configuration_is_there(compiled: Compiled) -> None:
     names = {spec.name for spec, _ in compiled}
     assert {f"everything, {a}" for a in ACTIVATIONS if a is not None} <= names
     assert {"rows", "rows, offset and factor", "tensor", "row sum", "finish", "finish, int8"} <= names
-    widths = {row_config.quantize(n).label for n in range(1, row_config.MAX_ROW + 1)}
+    widths = {config.quantize(n).label for n in range(1, limits.MAX_ROW + 1)}
     assert {s.config for s, _ in compiled if s.name == "rows"} == widths
 
 
@@ -252,7 +254,7 @@ def test_the_other_specs_are_what_is_launched(launches: list[tuple[Any, dict[str
     rows = int8_matmul_specs.N_ROWS
     for n_out in (*int8_matmul_specs.WIDTHS, int8_matmul_specs.N_OUT):
         again = n_out in int8_matmul_specs.WIDTHS
-        chosen = row_config.int8_finish(n_out, quantize=again)
+        chosen = config.int8_finish(n_out, quantize=again)
         out = torch.empty(rows, n_out, dtype=torch.int8 if again else torch.bfloat16)
         sums = torch.empty(1 if again else 3, rows, n_out, dtype=torch.int32)
         terms = epilogue(torch.bfloat16, rows, n_out, "gelu")
@@ -268,13 +270,13 @@ def test_the_other_specs_are_what_is_launched(launches: list[tuple[Any, dict[str
     for n_cols in quantize_specs.WIDTHS:
         x = torch.empty(rows, n_cols, dtype=torch.bfloat16)
         codes, scale, factor = torch.empty(x.shape, dtype=torch.int8), torch.empty(rows), torch.empty(n_cols)
-        quantize.rows(codes, scale, None, x, None, row_config.quantize(n_cols))
-        check("rows", row_config.quantize(n_cols).label)
-        quantize.rows(codes, scale, scale, x, factor, row_config.quantize(n_cols))
-        check("rows, offset and factor", row_config.quantize(n_cols).label)
+        quantize.rows(codes, scale, None, x, None, config.quantize(n_cols))
+        check("rows", config.quantize(n_cols).label)
+        quantize.rows(codes, scale, scale, x, factor, config.quantize(n_cols))
+        check("rows, offset and factor", config.quantize(n_cols).label)
     for n_cols in quantize_specs.TILED_WIDTHS:
         x = torch.empty(rows, n_cols, dtype=torch.bfloat16)
-        chosen = row_config.quantize_by_given_scale(n_cols)
+        chosen = config.quantize_by_given_scale(n_cols)
         quantize.tensor(
             torch.empty(x.shape, dtype=torch.int8), x, torch.empty(n_cols), torch.empty(()), chosen
         )
@@ -282,6 +284,6 @@ def test_the_other_specs_are_what_is_launched(launches: list[tuple[Any, dict[str
     quantize.row_sum(
         torch.empty(3072, dtype=torch.int32),
         torch.empty(3072, 768, dtype=torch.int8),
-        row_config.int8_row_sum(),
+        config.int8_row_sum(),
     )
-    check("row sum", row_config.int8_row_sum().label)
+    check("row sum", config.int8_row_sum().label)

@@ -21,8 +21,8 @@ from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.inspect.specs import linear as linear_activation_specs
 from pyaccel.inspect.specs.registry import specs
-from pyaccel.kernels import linear_activation
-from pyaccel.kernels import linear_activation_config as config
+from pyaccel.kernels.linear import config
+from pyaccel.kernels.linear import kernels as linear_activation
 from pyaccel.ops.linear.api import ACTIVATIONS
 from tests.machine_code import ARCHS, DISTINCT_ARCHS, EVERY
 

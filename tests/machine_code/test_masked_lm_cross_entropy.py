@@ -18,7 +18,7 @@ from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.inspect.specs import mlm_loss as family
 from pyaccel.inspect.specs.registry import specs
-from pyaccel.kernels import config, cross_entropy
+from pyaccel.kernels.mlm_loss import config, cross_entropy
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS}

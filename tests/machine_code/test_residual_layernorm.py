@@ -23,8 +23,11 @@ from pyaccel.inspect.compile import MachineCode, compile_tasks
 from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.inspect.specs.registry import specs
-from pyaccel.kernels import column_sum, config, residual_layernorm, residual_layernorm_backward
-from pyaccel.ops.layernorm.checks import MAX_CODES_ROW
+from pyaccel.kernels.common import configs, limits
+from pyaccel.kernels.common import reduce as column_sum
+from pyaccel.kernels.layernorm import backward as residual_layernorm_backward
+from pyaccel.kernels.layernorm import config
+from pyaccel.kernels.layernorm import forward as residual_layernorm
 from tests.machine_code import EVERY, ROW_ARCHS, ROW_FP32_ARCHS
 
 MATRIX = {
@@ -34,8 +37,8 @@ MATRIX = {
 }
 LEAN = ("bf16", "sm_90")
 COMPLETE = {("bf16", "sm_90"), ("fp32", "sm_90")}
-ROWS = range(1, config.MAX_ROW + 1)
-SOME_ROWS = ROWS if EVERY else (768, MAX_CODES_ROW, config.MAX_ROW)
+ROWS = range(1, limits.MAX_ROW + 1)
+SOME_ROWS = ROWS if EVERY else (768, limits.MAX_QUANTIZED_ROW, limits.MAX_ROW)
 ROW_INPUTS = {
     "forward": {"x_ptr", "residual_ptr"},
     "backward": {"dy_ptr", "dsum_ptr", "sum_ptr"},
@@ -70,12 +73,12 @@ def lean(spec: KernelSpec) -> bool:
 def labels(name: str, dtype: str, arch: str) -> set[str]:
     """The configurations to compile of a kernel."""
     if name == "column sum":
-        return {config.column_sum().label}
+        return {configs.column_sum().label}
     complete = (dtype, arch) in COMPLETE and name not in ("forward", "backward")
     rows = ROWS if complete else SOME_ROWS
     if name.startswith("backward"):
         return {config.residual_layernorm_backward(n).label for n in rows}
-    longest = MAX_CODES_ROW if name.endswith("int8") else config.MAX_ROW
+    longest = limits.MAX_QUANTIZED_ROW if name.endswith("int8") else limits.MAX_ROW
     return {config.residual_layernorm_forward(n).label for n in rows if n <= longest}
 
 
@@ -234,7 +237,7 @@ def test_the_specs_are_what_the_launchers_launch(
     launches: list[Launch], n_cols: int, dtype: str, variant: str
 ) -> None:
     if variant == ", int8":
-        n_cols = min(n_cols, MAX_CODES_ROW)
+        n_cols = min(n_cols, limits.MAX_QUANTIZED_ROW)
     full, int8 = variant == ", dropout", variant == ", int8"
     branch, stream = TORCH_DTYPES[dtype]
     n_rows = 5
@@ -282,13 +285,13 @@ def test_the_specs_are_what_the_launchers_launch(
         3,
         backward_config,
     )
-    column_sum.column_sum((vector,) * 3, (partial,) * 3, config.column_sum())
+    column_sum.column_sum((vector,) * 3, (partial,) * 3, configs.column_sum())
 
     suffix = ", dropout" if full else ""
     labels = [
         ("forward" + variant, forward_config.label),
         ("backward" + suffix, backward_config.label),
-        ("column sum", config.column_sum().label),
+        ("column sum", configs.column_sum().label),
     ]
     shipped = {(s.name, s.config): s for s in specs("residual_layernorm") if s.dtype == dtype}
     assert len(launches) == len(labels)

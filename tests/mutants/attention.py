@@ -7,13 +7,13 @@ from tests.mutants import Mutant
 # Every kernel with small tiles, and every configuration.
 TESTS = ("tests/kernels/test_attention.py",)
 
-TILE = "kernels/attention_tile.py"
-FORWARD = "kernels/attention.py"
-SHORT = "kernels/attention_short.py"
-DQUERY = "kernels/attention_dquery.py"
-DKEY = "kernels/attention_dkey_dvalue.py"
-SCORES = "kernels/attention_scores.py"
-CALL = "kernels/attention_call.py"
+TILE = "kernels/attention/tile.py"
+FORWARD = "kernels/attention/forward.py"
+SHORT = "kernels/attention/short.py"
+DQUERY = "kernels/attention/dq.py"
+DKEY = "kernels/attention/dkv.py"
+SCORES = "kernels/attention/scores.py"
+CALL = "kernels/attention/params.py"
 
 MUTANTS = [
     Mutant("scale: off by 1 %", CALL, '"scale": self.scale,', '"scale": self.scale * 1.01,'),

@@ -15,7 +15,7 @@ TESTS = [
 ]
 
 MUTANTS = [
-    Mutant("attn_mask: a column of NaN counts as masked", "kernels/attention_tile.py", "(bias != float(\"-inf\")).to(tl.int32)", "(bias > float(\"-inf\")).to(tl.int32)"),
+    Mutant("attn_mask: a column of NaN counts as masked", "kernels/attention/tile.py", "(bias != float(\"-inf\")).to(tl.int32)", "(bias > float(\"-inf\")).to(tl.int32)"),
     Mutant("on the CPU: NaN of a short sequence hides", SDPA, "length < _VECTOR)", "length < 0)"),
     Mutant("on the CPU: a mask of fp32 is read as fp64", SDPA, "bias = bias.to(query.dtype)  # PyTorch", "pass  # PyTorch"),
     Mutant("on the CPU: +inf in a mask has no NaN in gradients", SDPA, "if not _below_infinity(bias) or (", "if ("),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-FORWARD = "kernels/bert_embeddings.py"
-BACKWARD = "kernels/bert_embeddings_backward.py"
-SEGMENTS = "kernels/segment_sum.py"
+FORWARD = "kernels/embeddings/forward.py"
+BACKWARD = "kernels/embeddings/backward.py"
+SEGMENTS = "kernels/common/segment_sum.py"
 TRITON = "pyaccel/ops/embeddings/triton.py"
 OP = "pyaccel/ops/embeddings/api.py"
 

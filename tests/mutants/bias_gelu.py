@@ -6,11 +6,11 @@ from tests.mutants import Mutant
 
 TESTS = ("tests/kernels/test_bias_gelu.py", "tests/ops/test_bias_gelu.py")
 
-KERNEL = "kernels/bias_gelu.py"
-TILE = "kernels/activation_tile.py"
-QUANTIZE = "kernels/quantize_tile.py"
-ROW = "kernels/row_tile.py"
-CONFIG = "kernels/config.py"
+KERNEL = "kernels/bias_act/kernels.py"
+TILE = "kernels/common/activations.py"
+QUANTIZE = "kernels/common/tiles.py"
+ROW = "kernels/common/tiles.py"
+CONFIG = "kernels/bias_act/config.py"
 OP = "pyaccel/ops/bias_act/api.py"
 
 MUTANTS = [
@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant("int8: without the bias", KERNEL, "    codes, scale = quantize_rows(activation_tile(x, ACTIVATION), mask)", "    if bias_ptr is not None:\n        x -= tl.load(bias_ptr + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]\n    codes, scale = quantize_rows(activation_tile(x, ACTIVATION), mask)"),
     Mutant("int8: of the rounded result", KERNEL, "quantize_rows(activation_tile(x, ACTIVATION), mask)", "quantize_rows(activation_tile(x, ACTIVATION).to(x_ptr.dtype.element_ty).to(tl.float32), mask)"),
     Mutant("int8: the last rows' scales unmasked", KERNEL, "tl.store(scale_ptr + o_row, scale, mask=m_row)", "tl.store(scale_ptr + o_row, scale)"),
-    Mutant("int8: rows longer than a block are cut", CONFIG, "block_n = max(_next_power_of_2(n_cols), 512)\n    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min(", "block_n = min(max(_next_power_of_2(n_cols), 512), 8192)\n    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min("),
+    Mutant("int8: rows longer than a block are cut", CONFIG, "block_n = max(next_power_of_2(n_cols), 512)\n    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min(", "block_n = min(max(next_power_of_2(n_cols), 512), 8192)\n    return RowConfig(max(2048 // block_n, 1), block_n, num_warps=min("),
     Mutant("int8: given although a gradient is needed", OP, "    if quantize_output and _needs_gradient(x, bias):", "    if quantize_output and _needs_gradient(x, None):"),
     Mutant("dbias: in x's dtype", "pyaccel/ops/bias_act/triton.py", "dtype = x.dtype if bias is None else bias.dtype", "dtype = x.dtype"),
     Mutant("a copy of x is saved", "pyaccel/ops/bias_act/triton.py", "ctx.save_for_backward(x, bias)", "ctx.save_for_backward(x.clone(), bias)"),

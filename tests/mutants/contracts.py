@@ -15,7 +15,7 @@ LAYERNORM = "pyaccel/ops/layernorm/api.py"
 FEED_FORWARD = "pyaccel/ops/linear/mlp.py"
 LINEAR = "pyaccel/ops/linear/api.py"
 GRADIENTS = "pyaccel/ops/common.py"
-ROW_TILE = "kernels/row_tile.py"
+ROW_TILE = "kernels/common/tiles.py"
 LAYERNORM_REFERENCE = "pyaccel/reference/residual_layernorm.py"
 EMBEDDINGS = "pyaccel/ops/embeddings/api.py"
 

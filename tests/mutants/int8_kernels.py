@@ -6,12 +6,12 @@ from tests.mutants import Mutant
 
 TESTS = ("tests/kernels/test_quantize.py", "tests/kernels/test_int8_matmul.py", "tests/ops/test_int8.py")
 
-ROWS = "kernels/quantize.py"
-TILE = "kernels/quantize_tile.py"
-MATMUL = "kernels/int8_matmul.py"
-EPILOGUE = "kernels/int8_epilogue.py"
-WEIGHT_ONLY = "kernels/int8_weight_only.py"
-CONFIG = "kernels/int8_matmul_config.py"
+ROWS = "kernels/int8/quantize.py"
+TILE = "kernels/common/tiles.py"
+MATMUL = "kernels/int8/matmul.py"
+EPILOGUE = "kernels/int8/epilogue.py"
+WEIGHT_ONLY = "kernels/int8/weight_only.py"
+CONFIG = "kernels/int8/config.py"
 OP = "pyaccel/ops/int8/triton.py"
 
 MUTANTS = [

@@ -11,13 +11,13 @@ TESTS = [
 MUTANTS = [
     Mutant(
         "launches: on the current device",
-        "kernels/device.py",
+        "kernels/common/device.py",
         "return torch.cuda.device(tensor.device)",
         "return contextlib.nullcontext()",
     ),
     Mutant(
         "launches: on the first device",
-        "kernels/device.py",
+        "kernels/common/device.py",
         "return torch.cuda.device(tensor.device)",
         "return torch.cuda.device(0)",
     ),

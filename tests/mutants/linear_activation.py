@@ -6,9 +6,9 @@ from tests.mutants import Mutant
 
 TESTS = ("tests/kernels/test_linear_activation.py", "tests/ops/test_linear_activation.py")
 
-KERNEL = "kernels/linear_activation.py"
-ORDER = "kernels/tile_order.py"
-CONFIG = "kernels/linear_activation_config.py"
+KERNEL = "kernels/linear/kernels.py"
+ORDER = "kernels/common/tiles.py"
+CONFIG = "kernels/linear/config.py"
 TRITON = "pyaccel/ops/linear/triton.py"
 OP = "pyaccel/ops/linear/api.py"
 

@@ -6,8 +6,8 @@ from tests.mutants import Mutant
 
 TESTS = ("tests/kernels/test_cross_entropy.py", "tests/ops/test_masked_lm_cross_entropy.py")
 
-KERNEL = "kernels/cross_entropy.py"
-CONFIG = "kernels/config.py"
+KERNEL = "kernels/mlm_loss/cross_entropy.py"
+CONFIG = "kernels/mlm_loss/config.py"
 OPS = "pyaccel/ops/mlm_loss/chunked.py"
 PUBLIC = "pyaccel/ops/mlm_loss/api.py"
 REFERENCE = "pyaccel/reference/masked_lm_cross_entropy.py"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-FORWARD = "kernels/residual_layernorm.py"
-BACKWARD = "kernels/residual_layernorm_backward.py"
-COLUMN_SUM = "kernels/column_sum.py"
-PHILOX = "kernels/philox.py"
-QUANTIZE = "kernels/quantize_tile.py"
-CONFIG = "kernels/config.py"
+FORWARD = "kernels/layernorm/forward.py"
+BACKWARD = "kernels/layernorm/backward.py"
+COLUMN_SUM = "kernels/common/reduce.py"
+PHILOX = "kernels/common/philox.py"
+QUANTIZE = "kernels/common/tiles.py"
+CONFIG = "kernels/common/configs.py"
 OP = "pyaccel/ops/layernorm/api.py"
 
 MUTANTS = [

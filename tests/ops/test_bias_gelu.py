@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.kernels import column_sum
+from pyaccel.kernels.common import reduce as column_sum
 from pyaccel.ops import bias_gelu as public
 from pyaccel.ops.bias_act.api import ACTIVATIONS
 from pyaccel.ops.bias_act.triton import backward_op

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops
-from pyaccel.kernels import bias_gelu, column_sum
-from pyaccel.kernels import linear_activation as kernel
+from pyaccel.kernels.bias_act import kernels as bias_gelu
+from pyaccel.kernels.common import reduce as column_sum
+from pyaccel.kernels.linear import kernels as kernel
 from pyaccel.ops.linear import onednn
 from pyaccel.ops.linear import triton as triton_backend
 from pyaccel.ops.linear.api import ACTIVATIONS

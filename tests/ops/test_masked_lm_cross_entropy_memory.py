@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyaccel import dispatch, ops
-from pyaccel.kernels import config
+from pyaccel.kernels.mlm_loss import config
 from pyaccel.ops.mlm_loss import chunked as registered
 
 F32, BF16 = torch.float32, torch.bfloat16

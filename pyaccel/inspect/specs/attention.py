@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
-from pyaccel.kernels import attention_config
-from pyaccel.kernels.attention_config import AttentionConfig
+from pyaccel.kernels.attention import config as attention_config
+from pyaccel.kernels.attention.config import AttentionConfig
 
 if TYPE_CHECKING:
-    from pyaccel.kernels.attention_call import AttentionCall
+    from pyaccel.kernels.attention.params import AttentionCall
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {
@@ -61,13 +61,11 @@ def attention() -> list[KernelSpec]:
 
 
 def _kernels() -> list[Kernel]:
-    from pyaccel.kernels import (
-        attention,
-        attention_dkey_dvalue,
-        attention_dquery,
-        attention_scores,
-        attention_short,
-    )
+    from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
+    from pyaccel.kernels.attention import dq as attention_dquery
+    from pyaccel.kernels.attention import forward as attention
+    from pyaccel.kernels.attention import scores as attention_scores
+    from pyaccel.kernels.attention import short as attention_short
 
     def forward(call: AttentionCall, config: AttentionConfig) -> dict[str, Any]:
         return attention.forward_arguments(_like(call.query), _lse(call), _error(call), call, config)
@@ -104,26 +102,26 @@ def _kernels() -> list[Kernel]:
         mask, lse = call.query.new_empty(BATCH, 1, call.seq_q, call.seq_k), _lse(call)
         return attention_scores.dmask_arguments(mask, _like(call.query), lse, _error(call), lse, call, config)
 
-    short, both = "attention_short:{}_short_kernel", PLAIN + EXTRAS
-    halves = "attention_dkey_dvalue:dkey_dvalue_kernel"
+    short, both = "short:{}_short_kernel", PLAIN + EXTRAS
+    halves = "dkv:dkey_dvalue_kernel"
     return [
         Kernel("forward", short.format("forward"), "forward_short", 64, both, forward_short),
         Kernel("forward", short.format("forward"), "forward_short", 128, both, forward_short),
-        Kernel("forward", "attention:forward_kernel", "forward", 512, both, forward),
+        Kernel("forward", "forward:forward_kernel", "forward", 512, both, forward),
         Kernel("backward", short.format("backward"), "backward_short", 64, both, backward_short),
         Kernel("backward", short.format("backward"), "backward_short", 128, both, backward_short),
-        Kernel("dquery", "attention_dquery:dquery_kernel", "dquery", 512, both, dquery),
+        Kernel("dquery", "dq:dquery_kernel", "dquery", 512, both, dquery),
         Kernel("dkey, dvalue", halves, "dkey_dvalue", 512, both, dkey_dvalue(True, True)),
         Kernel("dkey", halves, "dkey_dvalue", 512, both, dkey_dvalue(True, False)),
         Kernel("dvalue", halves, "dkey_dvalue", 512, both, dkey_dvalue(False, True)),
-        Kernel("weights", "attention_scores:probs_kernel", "scores", 512, EXTRAS[1:], weights),
-        Kernel("dmask", "attention_scores:dmask_kernel", "scores", 512, EXTRAS[1:], dmask),
+        Kernel("weights", "scores:probs_kernel", "scores", 512, EXTRAS[1:], weights),
+        Kernel("dmask", "scores:dmask_kernel", "scores", 512, EXTRAS[1:], dmask),
     ]
 
 
 def make_call(dtype: torch.dtype, dim: int, seq: int, has: str) -> AttentionCall:
     """A call on tensors without memory, views of one for query, key and value; ``has`` is of PLAIN or EXTRAS."""
-    from pyaccel.kernels.attention_call import AttentionCall
+    from pyaccel.kernels.attention.params import AttentionCall
 
     packed, meta = has.startswith("packed"), torch.device("meta")
     shape = (1, BATCH * seq) if packed else (BATCH, seq)
@@ -182,7 +180,7 @@ def _specs(kernel: Kernel, dtype: str, dim: int, has: str) -> Iterator[KernelSpe
         yield kernel_spec(
             "attention",
             f"{kernel.label}, {length}head dim {dim}, {has}",
-            f"pyaccel.kernels.{kernel.fn}",
+            f"pyaccel.kernels.attention.{kernel.fn}",
             arguments,
             constexprs,
             dtype=dtype,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
-from pyaccel.kernels import config
-from pyaccel.kernels.config import RowConfig
+from pyaccel.kernels.bias_act import config
+from pyaccel.kernels.common import limits
+from pyaccel.kernels.common.configs import RowConfig
 
 # dtype label -> (x and what has its dtype, bias) as Triton names them.
 DTYPES = {
@@ -24,7 +25,7 @@ N_ROWS = 4099
 WIDTHS = {
     "forward": (256, 3072),
     "backward": (256, 3072),
-    "int8": (512, 1024, 2048, 4096, 8192, config.MAX_ROW),
+    "int8": (512, 1024, 2048, 4096, 8192, limits.MAX_ROW),
 }
 HEURISTICS: dict[str, Callable[[int], RowConfig]] = {
     "forward": config.bias_gelu_forward,
@@ -53,7 +54,7 @@ def bias_gelu() -> list[KernelSpec]:
         kernel_spec(
             "bias_gelu",
             f"{kind}, {activation}",
-            f"pyaccel.kernels.bias_gelu:{KERNELS[kind]}",
+            f"pyaccel.kernels.bias_act.kernels:{KERNELS[kind]}",
             arguments(kind, *DTYPES[dtype], n_cols),
             {
                 "ACTIVATION": activation,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
-from pyaccel.kernels import config
+from pyaccel.kernels.common import configs, limits
+from pyaccel.kernels.embeddings import config
 
 # dtype label -> tables and their gradients, LayerNorm's parameters and the output (under autocast's tables in fp32).
 DTYPES = {
@@ -33,9 +34,9 @@ def bert_embeddings() -> list[KernelSpec]:
     return [spec for dtype in DTYPES for spec in (*_row_kernels(dtype), *_segment_sums(dtype))]
 
 
-def _longest(heuristic: Callable[[int], config.RowConfig]) -> dict[config.RowConfig, int]:
+def _longest(heuristic: Callable[[int], configs.RowConfig]) -> dict[configs.RowConfig, int]:
     """Every configuration with the longest row that has it: a power of two, whose rows are aligned."""
-    return {heuristic(n_cols): n_cols for n_cols in range(1, config.MAX_ROW + 1)}
+    return {heuristic(n_cols): n_cols for n_cols in range(1, limits.MAX_ROW + 1)}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,8 +44,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _row_kernels(dtype: str) -> Iterator[KernelSpec]:
-    from pyaccel.kernels import bert_embeddings as forward
-    from pyaccel.kernels import bert_embeddings_backward as backward
+    from pyaccel.kernels.embeddings import backward, forward
 
     table_dtype, parameter_dtype = DTYPES[dtype]
     ids, positions = _empty(TOKENS, dtype=torch.int64), _empty(TOKENS, dtype=torch.int32)
@@ -61,7 +61,7 @@ def _row_kernels(dtype: str) -> Iterator[KernelSpec]:
             rows, statistic, statistic, positions, in_range, lookup(hidden, None), offsets, vector, vector, key,
             1e-12, 0.1, row_config,
         )  # fmt: skip
-        yield _spec("forward", "bert_embeddings:forward_kernel", arguments, dtype, row_config)
+        yield _spec("forward", "embeddings.forward:forward_kernel", arguments, dtype, row_config)
     for row_config, hidden in _longest(config.bert_embeddings_backward).items():
         rows, vector = _empty(TOKENS, hidden, dtype=table_dtype), _empty(hidden, dtype=parameter_dtype)
         partial = _empty(264, hidden)
@@ -79,21 +79,21 @@ def _row_kernels(dtype: str) -> Iterator[KernelSpec]:
             row_config,
         )
         kernel = "backward_tiled_kernel" if row_config.tiled else "backward_kernel"
-        yield _spec("backward", f"bert_embeddings_backward:{kernel}", arguments, dtype, row_config)
+        yield _spec("backward", f"embeddings.backward:{kernel}", arguments, dtype, row_config)
 
 
 def _segment_sums(dtype: str) -> Iterator[KernelSpec]:
-    from pyaccel.kernels import segment_sum
+    from pyaccel.kernels.common import segment_sum
 
     # One for every length: chunks are cut at run time.
-    sum_config = config.segment_sum(TOKENS)
+    sum_config = configs.segment_sum(TOKENS)
     rows, out = (_empty(n, 768, dtype=DTYPES[dtype][0]) for n in (TOKENS, 30522))
     ids = _empty(TOKENS, dtype=torch.int64)
     partial = _empty(-(-TOKENS // sum_config.chunk), 2, 768)
     chunk = segment_sum.chunk_arguments(out, partial, rows, ids, ids, 0, sum_config)
-    yield _spec("table gradient, chunks", "segment_sum:chunk_kernel", chunk, dtype, sum_config)
+    yield _spec("table gradient, chunks", "common.segment_sum:chunk_kernel", chunk, dtype, sum_config)
     border = segment_sum.border_arguments(out, partial, rows, ids, sum_config)
-    yield _spec("table gradient, borders", "segment_sum:border_kernel", border, dtype, sum_config)
+    yield _spec("table gradient, borders", "common.segment_sum:border_kernel", border, dtype, sum_config)
 
 
 def _spec(
@@ -101,13 +101,13 @@ def _spec(
     fn: str,
     arguments: dict[str, Any],
     dtype: str,
-    launch: config.RowConfig | config.SegmentSumConfig,
+    launch: configs.RowConfig | configs.SegmentSumConfig,
 ) -> KernelSpec:
     given: dict[str, Argument] = {
         key: POINTERS[value.dtype] if isinstance(value, Tensor) else value for key, value in arguments.items()
     }
     constexprs = {key: given.pop(key) for key in list(given) if key.isupper()}
-    borders = isinstance(launch, config.SegmentSumConfig) and name.endswith("borders")
+    borders = isinstance(launch, configs.SegmentSumConfig) and name.endswith("borders")
     return kernel_spec(
         "bert_embeddings",
         name,
@@ -117,6 +117,6 @@ def _spec(
         dtype=dtype,
         config=launch.label,
         num_warps=launch.border_warps if borders else launch.num_warps,  # type: ignore[union-attr]
-        programs_per_sm=launch.programs_per_sm if isinstance(launch, config.RowConfig) else 0,
+        programs_per_sm=launch.programs_per_sm if isinstance(launch, configs.RowConfig) else 0,
         do_not_specialize=["threshold", "search_steps"],
     )

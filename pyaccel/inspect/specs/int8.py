@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
-from pyaccel.kernels import config as row_config
-from pyaccel.kernels.int8_matmul_config import (
+from pyaccel.kernels.common import limits
+from pyaccel.kernels.int8.config import (
     CONFIGS,
     TMA_CONFIGS,
     WEIGHT_ONLY_CONFIGS,
     Int8MatmulConfig,
+    int8_finish,
     int8_matmul_part,
 )
 
@@ -23,7 +24,7 @@ N_ROWS, N_OUT, N_IN = 4099, 3072, 768
 # An inner dimension that no block divides.
 UNEVEN_IN = 784
 # Rows of each configuration that quantises them again.
-WIDTHS = (512, 1024, 2048, 4096, row_config.MAX_CODES_ROW)
+WIDTHS = (512, 1024, 2048, 4096, limits.MAX_QUANTIZED_ROW)
 
 
 def int8_matmul() -> list[KernelSpec]:
@@ -86,7 +87,7 @@ def _product(
     return kernel_spec(
         "int8_matmul",
         name,
-        "pyaccel.kernels.int8_matmul:matmul_kernel",
+        "pyaccel.kernels.int8.matmul:matmul_kernel",
         {
             "out_ptr": out,
             "a_ptr": "*i8",
@@ -139,13 +140,13 @@ def _finish() -> Iterator[KernelSpec]:
     for dtype, (out, _) in DTYPES.items():
         for n_out in (*WIDTHS, N_OUT):
             quantize = n_out in WIDTHS
-            config = row_config.int8_finish(n_out, quantize=quantize)
+            config = int8_finish(n_out, quantize=quantize)
             epilogue = _epilogue(dtype, residual=True)
             epilogue["stride_residual_row"] = n_out
             yield kernel_spec(
                 "int8_matmul",
                 "finish, int8" if quantize else "finish",
-                "pyaccel.kernels.int8_epilogue:finish_kernel",
+                "pyaccel.kernels.int8.epilogue:finish_kernel",
                 {
                     "out_ptr": "*i8" if quantize else out,
                     "out_scale_ptr": "*fp32" if quantize else None,
@@ -171,7 +172,7 @@ def _weight_only() -> Iterator[KernelSpec]:
                 yield kernel_spec(
                     "int8_matmul",
                     variant,
-                    "pyaccel.kernels.int8_weight_only:weight_only_kernel",
+                    "pyaccel.kernels.int8.weight_only:weight_only_kernel",
                     {
                         "out_ptr": x,
                         "x_ptr": x,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
-from pyaccel.kernels import config as kernel_config
+from pyaccel.kernels.common import configs, limits
+from pyaccel.kernels.layernorm import config as kernel_config
 
 # dtype label -> (x, residual and sum, parameters, output) as Triton names them.
 ROW_DTYPES = {
@@ -21,7 +22,7 @@ ROW_DTYPES = {
 def _row_configs(heuristic: Callable[[int], Any]) -> dict[Any, int]:
     """Every configuration that a row heuristic returns, with the longest row that has it."""
     # The longest is a power of two: rows whose start is aligned, which is what wide accesses need.
-    return {heuristic(n_cols): n_cols for n_cols in range(1, kernel_config.MAX_ROW + 1)}
+    return {heuristic(n_cols): n_cols for n_cols in range(1, limits.MAX_ROW + 1)}
 
 
 def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
@@ -35,13 +36,13 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
         for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_forward).items():
             for variant in ("", ", dropout", ", int8"):
                 dropout, int8 = variant == ", dropout", variant == ", int8"
-                if int8 and n_cols > 8192:  # pyaccel.ops.layernorm.checks.MAX_CODES_ROW
+                if int8 and n_cols > limits.MAX_QUANTIZED_ROW:
                     continue
                 specs.append(
                     kernel_spec(
                         "residual_layernorm",
                         "forward" + variant,
-                        "pyaccel.kernels.residual_layernorm:forward_kernel",
+                        "pyaccel.kernels.layernorm.forward:forward_kernel",
                         {
                             "out_ptr": out,
                             "sum_ptr": stream if dropout else None,
@@ -83,7 +84,7 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
                     kernel_spec(
                         "residual_layernorm",
                         "backward, dropout" if full else "backward",
-                        f"pyaccel.kernels.residual_layernorm_backward:{kernel}",
+                        f"pyaccel.kernels.layernorm.backward:{kernel}",
                         {
                             "dx_ptr": x,
                             "dresidual_ptr": stream if full else None,
@@ -114,12 +115,12 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
                         do_not_specialize=threshold,
                     )
                 )
-        sum_config = kernel_config.column_sum()
+        sum_config = configs.column_sum()
         specs.append(
             kernel_spec(
                 "residual_layernorm",
                 "column sum",
-                "pyaccel.kernels.column_sum:column_sum_kernel",
+                "pyaccel.kernels.common.reduce:column_sum_kernel",
                 {
                     **{f"out{i}_ptr": parameter for i in range(3)},
                     **{f"partial{i}_ptr": "*fp32" for i in range(3)},

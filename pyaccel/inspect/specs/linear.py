@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
-from pyaccel.kernels.linear_activation_config import (
+from pyaccel.kernels.linear.config import (
     CONFIGS,
     MAX_UNALIGNED_N,
     LinearActivationConfig,
@@ -78,7 +78,7 @@ def _specs(
         yield kernel_spec(
             "linear_activation",
             f"{variant}, {activation}",
-            "pyaccel.kernels.linear_activation:forward_kernel",
+            "pyaccel.kernels.linear.kernels:forward_kernel",
             arguments,
             {
                 "ACTIVATION": activation,

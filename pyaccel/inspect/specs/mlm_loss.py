@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
-from pyaccel.kernels import config
+from pyaccel.kernels.mlm_loss import config
 
 # Logits and bias have one dtype: autocast converts both.
 DTYPES = ("bf16", "fp16", "fp32")
@@ -33,7 +33,7 @@ def masked_lm_cross_entropy() -> list[KernelSpec]:
                     kernel_spec(
                         "masked_lm_cross_entropy",
                         name,
-                        "pyaccel.kernels.cross_entropy:rows_kernel",
+                        "pyaccel.kernels.mlm_loss.cross_entropy:rows_kernel",
                         arguments,
                         {"BLOCK_N": row_config.block_n, "WANT_GRAD": want_grad},
                         dtype=dtype,

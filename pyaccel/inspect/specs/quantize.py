@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
-from pyaccel.kernels import config
+from pyaccel.kernels.common import limits
+from pyaccel.kernels.int8 import config
 
 DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 # Rows of each configuration. Packed batches have any number of them.
-WIDTHS = (512, 1024, 2048, 4096, 8192, config.MAX_ROW)
+WIDTHS = (512, 1024, 2048, 4096, 8192, limits.MAX_ROW)
 N_ROWS = 4099
 # A width of each configuration of the tiles.
 TILED_WIDTHS = (256, 3072)
@@ -28,7 +29,7 @@ def _rows(dtype: str, x: str, n_cols: int, *, full: bool) -> KernelSpec:
     return kernel_spec(
         "quantize",
         "rows, offset and factor" if full else "rows",
-        "pyaccel.kernels.quantize:rows_kernel",
+        "pyaccel.kernels.int8.quantize:rows_kernel",
         {
             "codes_ptr": "*i8",
             "scale_ptr": "*fp32",
@@ -53,7 +54,7 @@ def _tensor(dtype: str, x: str, n_cols: int) -> KernelSpec:
     return kernel_spec(
         "quantize",
         "tensor",
-        "pyaccel.kernels.quantize:tensor_kernel",
+        "pyaccel.kernels.int8.quantize:tensor_kernel",
         {
             "codes_ptr": "*i8",
             "x_ptr": x,
@@ -77,7 +78,7 @@ def _row_sum() -> KernelSpec:
     return kernel_spec(
         "quantize",
         "row sum",
-        "pyaccel.kernels.quantize:row_sum_kernel",
+        "pyaccel.kernels.int8.quantize:row_sum_kernel",
         {"out_ptr": "*i32", "codes_ptr": "*i8", "stride_row": 768, "n_rows": 3072, "n_cols": 768},
         {"BLOCK_ROWS": row_config.block_rows, "BLOCK_N": row_config.block_n},
         dtype="int8",

@@ -79,8 +79,9 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``; LSE ``[batch, heads, seq_q]`` fp32, and what
     rounding took from it, where a float attn_mask may make that large."""
-    from pyaccel.kernels import attention, attention_short
-    from pyaccel.kernels import attention_config as config
+    from pyaccel.kernels.attention import config
+    from pyaccel.kernels.attention import forward as attention
+    from pyaccel.kernels.attention import short as attention_short
 
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
@@ -98,7 +99,7 @@ def forward_op(
 
 def _launch(kernel: str, query: Tensor, call: Any, launch: Callable[[Any], None]) -> None:
     """``launch`` with the kernel's configuration for this call."""
-    from pyaccel.kernels import attention_config
+    from pyaccel.kernels.attention import config as attention_config
 
     shape = call.shape
     # Mask and dropout take registers: what is best without them may spill with them.
@@ -158,13 +159,11 @@ def backward_op(
     want_dmask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, in their shapes, and of attn_mask, in its; size 0 if that isn't wanted."""
-    from pyaccel.kernels import attention_config as config
-    from pyaccel.kernels import (
-        attention_dkey_dvalue,
-        attention_dquery,
-        attention_scores,
-        attention_short,
-    )
+    from pyaccel.kernels.attention import config
+    from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
+    from pyaccel.kernels.attention import dq as attention_dquery
+    from pyaccel.kernels.attention import scores as attention_scores
+    from pyaccel.kernels.attention import short as attention_short
 
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
@@ -203,8 +202,8 @@ def probs_op(
     window_right: int,
 ) -> Tensor:
     """The weights before dropout, ``[batch, heads, seq_q, seq_k]``, of a padded batch."""
-    from pyaccel.kernels import attention_config as config
-    from pyaccel.kernels import attention_scores
+    from pyaccel.kernels.attention import config
+    from pyaccel.kernels.attention import scores as attention_scores
 
     call = _call(
         query, key, key, attn_mask, key_mask, None, None, None, query.shape[2], key.shape[2], scale, 0.0,
@@ -232,7 +231,7 @@ def _call(
     window_left: int,
     window_right: int,
 ) -> Any:
-    from pyaccel.kernels.attention_call import AttentionCall
+    from pyaccel.kernels.attention.params import AttentionCall
 
     batch, heads = query.shape[:2]
     full = (batch, heads, seq_q, seq_k)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyaccel import dispatch
+from pyaccel.kernels.common.limits import MAX_HEAD_DIM
 from pyaccel.ops.attention.custom_ops import backward_op, forward_op, probs_op
 from pyaccel.ops.attention.sdpa import forward_mode
 
-MAX_HEAD_DIM = 256
 MAX_FP32_HEAD_DIM = 64
 Window = tuple[int, int]
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
+from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.reference.residual_layernorm import add_bias
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-MAX_QUANTIZED_ROW = 16384  # the kernel for int8 codes holds whole rows
 
 
 def not_supported_reasons(
@@ -126,10 +126,8 @@ def bias_gelu(
 
 def _choose(x: Tensor, bias: Tensor | None, quantize_output: bool) -> dispatch.Choice:
     triton = dispatch.triton_reasons(x, bias)
-    if quantize_output and x.shape[-1] > MAX_QUANTIZED_ROW:
-        triton.append(
-            f"the kernel for int8 output takes rows of up to {MAX_QUANTIZED_ROW}, not {x.shape[-1]}"
-        )
+    if quantize_output and x.shape[-1] > MAX_ROW:
+        triton.append(f"the kernel for int8 output takes rows of up to {MAX_ROW}, not {x.shape[-1]}")
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
     size = (math.prod(x.shape[:-1]), x.shape[-1])

@@ -19,7 +19,8 @@ def _forward_outputs(x: Tensor) -> Tensor:
 @custom_op("pyaccel::bias_gelu_forward", _forward_outputs)
 def forward_op(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Output ``[rows, cols]`` in x's dtype."""
-    from pyaccel.kernels import bias_gelu, config
+    from pyaccel.kernels.bias_act import config
+    from pyaccel.kernels.bias_act import kernels as bias_gelu
 
     out = x.new_empty(x.shape)
     bias_gelu.forward(out, x, bias, activation, config.bias_gelu_forward(x.shape[1]))
@@ -33,7 +34,8 @@ def _quantize_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 @custom_op("pyaccel::bias_gelu_quantize", _quantize_outputs)
 def quantize_op(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """int8 codes ``[rows, cols]`` and fp32 scales ``[rows]`` of the fp32 result."""
-    from pyaccel.kernels import bias_gelu, config
+    from pyaccel.kernels.bias_act import config
+    from pyaccel.kernels.bias_act import kernels as bias_gelu
 
     codes, scale = _quantize_outputs(x)
     bias_gelu.quantize(codes, scale, x, bias, activation, config.bias_gelu_quantize(x.shape[1]))
@@ -56,18 +58,21 @@ def backward_op(
     dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, want_dx: bool, want_dbias: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x ``[rows, cols]`` and bias ``[cols]`` in their dtypes; size 0 where it isn't wanted."""
-    from pyaccel.kernels import bias_gelu, column_sum, config
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.bias_act import config
+    from pyaccel.kernels.bias_act import kernels as bias_gelu
+    from pyaccel.kernels.common import configs
+    from pyaccel.kernels.common import reduce as column_sum
+    from pyaccel.kernels.common.device import device_info
 
     dx, dbias = _backward_outputs(x, bias, want_dx, want_dbias)
     n_rows, n_cols = x.shape
     row_config = config.bias_gelu_backward(n_cols)
     num_sms = device_info(x.device).num_sms
-    n_programs = config.programs_per_column(row_config, n_rows, n_cols, num_sms)
+    n_programs = configs.programs_per_column(row_config, n_rows, n_cols, num_sms)
     partial = x.new_empty(n_programs, n_cols, dtype=torch.float32) if want_dbias else None
     bias_gelu.backward(dx if want_dx else None, partial, dy, x, bias, activation, n_programs, row_config)
     if want_dbias:
-        column_sum.column_sum((dbias, None, None), (partial, None, None), config.column_sum())
+        column_sum.column_sum((dbias, None, None), (partial, None, None), configs.column_sum())
     return dx, dbias
 
 

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
+from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings import triton as triton_backend
 from pyaccel.ops.embeddings.checks import OP, assert_later, check_range, not_supported_reasons, out_of_range
 from pyaccel.reference.bert_embeddings import packed_positions
 from pyaccel.reference.residual_layernorm import normalise
-
-MAX_HIDDEN = 16384
 
 
 def bert_embeddings(
@@ -141,8 +140,8 @@ def bert_embeddings(
 
 def _choose(rows: int, word_weight: Tensor, *others: Tensor | None) -> dispatch.Choice:
     triton = dispatch.triton_reasons(word_weight, *others)
-    if word_weight.shape[1] > MAX_HIDDEN:
-        triton.append(f"the kernels take hidden sizes of up to {MAX_HIDDEN}, not {word_weight.shape[1]}")
+    if word_weight.shape[1] > MAX_ROW:
+        triton.append(f"the kernels take hidden sizes of up to {MAX_ROW}, not {word_weight.shape[1]}")
     served: dict[str, list[str]] = {"triton": triton, "torch": [], "reference": []}
     if word_weight.device.type == "cpu":
         return dispatch.choose(OP, served, "torch", "on the CPU")

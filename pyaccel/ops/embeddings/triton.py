@@ -50,7 +50,8 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output ``[tokens, hidden]``, mean and rstd ``[tokens]`` fp32, the positions that cu_seqlens gives, int32
     ``[tokens]`` or size 0, and whether word, position and type ids are in range, bool ``[3, tokens]``."""
-    from pyaccel.kernels import bert_embeddings, config
+    from pyaccel.kernels.embeddings import config
+    from pyaccel.kernels.embeddings import forward as bert_embeddings
 
     out, mean, rstd, positions, in_range = _forward_outputs(input_ids, cu_seqlens, word_weight, out_dtype)
     tables = (word_weight, position_weight, token_type_weight)
@@ -123,15 +124,19 @@ def backward_op(
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the three tables, weight and bias; size 0 for what isn't wanted. ``padding_idx`` -1 is none."""
-    from pyaccel.kernels import bert_embeddings, bert_embeddings_backward, column_sum, config
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.common import configs
+    from pyaccel.kernels.common import reduce as column_sum
+    from pyaccel.kernels.common.device import device_info
+    from pyaccel.kernels.embeddings import backward as bert_embeddings_backward
+    from pyaccel.kernels.embeddings import config
+    from pyaccel.kernels.embeddings import forward as bert_embeddings
 
     tables = (word_weight, position_weight, token_type_weight)
     want = (want_dword, want_dposition, want_dtype)
     grads = _backward_outputs(*tables, *want, dweight_dtype, dbias_dtype)
     tokens, hidden = dy.shape
     row_config = config.bert_embeddings_backward(hidden)
-    n_programs = config.persistent_programs(row_config, tokens, device_info(dy.device).num_sms)
+    n_programs = configs.persistent_programs(row_config, tokens, device_info(dy.device).num_sms)
     # In the tables' dtype, as every other activation's gradient: sums of it are the tables' gradients, in fp32. Of the
     # bytes that backward moves, it is the most.
     dz = dy.new_empty(tokens, hidden, dtype=word_weight.dtype) if any(want) else None
@@ -155,7 +160,9 @@ def backward_op(
         n_programs,
         row_config,
     )
-    column_sum.column_sum((dweight, dbias, None), (dweight_partial, dbias_partial, None), config.column_sum())
+    column_sum.column_sum(
+        (dweight, dbias, None), (dweight_partial, dbias_partial, None), configs.column_sum()
+    )
     if dz is not None:
         if want_dword:
             _table_gradient(grads[0], dz, *_sorted(input_ids), padding_idx)
@@ -167,9 +174,9 @@ def backward_op(
 
 
 def _table_gradient(grad: Tensor, dz: Tensor, ids: Tensor, order: Tensor | None, skip: int) -> None:
-    from pyaccel.kernels import config, segment_sum
+    from pyaccel.kernels.common import configs, segment_sum
 
-    segment_sum.segment_sum(grad, dz, ids, order, skip, config.segment_sum(dz.shape[0]))
+    segment_sum.segment_sum(grad, dz, ids, order, skip, configs.segment_sum(dz.shape[0]))
 
 
 def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, tuned
+from pyaccel.kernels.common.limits import MAX_QUANTIZED_ROW, MAX_ROW
 from pyaccel.ops.common import custom_op, rows
-
-# kernels/config.py's MAX_ROW and MAX_CODES_ROW, which aren't imported where Triton may be missing
-MAX_ROW = 16384
-MAX_CODES_ROW = 8192
 
 
 def rows_reasons(x: Tensor, factor: Tensor | None = None) -> list[str]:
@@ -50,8 +47,10 @@ def matmul_reasons(
     n_out, n_in = b.shape
     if not n_out or not n_in:
         reasons.append("a dimension of the weight is 0")
-    if quantize_output and n_out > MAX_CODES_ROW:
-        reasons.append(f"rows of more than {MAX_CODES_ROW} elements don't fit in registers to be quantised")
+    if quantize_output and n_out > MAX_QUANTIZED_ROW:
+        reasons.append(
+            f"rows of more than {MAX_QUANTIZED_ROW} elements don't fit in registers to be quantised"
+        )
     return reasons
 
 
@@ -81,7 +80,7 @@ def _rows_outputs(x: Tensor, with_offset: bool) -> tuple[Tensor, Tensor, Tensor]
 @custom_op("pyaccel::quantize_rows", _rows_outputs)
 def quantize_rows_op(x: Tensor, factor: Tensor | None, with_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
     """int8 codes ``[rows, cols]``, fp32 scales and offsets ``[rows]`` of ``x [rows, cols] * factor [cols]``."""
-    from pyaccel.kernels import config, quantize
+    from pyaccel.kernels.int8 import config, quantize
 
     codes, scale, offset = _rows_outputs(x, with_offset)
     quantize.rows(codes, scale, offset if with_offset else None, x, factor, config.quantize(x.shape[1]))
@@ -95,7 +94,7 @@ def _quantize_tensor_outputs(x: Tensor) -> Tensor:
 @custom_op("pyaccel::quantize_tensor", _quantize_tensor_outputs)
 def quantize_tensor_op(x: Tensor, factor: Tensor | None, scale: Tensor) -> Tensor:
     """int8 codes ``[rows, cols]`` of ``x [rows, cols] * factor [cols]`` by an fp32 scalar."""
-    from pyaccel.kernels import config, quantize
+    from pyaccel.kernels.int8 import config, quantize
 
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     quantize.tensor(codes, x, factor, scale, config.quantize_by_given_scale(x.shape[1]))
@@ -132,8 +131,10 @@ def matmul_op(
     Shapes: a ``[rows, in]``, b ``[out, in]``, a_scale ``[rows]`` or a scalar, b_scale ``[out]`` or a scalar, a_offset
     ``[rows]``, bias ``[out]``, residual ``[rows, out]``.
     """
-    from pyaccel.kernels import config, int8_epilogue, int8_matmul, int8_matmul_config, quantize
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.common.device import device_info
+    from pyaccel.kernels.int8 import config, quantize
+    from pyaccel.kernels.int8 import epilogue as int8_epilogue
+    from pyaccel.kernels.int8 import matmul as int8_matmul
 
     out, out_scale = _matmul_outputs(a, b, out_dtype)
     a, b = _aligned(a), _aligned(b)
@@ -154,7 +155,7 @@ def matmul_op(
     sizes = (a.shape[0], b.shape[0], a.shape[1])
 
     def multiply(launch: Any) -> None:
-        n_splits = int8_matmul_config.splits(*sizes, arch, launch)
+        n_splits = config.splits(*sizes, arch, launch)
         if out_dtype is not None and n_splits == 1:
             int8_matmul.matmul(out, a, b, epilogue, launch)
             return
@@ -163,7 +164,7 @@ def matmul_op(
         finish = config.int8_finish(b.shape[0], quantize=out_dtype is None)
         int8_epilogue.finish(out, out_scale if out_dtype is None else None, sums, epilogue, finish)
 
-    default = int8_matmul_config.int8_matmul(*sizes[:2], arch)
+    default = config.int8_matmul(*sizes[:2], arch)
     tuned.run("int8_matmul", a, sizes, default, multiply, exactly=False)
     return out, out_scale
 
@@ -177,11 +178,12 @@ def weight_only_op(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """``[rows, out]`` in x's dtype of x ``[rows, in]``, int8 weight ``[out, in]``, weight_scale and bias ``[out]``."""
-    from pyaccel.kernels import int8_matmul_config, int8_weight_only
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.common.device import device_info
+    from pyaccel.kernels.int8 import config
+    from pyaccel.kernels.int8 import weight_only as int8_weight_only
 
     out = x.new_empty(x.shape[0], weight.shape[0])
-    launch = int8_matmul_config.weight_only(x.shape[0], device_info(x.device).arch)
+    launch = config.weight_only(x.shape[0], device_info(x.device).arch)
     int8_weight_only.weight_only(
         out,
         _aligned(x),
@@ -199,7 +201,7 @@ def _aligned(x: Tensor) -> Tensor:
 
     A BERT's sizes are multiples of 16, and its codes and weights contiguous: the copy is for everything else.
     """
-    from pyaccel.kernels.int8_matmul import aligned
+    from pyaccel.kernels.int8.matmul import aligned
 
     if aligned(x):
         return x

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, reference, tuned
-from pyaccel.ops.layernorm.checks import (
-    MAX_CODES_ROW,
-    MAX_ROW,
-    OP,
-    not_supported_reasons,
-    output_dtype,
-)
+from pyaccel.kernels.common.limits import MAX_QUANTIZED_ROW, MAX_ROW
+from pyaccel.ops.layernorm.checks import OP, not_supported_reasons, output_dtype
 from pyaccel.ops.layernorm.eager import reference_backend, torch_backend
 from pyaccel.ops.layernorm.triton import triton_backend
 
@@ -132,8 +127,8 @@ def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> 
     triton = dispatch.triton_reasons(x, *others)
     if x.shape[-1] > MAX_ROW:
         triton.append(f"the kernels take rows of up to {MAX_ROW}, not {x.shape[-1]}")
-    if quantize_output and x.shape[-1] > MAX_CODES_ROW:
-        triton.append(f"the kernel makes int8 codes of rows of up to {MAX_CODES_ROW}, not {x.shape[-1]}")
+    if quantize_output and x.shape[-1] > MAX_QUANTIZED_ROW:
+        triton.append(f"the kernel makes int8 codes of rows of up to {MAX_QUANTIZED_ROW}, not {x.shape[-1]}")
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
     size = (math.prod(x.shape[:-1]), x.shape[-1])

@@ -9,8 +9,6 @@ from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.dropout import dropout_reasons
 
 OP = "residual_layernorm"
-MAX_ROW = 16384
-MAX_CODES_ROW = 8192  # a longer row and its codes don't fit in registers together
 
 
 def not_supported_reasons(

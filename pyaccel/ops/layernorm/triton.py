@@ -57,7 +57,8 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and sum ``[rows, cols]``, int8 codes of the output and their scales ``[rows]`` fp32, mean (not of RMSNorm)
     and rstd ``[rows]`` fp32, for the backward."""
-    from pyaccel.kernels import config, residual_layernorm
+    from pyaccel.kernels.layernorm import config
+    from pyaccel.kernels.layernorm import forward as residual_layernorm
 
     outputs = _forward_outputs(
         x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics
@@ -131,8 +132,11 @@ def backward_op(
 
     RMSNorm has a mean of size 0.
     """
-    from pyaccel.kernels import column_sum, config, residual_layernorm_backward
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.common import configs
+    from pyaccel.kernels.common import reduce as column_sum
+    from pyaccel.kernels.common.device import device_info
+    from pyaccel.kernels.layernorm import backward as residual_layernorm_backward
+    from pyaccel.kernels.layernorm import config
 
     dtypes = (dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
     grads = _backward_outputs(total, *dtypes)
@@ -142,7 +146,7 @@ def backward_op(
     )
 
     def call(row_config: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        n_programs = config.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
+        n_programs = configs.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
         dweight_partial, dbias_partial, dx_bias_partial = (
             None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
             for grad in (dweight, dbias, dx_bias)
@@ -168,7 +172,7 @@ def backward_op(
 
     default = config.residual_layernorm_backward(n_cols)
     partials = tuned.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
-    column_sum.column_sum((dweight, dbias, dx_bias), partials, config.column_sum())
+    column_sum.column_sum((dweight, dbias, dx_bias), partials, configs.column_sum())
     return grads
 
 

@@ -39,8 +39,9 @@ def forward_op(
 
     Shapes: x ``[rows, in]``, weight ``[out, in]``, bias ``[out]``.
     """
-    from pyaccel.kernels import linear_activation, linear_activation_config
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.common.device import device_info
+    from pyaccel.kernels.linear import config as linear_activation_config
+    from pyaccel.kernels.linear import kernels as linear_activation
 
     out, pre = _forward_outputs(x, weight, want_pre)
     (n_rows, n_out), n_in = out.shape, x.shape[1]
@@ -76,21 +77,24 @@ def backward_op(
     dout: Tensor, pre: Tensor, activation: str, want_dpre: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the pre-activation ``[rows, out]`` in its dtype and of the bias ``[out]`` in ``bias_dtype``."""
-    from pyaccel.kernels import bias_gelu, column_sum, config
-    from pyaccel.kernels.device import device_info
+    from pyaccel.kernels.bias_act import config
+    from pyaccel.kernels.bias_act import kernels as bias_gelu
+    from pyaccel.kernels.common import configs
+    from pyaccel.kernels.common import reduce as column_sum
+    from pyaccel.kernels.common.device import device_info
 
     dpre, dbias = _backward_outputs(pre, want_dpre, bias_dtype)
     n_rows, n_cols = pre.shape
     if n_cols == 0:
         return dpre, dbias
     row_config = config.bias_gelu_backward(n_cols)
-    n_programs = config.programs_per_column(row_config, n_rows, n_cols, device_info(pre.device).num_sms)
+    n_programs = configs.programs_per_column(row_config, n_rows, n_cols, device_info(pre.device).num_sms)
     partial = None if bias_dtype is None else pre.new_empty(n_programs, n_cols, dtype=torch.float32)
     bias_gelu.backward(
         dpre if want_dpre else None, partial, dout, pre, None, activation, n_programs, row_config
     )
     if partial is not None:
-        column_sum.column_sum((dbias, None, None), (partial, None, None), config.column_sum())
+        column_sum.column_sum((dbias, None, None), (partial, None, None), configs.column_sum())
     return dpre, dbias
 
 

@@ -146,7 +146,7 @@ def masked_lm_cross_entropy(
             upcast=False,
         )
     if chunk_size is None:
-        from pyaccel.kernels import config
+        from pyaccel.kernels.mlm_loss import config
 
         chunk_size = config.cross_entropy_chunk(weight.shape[0], (dtype or hidden.dtype).itemsize)
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)

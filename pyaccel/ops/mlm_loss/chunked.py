@@ -109,7 +109,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _width(vocab: int) -> int:
-    from pyaccel.kernels import config
+    from pyaccel.kernels.mlm_loss import config
 
     return config.cross_entropy_width(vocab)
 
@@ -126,7 +126,7 @@ def _rows(
 ) -> None:
     """The rows' losses, and their gradients over the logits: by the kernel, or by torch with the same meaning."""
     if use_triton:
-        from pyaccel.kernels import config, cross_entropy
+        from pyaccel.kernels.mlm_loss import config, cross_entropy
 
         cross_entropy.rows(loss, padded, bias, labels, scale, vocab, want_grad, config.cross_entropy(vocab))
         return
