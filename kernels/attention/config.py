@@ -1,8 +1,11 @@
-"""Launch configurations of attention, chosen by part, element size, head dimension and kind of call."""
+"""Launch configurations of attention, chosen by generation, element size, head dimension and kind of call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pyaccel.kernels.common.device import generation
+from pyaccel.kernels.common.limits import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -174,31 +177,21 @@ _ATTENTION: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
 }
 
 
-def attention_part(arch: str, itemsize: int) -> str:
-    """Which column of the table serves an architecture and element size."""
-    if arch == "interpreter":
-        return "interpreter"
-    if itemsize == 4:
-        return "fp32"
-    if arch.startswith("gfx"):
-        return "amd"
-    capability = int(arch.removeprefix("sm_"))
-    return "blackwell" if capability >= 100 else "hopper" if capability >= 90 else "ampere"
-
-
 def attention(kernel: str, shape: AttentionShape) -> AttentionConfig:
     """The configuration of ``"forward"``, ``"dquery"``, ``"dkey_dvalue"`` or ``"scores"`` (which makes weights and
     gradients of masks)."""
     extras = shape.has_mask or shape.has_dropout or kernel == "scores"
     tiles = _tiles(kernel, shape, extras)
     if tiles is None:
-        raise ValueError(f"attention kernels take head dimensions of up to 256, not {shape.head_dim}")
-    part = attention_part(shape.arch, shape.itemsize)
-    split = part in ("hopper", "blackwell") and shape.head_dim > 64
+        raise ValueError(
+            f"attention kernels take head dimensions of up to {MAX_HEAD_DIM}, not {shape.head_dim}"
+        )
+    chip = generation(shape.arch, shape.itemsize)
+    split = chip in ("hopper", "blackwell") and shape.head_dim > 64
     return AttentionConfig(
         *tiles,
         split=split and kernel == "dkey_dvalue" and extras,
-        skip_masked=not (part == "hopper" and shape.head_dim > 128),
+        skip_masked=not (chip == "hopper" and shape.head_dim > 128),
     )
 
 
@@ -216,8 +209,8 @@ def attention_short(kernel: str, shape: AttentionShape) -> AttentionConfig | Non
 
 
 def _tiles(kernel: str, shape: AttentionShape, extras: bool) -> tuple[int, int, int, int] | None:
-    part = attention_part(shape.arch, shape.itemsize)
-    if part == "blackwell" and (kernel, part) not in _ATTENTION:
-        part = "hopper"
-    table = _ATTENTION[kernel, part][extras]
+    chip = generation(shape.arch, shape.itemsize)
+    if chip == "blackwell" and (kernel, chip) not in _ATTENTION:
+        chip = "hopper"
+    table = _ATTENTION[kernel, chip][extras]
     return next((table[dim] for dim in sorted(table) if shape.head_dim <= dim), None)

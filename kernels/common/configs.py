@@ -112,3 +112,53 @@ def segment_sum(n_rows: int) -> SegmentSumConfig:
     Chunks are longer where there are rows enough to fill a device, so that what crosses borders stays little.
     """
     return SegmentSumConfig(32 if n_rows <= 65536 else 128, 256, 1, border_p=64, border_n=32, border_warps=4)
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """How a matrix product is cut.
+
+    Attributes:
+        block_m, block_n: rows and columns of the output that a program makes.
+        block_k: elements of the inner dimension that it holds at a time.
+        group_m: row tiles that are made together, so that they find the weight in the L2 cache.
+        num_warps, num_stages: launch options of Triton.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constants."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+        }
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """Those of Triton."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
+        )
+
+    def tiles(self, n_rows: int, n_out: int) -> int:
+        """How many the output has."""
+        return -(-n_rows // self.block_m) * -(-n_out // self.block_n)
+
+
+def enough_tiles(arch: str) -> int:
+    """Tiles of the output from which on a device is busy: about as many as a large card has SMs."""
+    return 6 if arch == "interpreter" else 96

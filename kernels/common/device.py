@@ -46,3 +46,18 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[obje
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def generation(arch: str, itemsize: int = 2) -> str:
+    """Which row of a table of matrix products' configurations serves an architecture and an element size.
+
+    fp32 has a row of its own: on NVIDIA it has no matrix instructions but TF32's.
+    """
+    if arch == "interpreter":
+        return arch
+    if itemsize == 4:
+        return "fp32"
+    if arch.startswith("gfx"):
+        return "amd"
+    capability = int(arch.removeprefix("sm_"))
+    return "blackwell" if capability >= 100 else "hopper" if capability >= 90 else "ampere"

@@ -6,53 +6,20 @@ from dataclasses import dataclass
 
 from pyaccel.kernels.bias_act.config import bias_gelu_forward, bias_gelu_quantize
 from pyaccel.kernels.common import limits
-from pyaccel.kernels.common.configs import RowConfig, check_row, check_width, next_power_of_2
+from pyaccel.kernels.common.configs import (
+    MatmulConfig,
+    RowConfig,
+    check_row,
+    check_width,
+    enough_tiles,
+    next_power_of_2,
+)
+from pyaccel.kernels.common.device import generation
 
 
 @dataclass(frozen=True)
-class WeightOnlyConfig:
-    """How a product is cut.
-
-    Attributes:
-        block_m, block_n: rows and columns of the output that a program makes at a time.
-        block_k: elements of the inner dimension that it holds at a time.
-        group_m: row tiles that are made together, so that they find the weight in the L2 cache.
-        num_warps, num_stages: launch options of Triton.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """The kernel's constants."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-        }
-
-    @property
-    def launch_options(self) -> dict[str, int]:
-        """Those of Triton."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    @property
-    def label(self) -> str:
-        """A short name for tables."""
-        return (
-            f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
-        )
-
-
-@dataclass(frozen=True)
-class Int8MatmulConfig(WeightOnlyConfig):
-    """The same, and what is done beside.
+class Int8MatmulConfig(MatmulConfig):
+    """How a product is cut, and what is done beside.
 
     Attributes:
         subtile: columns of a tile that the epilogue holds at a time.
@@ -73,9 +40,9 @@ class Int8MatmulConfig(WeightOnlyConfig):
         return f"{super().label}{', TMA' if self.tma else ''}, finished by {self.subtile}"
 
 
-# By part, the largest tiles first, the last for ROWS_OF_SMALL rows or fewer. Chosen by `pyaccel inspect`: they spill
-# nothing, fit in the shared memory of every card of the part and, on Hopper, leave every product of more rows to wgmma.
-# No timing on a card has gone into them.
+# By generation, the largest tiles first, the last for ROWS_OF_SMALL rows or fewer. Chosen by `pyaccel inspect`: they
+# spill nothing, fit in the shared memory of every card of it and, on Hopper, leave every product of more rows to
+# wgmma. No timing on a card has gone into them.
 CONFIGS: dict[str, tuple[Int8MatmulConfig, ...]] = {
     "hopper": (
         Int8MatmulConfig(128, 256, 128, 8, 8, 4, subtile=64),
@@ -113,31 +80,17 @@ TMA_CONFIGS: dict[str, tuple[Int8MatmulConfig, ...]] = {
     ),
 }
 ROWS_OF_SMALL = 16
-# Programs from which on a device is busy: about as many as a large card has SMs.
-ENOUGH = {"interpreter": 6}
-ENOUGH_ON_CARDS = 96
 # Steps of the inner loop that a part of a split must have, for loads to overlap with products.
 MIN_STEPS = 3
 
 
-def int8_matmul_part(arch: str) -> str:
-    """Which row of :data:`CONFIGS` serves an architecture."""
-    if arch == "interpreter":
-        return "interpreter"
-    if arch.startswith("gfx"):
-        return "amd"
-    capability = int(arch.removeprefix("sm_"))
-    return "blackwell" if capability >= 100 else "hopper" if capability >= 90 else "ampere"
-
-
 def int8_matmul(n_rows: int, n_out: int, arch: str) -> Int8MatmulConfig:
     """The largest tiles of which the output has enough to keep a card busy; for few rows the smallest."""
-    part = int8_matmul_part(arch)
-    *larger, small = CONFIGS[part]
+    *larger, small = CONFIGS[generation(arch)]
     if n_rows <= ROWS_OF_SMALL:
         return small
     for config in larger:
-        if _tiles(n_rows, n_out, config) >= ENOUGH.get(part, ENOUGH_ON_CARDS):
+        if config.tiles(n_rows, n_out) >= enough_tiles(arch):
             return config
     return larger[-1]
 
@@ -150,25 +103,21 @@ def splits(n_rows: int, n_out: int, n_in: int, arch: str, config: Int8MatmulConf
     if n_rows > ROWS_OF_SMALL:
         return 1
     steps = -(-n_in // config.block_k)
-    wanted = ENOUGH.get(int8_matmul_part(arch), ENOUGH_ON_CARDS) // max(_tiles(n_rows, n_out, config), 1)
+    wanted = enough_tiles(arch) // max(config.tiles(n_rows, n_out), 1)
     return max(1, min(wanted, steps // MIN_STEPS))
 
 
 # Few rows, for the weight's bytes bound them; 64 for more, whose product is then PyTorch's business.
-WEIGHT_ONLY_CONFIGS: dict[str, tuple[WeightOnlyConfig, ...]] = {
-    "cards": (WeightOnlyConfig(64, 64, 64, 8, 4, 3), WeightOnlyConfig(16, 32, 128, 1, 4, 4)),
-    "interpreter": (WeightOnlyConfig(32, 64, 32, 2, 4, 1), WeightOnlyConfig(16, 32, 32, 1, 4, 1)),
+WEIGHT_ONLY_CONFIGS: dict[str, tuple[MatmulConfig, ...]] = {
+    "cards": (MatmulConfig(64, 64, 64, 8, 4, 3), MatmulConfig(16, 32, 128, 1, 4, 4)),
+    "interpreter": (MatmulConfig(32, 64, 32, 2, 4, 1), MatmulConfig(16, 32, 32, 1, 4, 1)),
 }
 
 
-def weight_only(n_rows: int, arch: str) -> WeightOnlyConfig:
+def weight_only(n_rows: int, arch: str) -> MatmulConfig:
     """By the number of rows alone."""
     many, few = WEIGHT_ONLY_CONFIGS["interpreter" if arch == "interpreter" else "cards"]
     return few if n_rows <= ROWS_OF_SMALL else many
-
-
-def _tiles(n_rows: int, n_out: int, config: Int8MatmulConfig) -> int:
-    return -(-n_rows // config.block_m) * -(-n_out // config.block_n)
 
 
 def quantize(n_cols: int) -> RowConfig:

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.common.activations import activation_tile
+from pyaccel.kernels.common.configs import MatmulConfig
 from pyaccel.kernels.common.device import device_guard
 from pyaccel.kernels.common.tiles import tile_of_program
-from pyaccel.kernels.int8.config import WeightOnlyConfig
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def weight_only(
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    config: WeightOnlyConfig,
+    config: MatmulConfig,
 ) -> None:
     """Launch the kernel; it writes ``out``.
 
@@ -92,7 +92,7 @@ def weight_only_arguments(
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    config: WeightOnlyConfig,
+    config: MatmulConfig,
 ) -> dict[str, Any]:
     """The kernel's arguments by name."""
     return {

@@ -23,7 +23,7 @@ def residual_layernorm_backward(n_cols: int) -> RowConfig:
     """
     check_row(n_cols)
     block_n = max(next_power_of_2(n_cols), 64)
-    # 8 elements a thread and 16 warps an SM: row, gradients and sums then fit in registers on every part.
+    # 8 elements a thread and 16 warps an SM: row, gradients and sums then fit in registers on every GPU.
     if block_n > 4096:
         return RowConfig(4, 1024, num_warps=16, programs_per_sm=1, tiled=True)
     num_warps = max(block_n // 256, 8)

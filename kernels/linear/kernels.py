@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.common.activations import activation_tile
+from pyaccel.kernels.common.configs import MatmulConfig
 from pyaccel.kernels.common.device import device_guard
 from pyaccel.kernels.common.tiles import tile_of_program
-from pyaccel.kernels.linear.config import LinearActivationConfig
 
 # Columns of a tile that an epilogue holds at a time.
 WHOLE = tl.constexpr(128)
@@ -94,7 +94,7 @@ def forward(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    config: LinearActivationConfig,
+    config: MatmulConfig,
     *,
     allow_tf32: bool = False,
 ) -> None:
@@ -119,7 +119,7 @@ def forward_arguments(
     weight: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    config: LinearActivationConfig,
+    config: MatmulConfig,
     *,
     allow_tf32: bool,
 ) -> dict[str, Any]:

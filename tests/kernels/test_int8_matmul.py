@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyaccel.kernels.common.device import device_info
+from pyaccel.kernels.common.device import device_info, generation
 from pyaccel.kernels.int8 import config
 from pyaccel.kernels.int8 import epilogue as int8_epilogue
 from pyaccel.kernels.int8 import matmul as int8_matmul
@@ -42,7 +42,7 @@ def here(launched: Int8MatmulConfig, device: torch.device) -> Int8MatmulConfig:
     """The same, or on a card one of its own: another card's may not fit."""
     if device.type == "cpu":
         return launched
-    part = config.int8_matmul_part(device_info(device).arch)
+    part = generation(device_info(device).arch)
     own = (*config.CONFIGS[part], *config.TMA_CONFIGS.get(part, ()))
     return launched if launched in own else own[-1]
 
@@ -204,7 +204,7 @@ def test_configs_are_values() -> None:
     for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"):
         for n_rows, n_out in sizes:
             chosen = config.int8_matmul(n_rows, n_out, arch)
-            assert chosen in config.CONFIGS[config.int8_matmul_part(arch)]
+            assert chosen in config.CONFIGS[generation(arch)]
             assert (chosen.block_m == 16) == (n_rows <= 16)
     assert [config.int8_matmul(rows, 3072, "sm_90").label for rows in (1, 17, 512, 4096)] == [
         "16x64x128, 4 warps, 4 stages, finished by 128",

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyaccel.kernels.common.configs import MatmulConfig
+from pyaccel.kernels.common.device import device_info, generation
 from pyaccel.kernels.common.tiles import tile_of_program
 from pyaccel.kernels.linear import config
 from pyaccel.kernels.linear import kernels as linear_activation
-from pyaccel.kernels.linear.config import LinearActivationConfig
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as apply_activation
 from tests.assertions import assert_bits_equal, assert_close_to_truth
@@ -91,16 +92,14 @@ def test_it_writes_output_and_pre_activation_and_nothing_else(
     assert_bits_equal(alone, out, name="out alone")
 
 
-def _of(device: torch.device, itemsize: int) -> tuple[LinearActivationConfig, ...]:
-    from pyaccel.kernels.common.device import device_info
-
-    return config.CONFIGS[config.linear_activation_part(device_info(device).arch, itemsize)]
+def _of(device: torch.device, itemsize: int) -> tuple[MatmulConfig, ...]:
+    return config.CONFIGS[generation(device_info(device).arch, itemsize)]
 
 
 @pytest.mark.parametrize("group_m", [1, 2, 3, 8])
 def test_any_order_of_tiles_gives_the_same_bits(group_m: int, device: torch.device) -> None:
     """Groups that divide the tiles, that don't, and one group for all of them."""
-    small = LinearActivationConfig(16, 16, 16, 1, 4, 1)
+    small = MatmulConfig(16, 16, 16, 1, 4, 1)
     x, weight, bias = inputs(75, 24, 40, (F32, F32), device)
     results = []
     for launched in (small, dataclasses.replace(small, group_m=group_m)):
@@ -129,7 +128,7 @@ def test_programs_of_a_group_share_the_columns(device: torch.device) -> None:
 def test_configs_are_values() -> None:
     for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"):
         for itemsize in (2, 4):
-            configs = config.CONFIGS[config.linear_activation_part(arch, itemsize)]
+            configs = config.CONFIGS[generation(arch, itemsize)]
             for sizes in ((0, 1, 1), (1, 3072, 768), (128, 768, 768), (10**6, 4096, 1024)):
                 chosen = config.linear_activation(*sizes, itemsize, arch)
                 assert chosen in configs

@@ -30,7 +30,7 @@ from pyaccel.kernels.attention import forward as attention
 from pyaccel.kernels.attention import params as attention_call
 from pyaccel.kernels.attention import scores as attention_scores
 from pyaccel.kernels.attention import short as attention_short
-from pyaccel.kernels.common.device import DeviceInfo
+from pyaccel.kernels.common.device import DeviceInfo, generation
 from tests.machine_code import DISTINCT_ARCHS, EVERY
 
 FULL = {("bf16", "sm_90")} if EVERY else set()
@@ -90,7 +90,7 @@ def test_every_configuration_is_there(compiled: Compiled) -> None:
     missing = []
     for (_, part), tables in config._ATTENTION.items():
         for arch, dtype in sorted(COMPLETE):
-            if config.attention_part(arch, 2 if dtype == "bf16" else 4) != part:
+            if generation(arch, 2 if dtype == "bf16" else 4) != part:
                 continue
             for tiles in {t for table in tables for t in table.values()}:
                 labels = {config.AttentionConfig(*tiles, tiles=n).label for n in (0, 1, 4)}

@@ -23,6 +23,7 @@ from pyaccel.inspect.specs import int8 as int8_matmul_specs
 from pyaccel.inspect.specs import quantize as quantize_specs
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.common import limits
+from pyaccel.kernels.common.device import generation
 from pyaccel.kernels.int8 import config, quantize
 from pyaccel.kernels.int8 import epilogue as int8_epilogue
 from pyaccel.kernels.int8 import matmul as int8_matmul
@@ -88,8 +89,8 @@ def products(compiled: Compiled) -> Compiled:
 
 def test_every_configuration_is_there(compiled: Compiled) -> None:
     for arch in DISTINCT_ARCHS:
-        part = config.int8_matmul_part(arch)
-        shipped = {c.label for c in (*config.CONFIGS[part], *config.TMA_CONFIGS.get(part, ()))}
+        chip = generation(arch)
+        shipped = {c.label for c in (*config.CONFIGS[chip], *config.TMA_CONFIGS.get(chip, ()))}
         for name in ("everything, gelu", "sums") if arch == "sm_90" else ("everything, gelu",):
             there = {s.config for s, c in compiled if (c.arch, s.name) == (arch, name) and s.dtype != "fp32"}
             assert there == (shipped if EVERY or name != "sums" else BOTH_LARGEST)
@@ -230,9 +231,9 @@ def test_the_product_specs_are_what_is_launched(
 ) -> None:
     monkeypatch.setattr("triton.set_allocator", lambda _: None)
     shipped = {(s.name, s.config): s for s in specs("int8_matmul") if s.dtype in ("bf16", "int8")}
-    rows, n_out, part = int8_matmul_specs.N_ROWS, int8_matmul_specs.N_OUT, config.int8_matmul_part(arch)
+    rows, n_out, chip = int8_matmul_specs.N_ROWS, int8_matmul_specs.N_OUT, generation(arch)
     terms = epilogue(torch.bfloat16, rows, n_out, "gelu")
-    for chosen in (*config.CONFIGS[part], *config.TMA_CONFIGS.get(part, ())):
+    for chosen in (*config.CONFIGS[chip], *config.TMA_CONFIGS.get(chip, ())):
         for name, n_in in (("everything, gelu", 768), ("everything, uneven, gelu", 784), ("sums", 768)):
             a, b = (torch.empty(n, n_in, dtype=torch.int8) for n in (rows, n_out))
             if name == "sums":

@@ -21,6 +21,7 @@ from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.inspect.specs import linear as linear_activation_specs
 from pyaccel.inspect.specs.registry import specs
+from pyaccel.kernels.common.device import generation
 from pyaccel.kernels.linear import config
 from pyaccel.kernels.linear import kernels as linear_activation
 from pyaccel.ops.linear.api import ACTIVATIONS
@@ -65,7 +66,7 @@ def test_every_configuration_and_activation_is_there(compiled: Compiled) -> None
         ("fp32", 4, ["sm_80"]),
     ):
         for arch in archs:
-            shipped = {c.label for c in config.CONFIGS[config.linear_activation_part(arch, itemsize)]}
+            shipped = {c.label for c in config.CONFIGS[generation(arch, itemsize)]}
             if dtype == "bf16 + fp32" and not EVERY:
                 shipped = {config.CONFIGS["hopper"][0].label}
             there = {
@@ -154,7 +155,7 @@ def test_the_specs_are_what_the_launcher_launches(
     out = torch.empty(linear_activation_specs.N_ROWS, linear_activation_specs.N_OUT, dtype=x_dtype)
     bias = torch.empty(linear_activation_specs.N_OUT, dtype=bias_dtype)
     shipped = {(s.name, s.config): s for s in specs("linear_activation") if s.dtype == dtype}
-    for chosen in config.CONFIGS[config.linear_activation_part(arch, x_dtype.itemsize)]:
+    for chosen in config.CONFIGS[generation(arch, x_dtype.itemsize)]:
         for variant, n_in in (("training", 768), ("inference", 768), ("training, uneven", 784)):
             like = shipped.get((f"{variant}, gelu", chosen.label))
             if like is None:  # the block divides that inner dimension too

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
 from pyaccel.kernels.common import limits
+from pyaccel.kernels.common.device import generation
 from pyaccel.kernels.int8.config import (
     CONFIGS,
     TMA_CONFIGS,
     WEIGHT_ONLY_CONFIGS,
     Int8MatmulConfig,
     int8_finish,
-    int8_matmul_part,
 )
 
 # dtype label -> (output and residual, bias) as Triton names them.
@@ -46,8 +46,8 @@ def int8_matmul() -> list[KernelSpec]:
 def _archs_by_config() -> dict[Int8MatmulConfig, frozenset[str]]:
     archs: dict[Int8MatmulConfig, set[str]] = {}
     for arch in ARCHS:
-        part = int8_matmul_part(arch)
-        for config in (*CONFIGS[part], *TMA_CONFIGS.get(part, ())):
+        chip = generation(arch)
+        for config in (*CONFIGS[chip], *TMA_CONFIGS.get(chip, ())):
             archs.setdefault(config, set()).add(arch)
     return {config: frozenset(of_config) for config, of_config in archs.items()}
 

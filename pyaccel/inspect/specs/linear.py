@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
-from pyaccel.kernels.linear.config import (
-    CONFIGS,
-    MAX_UNALIGNED_N,
-    LinearActivationConfig,
-    linear_activation_part,
-)
+from pyaccel.kernels.common.configs import MatmulConfig
+from pyaccel.kernels.common.device import generation
+from pyaccel.kernels.linear.config import CONFIGS, MAX_UNALIGNED_N
 
 # dtype label -> (matrices, bias) as Triton names them, and bytes of an element.
 DTYPES = {
@@ -38,17 +35,15 @@ def linear_activation() -> list[KernelSpec]:
     ]
 
 
-def _archs_by_config(itemsize: int) -> dict[LinearActivationConfig, frozenset[str]]:
-    archs: dict[LinearActivationConfig, set[str]] = {}
+def _archs_by_config(itemsize: int) -> dict[MatmulConfig, frozenset[str]]:
+    archs: dict[MatmulConfig, set[str]] = {}
     for arch in ARCHS:
-        for config in CONFIGS[linear_activation_part(arch, itemsize)]:
+        for config in CONFIGS[generation(arch, itemsize)]:
             archs.setdefault(config, set()).add(arch)
     return {config: frozenset(of_config) for config, of_config in archs.items()}
 
 
-def _specs(
-    activation: str, dtype: str, config: LinearActivationConfig, archs: frozenset[str]
-) -> Iterator[KernelSpec]:
+def _specs(activation: str, dtype: str, config: MatmulConfig, archs: frozenset[str]) -> Iterator[KernelSpec]:
     pointer, bias, _ = DTYPES[dtype]
     for variant, n_in in (
         ("training", N_IN),
