@@ -15,16 +15,16 @@ from torch import Tensor
 from pyaccel import dispatch
 
 MODULES = (
-    "residual_layernorm",
+    "layernorm",
     "attention",
     "varlen_attention",
-    "bias_gelu",
-    "linear_activation",
-    "bert_embeddings",
-    "masked_lm_cross_entropy",
-    "int8_linear",
+    "bias_act",
+    "linear",
+    "embeddings",
+    "mlm_loss",
+    "int8",
     "bert",
-)  # of this package, each with CASES: a new case needs no other line
+)  # of pyaccel.benchmarks.cases, each with CASES: a new case needs no other line
 GROUPS = ("ops", "layers", "models", "train")
 OURS = "pyaccel"  # what the names of our variants begin with
 
@@ -100,7 +100,7 @@ def cases(names: Iterable[str] | None = None) -> list[Case]:
     """
     known: list[Case] = []
     for name in MODULES:
-        module = importlib.import_module(f"pyaccel.benchmarks.{name}")
+        module = importlib.import_module(f"pyaccel.benchmarks.cases.{name}")
         about = (module.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
         known += [case if case.about else replace(case, about=about) for case in module.CASES]
     if names is None:

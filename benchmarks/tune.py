@@ -13,17 +13,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from pyaccel.benchmarks import (
+from pyaccel.benchmarks.cases import (
     attention,
-    bert_embeddings,
-    bias_gelu,
-    int8_linear,
-    linear_activation,
-    masked_lm_cross_entropy,
-    residual_layernorm,
+    bias_act,
+    embeddings,
+    int8,
+    layernorm,
+    linear,
+    mlm_loss,
     varlen_attention,
 )
-from pyaccel.benchmarks.attention_shapes import Shape, results
+from pyaccel.benchmarks.cases.attention_shapes import Shape, results
 from pyaccel.benchmarks.method import Row, measure, provenance
 from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
@@ -224,7 +224,7 @@ def _on_cpu() -> list[Tunable]:
             _of_shape,
             TRAINING.sizes,
         ),
-        Tunable("int8_matmul", int8_linear.CASE, INT8, lambda size: size, int8_linear.CASE.cpu_sizes or {}),
+        Tunable("int8_matmul", int8.CASE, INT8, lambda size: size, int8.CASE.cpu_sizes or {}),
     ]
 
 
@@ -241,12 +241,12 @@ def _on_gpu() -> list[Tunable]:
     return [
         of(attention.CASE, _of_shape, lambda shape: not shape.backward, "scaled_dot_product_attention"),
         of(varlen_attention.CASE, _of_shape, lambda shape: not shape.backward),
-        of(residual_layernorm.CASE, lambda size: size, lambda size: True),
-        of(bias_gelu.CASE, lambda size: size[:2], lambda size: size[2] == "forward+backward"),
-        of(bert_embeddings.CASE, lambda size: (size[0] * size[1], size[2]), lambda size: not size[4]),
-        of(linear_activation.CASE, lambda size: size[:3], lambda size: size[3] == "forward"),
-        of(masked_lm_cross_entropy.CASE, lambda size: size[:3], lambda size: size[3] == "forward"),
-        Tunable("int8_matmul", int8_linear.CASE, INT8, lambda size: size, int8_linear.CASE.sizes),
+        of(layernorm.CASE, lambda size: size, lambda size: True),
+        of(bias_act.CASE, lambda size: size[:2], lambda size: size[2] == "forward+backward"),
+        of(embeddings.CASE, lambda size: (size[0] * size[1], size[2]), lambda size: not size[4]),
+        of(linear.CASE, lambda size: size[:3], lambda size: size[3] == "forward"),
+        of(mlm_loss.CASE, lambda size: size[:3], lambda size: size[3] == "forward"),
+        Tunable("int8_matmul", int8.CASE, INT8, lambda size: size, int8.CASE.sizes),
     ]
 
 
@@ -257,12 +257,12 @@ def _sizes(case: Case, wanted: Callable[[Any], bool]) -> dict[str, Any]:
 # ---- what the torch backend chooses between on a CPU: each way by itself, without the questions before it ----
 
 
-def _product(way: Callable[..., torch.Tensor]) -> Callable[[Any], Callable[[], linear_activation.Outputs]]:
+def _product(way: Callable[..., torch.Tensor]) -> Callable[[Any], Callable[[], linear.Outputs]]:
     return lambda p: torch.no_grad()(lambda: (way(p.x, p.weight, p.bias, "gelu"),))
 
 
 ONE_PRODUCT = dataclasses.replace(
-    linear_activation.CASE,
+    linear.CASE,
     name="one_product",
     sizes={
         f"{rows}x{n_in} to {n_out}": (rows, n_in, n_out, "forward") for n_in, n_out in LAYERS for rows in ROWS
@@ -348,19 +348,19 @@ TRAINING = dataclasses.replace(
 
 
 def _launches() -> list[Launch]:
-    rows = _sizes(residual_layernorm.CASE, lambda size: size[0] == 16384)
+    rows = _sizes(layernorm.CASE, lambda size: size[0] == 16384)
     forward = _sizes(attention.CASE, lambda shape: not shape.backward and shape.seq >= 512)
     backward = _sizes(attention.CASE, lambda shape: shape.backward and shape.seq >= 512)
-    products = _sizes(linear_activation.CASE, lambda size: size[0] >= 2048 and size[3] == "forward")
-    codes = _sizes(int8_linear.CASE, lambda size: size[0] >= 2048)
+    products = _sizes(linear.CASE, lambda size: size[0] >= 2048 and size[3] == "forward")
+    codes = _sizes(int8.CASE, lambda size: size[0] >= 2048)
     return [
-        Launch("residual_layernorm_forward", residual_layernorm.CASE, rows),
-        Launch("residual_layernorm_backward", residual_layernorm.CASE, rows),
+        Launch("residual_layernorm_forward", layernorm.CASE, rows),
+        Launch("residual_layernorm_backward", layernorm.CASE, rows),
         Launch("attention_forward", attention.CASE, forward),
         Launch("attention_dquery", attention.CASE, backward),
         Launch("attention_dkey_dvalue", attention.CASE, backward),
-        Launch("linear_activation", linear_activation.CASE, products),
-        Launch("int8_matmul", int8_linear.CASE, codes, torch.int8),
+        Launch("linear_activation", linear.CASE, products),
+        Launch("int8_matmul", int8.CASE, codes, torch.int8),
     ]
 
 

@@ -21,7 +21,7 @@ KERNELS = {
     for path in (ROOT / "kernels").rglob("*")
     if path.suffix in (".py", ".json")
 }
-BENCHMARKS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.py")}
+BENCHMARKS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("*.py")}
 PYACCEL = {
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "pyaccel").rglob("*.py")

@@ -1,6 +1,6 @@
 """Tiles of matrices: loaded, summed, made in an order that the L2 cache likes, and quantized by row.
 
-int8 codes have the bits of pyaccel/reference/quantize.py: amax / 127, rounding half to even.
+int8 codes have the bits of pyaccel/reference/int8.py: amax / 127, rounding half to even.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What follows an int8 product: scales, bias, activation, residual, in fp32; and the kernel that finishes whole rows.
 
 ``act((sums * a_scale + a_offset * b_sum) * b_scale + bias) + residual``, the steps and their order of
-pyaccel/reference/int8_matmul.py. A tile's epilogue runs where its sums are. The kernel here takes sums from memory:
+pyaccel/reference/int8.py. A tile's epilogue runs where its sums are. The kernel here takes sums from memory:
 those of a split inner dimension, which it adds up first, and those of rows whose result is quantised again, for which
 a program must see a whole row.
 """

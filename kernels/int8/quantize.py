@@ -1,4 +1,4 @@
-"""int8 codes of rows, in the bits of pyaccel/reference/quantize.py: one read of x, one write of its codes.
+"""int8 codes of rows, in the bits of pyaccel/reference/int8.py: one read of x, one write of its codes.
 
 A program holds whole rows in registers, because a row's scale is that of its largest value. No product may be fused
 with a sum here: where the definition rounds twice, so must the kernels.

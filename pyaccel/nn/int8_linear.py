@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import ops
-from pyaccel.reference.quantize import dequantize
+from pyaccel.reference.int8 import dequantize
 
 Method = Literal["dynamic", "static", "weight_only"]
 METHODS: tuple[Method, ...] = ("dynamic", "static", "weight_only")

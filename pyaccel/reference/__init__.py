@@ -2,18 +2,19 @@
 
 from pyaccel.reference.activation import activation
 from pyaccel.reference.attention import attention_probs, scaled_dot_product_attention, varlen_attention
-from pyaccel.reference.bert_embeddings import BertEmbeddingsOutput, bert_embeddings
-from pyaccel.reference.bias_gelu import bias_gelu
-from pyaccel.reference.int8_linear import int8_linear
-from pyaccel.reference.int8_matmul import int8_matmul, int8_weight_only_matmul
-from pyaccel.reference.masked_lm_cross_entropy import masked_lm_cross_entropy
-from pyaccel.reference.quantize import (
+from pyaccel.reference.bias_act import bias_gelu
+from pyaccel.reference.embeddings import BertEmbeddingsOutput, bert_embeddings
+from pyaccel.reference.int8 import (
+    int8_linear,
+    int8_matmul,
+    int8_weight_only_matmul,
     quantize_per_channel,
     quantize_per_tensor,
     quantize_per_token,
     quantize_per_token_with_offset,
 )
-from pyaccel.reference.residual_layernorm import ResidualLayerNormOutput, residual_layernorm
+from pyaccel.reference.layernorm import ResidualLayerNormOutput, residual_layernorm
+from pyaccel.reference.mlm_loss import masked_lm_cross_entropy
 
 __all__ = [
     "BertEmbeddingsOutput",

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from pyaccel.benchmarks import attention, bert, registry, run, table
-from pyaccel.benchmarks.attention_shapes import Shape, sentences, squad
+from pyaccel.benchmarks import registry, run, table
+from pyaccel.benchmarks.cases import attention, bert
+from pyaccel.benchmarks.cases.attention_shapes import Shape, sentences, squad
 from pyaccel.benchmarks.method import LEAST_ROUNDS, interval, measure, time_in_turn
 from tests.assertions import assert_equivalent
 

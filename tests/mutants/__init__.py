@@ -1,7 +1,7 @@
 """Known bugs, planted one at a time into a copy of the tree, to see that the tests catch them.
 
-A family's list is ``MUTANTS`` in a module of this package, and ``TESTS`` there, if it is there, what pytest is given to
-notice them; ``python -m tests.mutants`` runs them all.
+A family's list is ``MUTANTS`` in a module of this package, and ``TESTS`` there what pytest is given to notice them;
+``python -m tests.mutants`` runs them all.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ FEED_FORWARD = "pyaccel/ops/linear/mlp.py"
 LINEAR = "pyaccel/ops/linear/api.py"
 GRADIENTS = "pyaccel/ops/common.py"
 ROW_TILE = "kernels/common/tiles.py"
-LAYERNORM_REFERENCE = "pyaccel/reference/residual_layernorm.py"
+LAYERNORM_REFERENCE = "pyaccel/reference/layernorm.py"
 EMBEDDINGS = "pyaccel/ops/embeddings/api.py"
 
 MUTANTS = [
@@ -56,7 +56,7 @@ MUTANTS = [
     ),
     Mutant(
         "quantize: the given scale comes back",
-        "pyaccel/reference/quantize.py",
+        "pyaccel/reference/int8.py",
         "else scale.clone()",
         "else scale",
     ),

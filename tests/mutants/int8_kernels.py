@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-TESTS = ("tests/kernels/test_quantize.py", "tests/kernels/test_int8_matmul.py", "tests/ops/test_int8.py")
+TESTS = ("tests/kernels/test_int8_quantize.py", "tests/kernels/test_int8.py", "tests/ops/test_int8.py")
 
 ROWS = "kernels/int8/quantize.py"
 TILE = "kernels/common/tiles.py"

@@ -13,7 +13,7 @@ from pyaccel import dispatch, ops, reference
 from pyaccel.ops import bert_embeddings as public
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings.triton import forward_op
-from pyaccel.reference.bert_embeddings import packed_positions
+from pyaccel.reference.embeddings import packed_positions
 from pyaccel.reference.philox import keep_mask
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_statistic
 from tests.pairwise import pairwise

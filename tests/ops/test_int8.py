@@ -23,9 +23,9 @@ from pyaccel.ops.int8.quantize import (
     quantize_per_token_with_offset,
 )
 from pyaccel.ops.int8.weight_only import int8_weight_only_matmul
-from pyaccel.reference import quantize as reference_quantize
-from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
-from pyaccel.reference.int8_matmul import int8_weight_only_matmul as reference_int8_weight_only_matmul
+from pyaccel.reference import int8 as reference_quantize
+from pyaccel.reference.int8 import int8_matmul as reference_int8_matmul
+from pyaccel.reference.int8 import int8_weight_only_matmul as reference_int8_weight_only_matmul
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

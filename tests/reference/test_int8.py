@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from pyaccel.reference.int8_matmul import accumulate, int8_matmul
-from pyaccel.reference.quantize import (
+from pyaccel.reference.int8 import (
+    accumulate,
     dequantize,
+    int8_matmul,
     quantize_per_channel,
     quantize_per_tensor,
     quantize_per_token,

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyaccel import dispatch, reference, tuned
 from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
-from pyaccel.reference.residual_layernorm import add_bias
+from pyaccel.reference.layernorm import add_bias
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 

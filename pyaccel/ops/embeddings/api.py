@@ -18,8 +18,8 @@ from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings import triton as triton_backend
 from pyaccel.ops.embeddings.checks import OP, assert_later, check_range, not_supported_reasons, out_of_range
-from pyaccel.reference.bert_embeddings import packed_positions
-from pyaccel.reference.residual_layernorm import normalise
+from pyaccel.reference.embeddings import packed_positions
+from pyaccel.reference.layernorm import normalize
 
 
 def bert_embeddings(
@@ -173,7 +173,7 @@ def _torch_backend(
             total = total + position_weight[: input_ids.shape[1]]
         else:
             total = total + _lookup(position_ids, position_weight)
-    out = normalise(total, weight, bias, eps=eps, rms_norm=False, out_dtype=out_dtype)
+    out = normalize(total, weight, bias, eps=eps, rms_norm=False, out_dtype=out_dtype)
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyaccel.ops.common import rows
 from pyaccel.reference import activation as activate
-from pyaccel.reference import quantize as reference
+from pyaccel.reference import int8 as reference
 
 # Measured with 2 cores of 1 MiB L2 each: blocks of half this size and of twice this size are up to 20 % slower.
 BLOCK_BYTES = 3 * 2**19

@@ -22,7 +22,7 @@ from pyaccel.ops.int8.quantize import (
 )
 from pyaccel.ops.int8.weight_only import int8_weight_only_matmul
 from pyaccel.ops.linear.api import ACTIVATIONS
-from pyaccel.reference.quantize import INT8_MAX, dequantize
+from pyaccel.reference.int8 import INT8_MAX, dequantize
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

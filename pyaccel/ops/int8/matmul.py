@@ -15,8 +15,8 @@ from pyaccel.ops.int8 import cpu as on_cpu
 from pyaccel.ops.int8 import triton as on_gpu
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate
-from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
-from pyaccel.reference.quantize import quantize_per_token
+from pyaccel.reference.int8 import int8_matmul as reference_int8_matmul
+from pyaccel.reference.int8 import quantize_per_token
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The longest sum that int32 holds whatever the codes: 2**31 / 128**2, less 1.

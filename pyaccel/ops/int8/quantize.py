@@ -1,6 +1,6 @@
 """Symmetric int8 quantisation: the public functions.
 
-Every backend gives the bits of :mod:`pyaccel.reference.quantize`, which says what scale and codes are.
+Every backend gives the bits of :mod:`pyaccel.reference.int8`, which says what scale and codes are.
 Nothing here records gradients: a rounded value has none.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyaccel import dispatch
 from pyaccel.ops.int8 import cpu as on_cpu
 from pyaccel.ops.int8 import triton as on_gpu
-from pyaccel.reference import quantize as reference
+from pyaccel.reference import int8 as reference
 
 # The torch backend: on a CPU in blocks; elsewhere the definition is itself well-chosen plain PyTorch.
 

@@ -13,7 +13,7 @@ from pyaccel.ops.common import without_autocast
 from pyaccel.ops.int8 import triton as on_gpu
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate
-from pyaccel.reference.int8_matmul import int8_weight_only_matmul as reference
+from pyaccel.reference.int8 import int8_weight_only_matmul as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows from which on a card is busy with products, not with the weight's bytes: PyTorch's own, of a weight that is made

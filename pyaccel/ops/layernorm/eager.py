@@ -9,7 +9,7 @@ from torch import Tensor
 from pyaccel import dispatch, reference
 from pyaccel.ops.common import own_gradient, runs_now
 from pyaccel.ops.dropout import dropout_key, keep_mask_on_host
-from pyaccel.reference.residual_layernorm import add_bias, normalise
+from pyaccel.reference.layernorm import add_bias, normalize
 
 
 def _drops_on_host(x: Tensor, residual: Tensor) -> bool:
@@ -37,7 +37,7 @@ def torch_backend(
             total = F.dropout(total, dropout_p)
         if residual is not None:
             total = total + own_gradient(residual, total)
-    return normalise(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype), total
+    return normalize(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype), total
 
 
 def reference_backend(

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyaccel import dispatch, reference, tuned
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.mlm_loss.chunked import OP, PerTokenFunction, SumFunction, cast, check_labels
-from pyaccel.reference.masked_lm_cross_entropy import items
+from pyaccel.reference.mlm_loss import items
 
 REDUCTIONS = ("mean", "sum", "none")
 

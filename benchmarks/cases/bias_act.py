@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyaccel import dispatch, ops, reference
 from pyaccel.benchmarks.registry import Case, Variant, no_triton
-from pyaccel.reference.quantize import dequantize
+from pyaccel.reference.int8 import dequantize
 
 MODES = ("forward", "forward+backward", "int8")
 Outputs = tuple[Tensor, ...]

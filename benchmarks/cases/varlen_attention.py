@@ -5,7 +5,7 @@ that want padding get the same tokens padded, and nested tensors are made, befor
 give is packed for the check after it has stopped: the time is that of attention alone. FLOPs and bytes are those of
 the real tokens, whoever computes more. Batches without any padding show what packing itself costs.
 
-There is no dropout here, as in :mod:`pyaccel.benchmarks.attention`.
+There is no dropout here, as in :mod:`pyaccel.benchmarks.cases.attention`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.benchmarks import attention
-from pyaccel.benchmarks.attention_shapes import (
+from pyaccel.benchmarks.cases import attention
+from pyaccel.benchmarks.cases.attention_shapes import (
     CPU_HEADS,
     HEADS,
     TOKENS,

@@ -19,10 +19,10 @@ from pyaccel.kernels.int8.config import Int8MatmulConfig
 from pyaccel.kernels.int8.epilogue import Epilogue
 from pyaccel.ops.linear.api import ACTIVATIONS
 from pyaccel.reference import activation as activate
-from pyaccel.reference import quantize as reference_quantize
-from pyaccel.reference.int8_matmul import int8_matmul as reference_int8_matmul
+from pyaccel.reference import int8 as reference_quantize
+from pyaccel.reference.int8 import int8_matmul as reference_int8_matmul
 from tests.assertions import assert_bits_equal, assert_close_to_truth
-from tests.kernels.test_linear_activation import label, view
+from tests.kernels.test_linear import label, view
 from tests.pairwise import pairwise
 
 Alloc = Callable[..., Tensor]

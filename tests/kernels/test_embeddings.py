@@ -16,7 +16,7 @@ from pyaccel.kernels.embeddings import config
 from pyaccel.kernels.embeddings import forward as bert_embeddings
 from pyaccel.kernels.embeddings.forward import Lookup
 from pyaccel.ops.dropout import dropout_key
-from pyaccel.reference.bert_embeddings import packed_positions
+from pyaccel.reference.embeddings import packed_positions
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
 Alloc = Callable[..., Tensor]

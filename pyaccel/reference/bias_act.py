@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyaccel.reference.activation import activation as apply_activation
-from pyaccel.reference.quantize import quantize_per_token
-from pyaccel.reference.residual_layernorm import add_bias
+from pyaccel.reference.int8 import quantize_per_token
+from pyaccel.reference.layernorm import add_bias
 
 
 def bias_gelu(

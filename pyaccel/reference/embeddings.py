@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyaccel.reference.layernorm import normalize
 from pyaccel.reference.philox import dropout
-from pyaccel.reference.residual_layernorm import normalise
 
 
 class BertEmbeddingsOutput(NamedTuple):
@@ -93,7 +93,7 @@ def bert_embeddings(
         total = total + _lookup(token_type_weight, types)
 
     hidden = total.shape[-1]
-    output = normalise(total, weight, bias, eps=eps, rms_norm=False, out_dtype=out_dtype or word_weight.dtype)
+    output = normalize(total, weight, bias, eps=eps, rms_norm=False, out_dtype=out_dtype or word_weight.dtype)
     if dropout_p > 0.0:
         if dropout_key is None:
             raise ValueError("bert_embeddings: dropout_p > 0 needs a dropout_key to replay")

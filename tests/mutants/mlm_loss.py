@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-TESTS = ("tests/kernels/test_cross_entropy.py", "tests/ops/test_masked_lm_cross_entropy.py")
+TESTS = ("tests/kernels/test_mlm_loss.py", "tests/ops/test_masked_lm_cross_entropy.py")
 
 KERNEL = "kernels/mlm_loss/cross_entropy.py"
 CONFIG = "kernels/mlm_loss/config.py"
 OPS = "pyaccel/ops/mlm_loss/chunked.py"
 PUBLIC = "pyaccel/ops/mlm_loss/api.py"
-REFERENCE = "pyaccel/reference/masked_lm_cross_entropy.py"
+REFERENCE = "pyaccel/reference/mlm_loss.py"
 
 MUTANTS = [
     Mutant("mlm loss: the padding counts", KERNEL, "tl.where(o_col < n_cols, x, float(\"-inf\"))", "tl.where(o_col < width, x, float(\"-inf\"))"),

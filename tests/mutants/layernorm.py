@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
+TESTS = ("tests/kernels/test_layernorm.py", "tests/ops/test_residual_layernorm.py")
+
 FORWARD = "kernels/layernorm/forward.py"
 BACKWARD = "kernels/layernorm/backward.py"
 COLUMN_SUM = "kernels/common/reduce.py"

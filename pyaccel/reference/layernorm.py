@@ -65,7 +65,7 @@ def residual_layernorm(
     total = branch if residual is None else branch + residual
     if total is x:
         total = x.clone()  # a result is no input
-    output = normalise(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype or total.dtype)
+    output = normalize(total, weight, bias, eps=eps, rms_norm=rms_norm, out_dtype=out_dtype or total.dtype)
     stats = total.to(torch.float64 if upcast else torch.float32)
     variance, mean = torch.var_mean(stats, dim=-1, correction=0)
     if rms_norm:
@@ -78,7 +78,7 @@ def add_bias(x: Tensor, bias: Tensor) -> Tensor:
     return x + bias.to(x.dtype) if x.dim() > 1 else (x[None] + bias.to(x.dtype))[0]
 
 
-def normalise(
+def normalize(
     total: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import reference
-from pyaccel.reference.quantize import dequantize
+from pyaccel.reference.int8 import dequantize
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
+TESTS = ("tests/kernels/test_embeddings.py", "tests/ops/test_bert_embeddings.py")
+
 FORWARD = "kernels/embeddings/forward.py"
 BACKWARD = "kernels/embeddings/backward.py"
 SEGMENTS = "kernels/common/segment_sum.py"

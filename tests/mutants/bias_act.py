@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-TESTS = ("tests/kernels/test_bias_gelu.py", "tests/ops/test_bias_gelu.py")
+TESTS = ("tests/kernels/test_bias_act.py", "tests/ops/test_bias_gelu.py")
 
 KERNEL = "kernels/bias_act/kernels.py"
 TILE = "kernels/common/activations.py"

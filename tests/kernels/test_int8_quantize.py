@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pyaccel.kernels.common import limits
 from pyaccel.kernels.int8 import config, quantize
-from pyaccel.reference import quantize as reference
+from pyaccel.reference import int8 as reference
 from tests.assertions import assert_bits_equal
-from tests.kernels.test_linear_activation import view
+from tests.kernels.test_linear import view
 from tests.pairwise import pairwise
 
 Alloc = Callable[..., Tensor]

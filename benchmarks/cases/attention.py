@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyaccel import dispatch, ops, reference
-from pyaccel.benchmarks.attention_shapes import (
+from pyaccel.benchmarks.cases.attention_shapes import (
     CPU_HEADS,
     HEADS,
     TOKENS,

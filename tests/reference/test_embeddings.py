@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pyaccel import reference
-from pyaccel.reference.bert_embeddings import packed_positions
+from pyaccel.reference.embeddings import packed_positions
 from pyaccel.reference.philox import keep_mask
 
 F64 = torch.float64

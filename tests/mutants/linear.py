@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants import Mutant
 
-TESTS = ("tests/kernels/test_linear_activation.py", "tests/ops/test_linear_activation.py")
+TESTS = ("tests/kernels/test_linear.py", "tests/ops/test_linear_activation.py")
 
 KERNEL = "kernels/linear/kernels.py"
 ORDER = "kernels/common/tiles.py"
