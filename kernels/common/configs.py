@@ -30,6 +30,11 @@ class RowConfig:
     tiled: bool = False
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """The kernels' constants."""
+        return {"BLOCK_ROWS": self.block_rows, "BLOCK_N": self.block_n}
+
+    @property
     def label(self) -> str:
         """A short name for tables."""
         grid = f", {self.programs_per_sm} programs an SM" if self.programs_per_sm else ""

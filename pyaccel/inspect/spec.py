@@ -5,15 +5,28 @@ A family adds one builder to :mod:`pyaccel.inspect.specs.registry`. Importing th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-# A kernel's argument as a launch has it: "*bf16" for a pointer to bfloat16, a number, None, or a tuple of integers.
-Argument = str | int | float | None | tuple[int, ...]
+import torch
+
+from pyaccel.kernels.common.limits import MAX_ROW
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
 
+Config = TypeVar("Config")
 Name = str | tuple[str, int]  # of an argument, or of an element of one that is a tuple
 
 
@@ -58,8 +71,7 @@ def kernel_spec(
     op: str,
     name: str,
     fn: str,
-    arguments: Mapping[str, Argument],
-    constexprs: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     *,
     dtype: str,
     config: str,
@@ -72,11 +84,12 @@ def kernel_spec(
 ) -> KernelSpec:
     """A :class:`KernelSpec` with the arguments specialised as Triton's JIT does it on a launch.
 
-    None and the integer 1 become constants, integers divisible by 16 and all pointers are marked as such, and
-    the arguments in ``do_not_specialize`` keep their type alone.
+    An argument is as a launch has it: a tensor (or ``"*bf16"`` for a pointer to bfloat16), a number, None or a tuple of
+    integers. None, the integer 1 and arguments with upper-case names become constants, integers divisible by 16 and
+    all pointers are marked as such, and the arguments in ``do_not_specialize`` keep their type alone.
     """
     signature: dict[str, str | tuple[str, ...]] = {}
-    constants: dict[Name, Any] = {name: value for name, value in constexprs.items()}
+    constants: dict[Name, Any] = {}
     divisible: set[Name] = set()
 
     def integer(name: Name, value: int) -> str:
@@ -88,10 +101,10 @@ def kernel_spec(
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     for arg, value in arguments.items():
-        if value is None:
-            constants[arg] = None
-        elif isinstance(value, str):
-            signature[arg] = value
+        if arg.isupper() or value is None:
+            constants[arg] = value
+        elif isinstance(value, (str, torch.Tensor)):
+            signature[arg] = value if isinstance(value, str) else POINTERS[value.dtype]
             divisible.add(arg)
         elif isinstance(value, float):
             signature[arg] = "fp32"
@@ -116,3 +129,27 @@ def kernel_spec(
         archs=archs,
         fp_fusion=fp_fusion,
     )
+
+
+def launched(config: Any) -> dict[str, Any]:
+    """What :func:`kernel_spec` is told of a launch configuration."""
+    return {
+        "config": config.label,
+        "num_warps": config.num_warps,
+        "num_stages": getattr(config, "num_stages", None),
+        "programs_per_sm": getattr(config, "programs_per_sm", 0),
+    }
+
+
+def archs_by_config(of_arch: Callable[[str], Iterable[Config]]) -> dict[Config, frozenset[str]]:
+    """Each configuration with the architectures that have it."""
+    archs: dict[Config, set[str]] = {}
+    for arch in ARCHS:
+        for config in of_arch(arch):
+            archs.setdefault(config, set()).add(arch)
+    return {config: frozenset(of_config) for config, of_config in archs.items()}
+
+
+def rows_by_config(heuristic: Callable[[int], Config]) -> dict[Config, int]:
+    """Each configuration with the longest row that has it: a power of two, whose rows are aligned."""
+    return {heuristic(n_cols): n_cols for n_cols in range(1, MAX_ROW + 1)}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,25 +18,29 @@ import torch
 
 from pyaccel import dispatch, ops
 from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
-from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs import attention as attention_specs
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.attention import config
-from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
-from pyaccel.kernels.attention import dq as attention_dquery
-from pyaccel.kernels.attention import forward as attention
 from pyaccel.kernels.attention import params as attention_call
-from pyaccel.kernels.attention import scores as attention_scores
-from pyaccel.kernels.attention import short as attention_short
 from pyaccel.kernels.common.device import DeviceInfo, generation
 from tests.machine_code import DISTINCT_ARCHS, EVERY
+from tests.machine_code.budgets import (
+    Check,
+    Compiled,
+    compile_specs,
+    hopper_multiplies_with_wgmma_alone,
+    no_spills_and_no_stack,
+    parametrize,
+    products_are_matrix_instructions,
+    shared_memory_fits,
+    violations,
+    wide_bits,
+)
 
 FULL = {("bf16", "sm_90")} if EVERY else set()
 COMPLETE = {(arch, "bf16") for arch in DISTINCT_ARCHS} | {("sm_80", "fp32")} if EVERY else {("sm_90", "bf16")}
 HARDEST = {*(("bf16", arch) for arch in DISTINCT_ARCHS), ("fp32", "sm_80")}
-
-Compiled = list[tuple[KernelSpec, MachineCode]]
 
 
 def asks_most(spec: KernelSpec, arch: str) -> bool:
@@ -76,13 +79,7 @@ def compiled() -> Compiled:
         if (arch, spec.dtype) in COMPLETE or "head dim 64," in spec.name
     ]
     wanted = wanted if EVERY else hardest(wanted)
-    return [(spec, code) for (spec, _), code in zip(wanted, compile_tasks(wanted), strict=True)]
-
-
-def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
-    """The kernels for which `broken` returns what is wrong with them."""
-    found = ((code, broken(spec, code)) for spec, code in compiled)
-    return [f"{code}: {problem}" for code, problem in found if problem]
+    return compile_specs(wanted)
 
 
 def test_every_configuration_is_there(compiled: Compiled) -> None:
@@ -100,53 +97,22 @@ def test_every_configuration_is_there(compiled: Compiled) -> None:
     assert missing == []
 
 
-def test_no_spills_and_no_stack(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
-        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
-
-    assert violations(compiled, broken) == []
-
-
-def test_shared_memory_fits(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
-
-    assert violations(compiled, broken) == []
+def rows_move_512_bytes_a_warp(spec: KernelSpec, code: MachineCode) -> str:
+    # A tile of scores at head dimension 256 has 16 columns: 8 bytes of each of a warp's rows.
+    of_scores = spec.name.startswith(("weights", "dmask"))
+    narrow = code.load_bits < wide_bits(code) or code.store_bits < wide_bits(code) // (1 + of_scores)
+    return f"loads {code.loads}, stores {code.stores}" * narrow
 
 
-def test_hopper_multiplies_with_wgmma_alone(compiled: Compiled) -> None:
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        if code.arch != "sm_90" or spec.dtype == "fp32":
-            return ""
-        return f"{code.wgmma} wgmma, {code.mma} other" * (code.wgmma == 0 or code.mma > 0)
-
-    assert violations(compiled, broken) == []
-
-
-def test_16_bit_products_are_matrix_instructions(compiled: Compiled) -> None:
-    def broken(spec: KernelSpec, code: MachineCode) -> bool:
-        return spec.dtype != "fp32" and code.wgmma + code.mma == 0
-
-    assert violations(compiled, broken) == []
-
-
-def test_fp32_is_not_rounded_to_tf32(compiled: Compiled) -> None:
-    nvidia = [(spec, code) for spec, code in compiled if spec.dtype == "fp32"]
-    assert violations(nvidia, lambda _, code: code.wgmma + code.mma) == []
-
-
-def test_rows_are_accessed_128_bits_at_a_time(compiled: Compiled) -> None:
-    """512 bytes a warp: 128 bits for each of 32 lanes, half of it for each of AMD's 64 (as in the row kernels)."""
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        wide = 512 * 8 // PARTS[code.arch].warp_size
-        # A tile of scores at head dimension 256 has 16 columns: 8 bytes of each of a warp's rows.
-        of_scores = spec.name.startswith(("weights", "dmask"))
-        narrow = code.load_bits < wide or code.store_bits < (wide // 2 if of_scores else wide)
-        return f"loads {code.loads}, stores {code.stores}" * narrow
-
-    assert violations(compiled, broken) == []
+@parametrize(
+    no_spills_and_no_stack,
+    shared_memory_fits,
+    hopper_multiplies_with_wgmma_alone,
+    products_are_matrix_instructions,
+    rows_move_512_bytes_a_warp,
+)
+def test_machine_code(compiled: Compiled, check: Check) -> None:
+    assert violations(compiled, check) == []
 
 
 def test_keys_come_through_the_copy_engine_where_the_configuration_says_so() -> None:
@@ -171,27 +137,13 @@ def test_keys_come_through_the_copy_engine_where_the_configuration_says_so() -> 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("seq", [24, 96, 200])
 def test_what_is_launched_is_what_ships(
-    seq: int, dim: int, dropout_p: float, arch: str, monkeypatch: pytest.MonkeyPatch
+    seq: int,
+    dim: int,
+    dropout_p: float,
+    arch: str,
+    launches: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    launched: list[tuple[str, dict[str, Any]]] = []
-    kernels = {
-        kernel: f"{module.__name__}:{kernel.__name__}"
-        for module, kernel in (
-            (attention, attention.forward_kernel),
-            (attention_short, attention_short.forward_short_kernel),
-            (attention_short, attention_short.backward_short_kernel),
-            (attention_dquery, attention_dquery.dquery_kernel),
-            (attention_dkey_dvalue, attention_dkey_dvalue.dkey_dvalue_kernel),
-            (attention_scores, attention_scores.probs_kernel),
-            (attention_scores, attention_scores.dmask_kernel),
-        )
-    }
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launched.append((kernels[self], kwargs))
-
-    for kernel_class in {type(kernel) for kernel in kernels}:
-        monkeypatch.setattr(kernel_class, "run", run)
     monkeypatch.setattr(attention_call, "device_info", lambda device: DeviceInfo("a card", arch, 100))
     q, k, v = (torch.randn(2, 4, seq, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     mask = torch.randn(1, 1, seq, seq, dtype=torch.bfloat16, requires_grad=True)
@@ -205,8 +157,9 @@ def test_what_is_launched_is_what_ships(
     shipped = {
         identity(s.fn, {**s.constexprs, **options(s)}) for s in specs("attention") if arch in (s.archs or ())
     }
-    assert launched
-    assert [name for name, kwargs in launched if identity(name, kwargs) not in shipped] == []
+    given = [(f"{kernel.fn.__module__}:{kernel.__name__}", named) for kernel, named in launches]
+    assert given
+    assert [name for name, named in given if identity(name, named) not in shipped] == []
 
 
 def options(spec: KernelSpec) -> dict[str, Any]:

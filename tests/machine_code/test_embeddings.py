@@ -8,18 +8,28 @@ is bf16 with another conversion instruction. The column sums of backward are tho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from pyaccel.inspect.compile import MachineCode, compile_tasks
-from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.common import configs, limits
 from pyaccel.kernels.embeddings import config
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
+from tests.machine_code.budgets import (
+    Check,
+    Compiled,
+    compile_specs,
+    no_matrix_instructions,
+    no_spills_and_no_stack,
+    occupancy,
+    parametrize,
+    persistent_grid_is_resident,
+    rows_stay_in_registers,
+    shared_memory_fits,
+    violations,
+    wide_accesses,
+)
 
 MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS}
 # Tensors of rows that a kernel reads and writes: a table's rows, gradients, partial sums.
@@ -30,20 +40,13 @@ ROWS = {
     "table gradient, borders": (1, 0),
 }
 
-Compiled = list[tuple[KernelSpec, MachineCode]]
-
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
     """Every kernel of the matrix with its machine code."""
-    tasks = [(spec, arch) for spec in specs("bert_embeddings") for arch in MATRIX.get(spec.dtype, ())]
-    return [(spec, code) for (spec, _), code in zip(tasks, compile_tasks(tasks), strict=True)]
-
-
-def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
-    """The kernels for which `broken` returns what is wrong with them."""
-    found = ((code, broken(spec, code)) for spec, code in compiled)
-    return [f"{code}: {problem}" for code, problem in found if problem]
+    return compile_specs(
+        (spec, arch) for spec in specs("bert_embeddings") for arch in MATRIX.get(spec.dtype, ())
+    )
 
 
 def test_every_configuration_and_architecture_is_there(compiled: Compiled) -> None:
@@ -60,56 +63,19 @@ def test_every_configuration_and_architecture_is_there(compiled: Compiled) -> No
     assert Counter((spec.dtype, code.arch) for spec, code in compiled) == expected
 
 
-def test_no_spills_and_no_stack(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
-        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
-
-    assert violations(compiled, broken) == []
+def least_occupancy(spec: KernelSpec) -> float:
+    """Half of the most in BERT's rows, a quarter in the longest."""
+    return 0.5 if spec.name == "forward" and spec.constexprs["BLOCK_N"] <= 1024 else 0.25
 
 
-def test_shared_memory_fits(compiled: Compiled) -> None:
-    assert all(PARTS[code.arch].shared_per_block >= 32 * 1024 for _, code in compiled)
-    # Sums that cross warps and little else: rows themselves stay in registers.
-    assert violations(compiled, lambda _, code: code.shared_bytes > 32 * 1024 and code.shared_bytes) == []
-
-
-def test_persistent_grids_are_resident_at_once(compiled: Compiled) -> None:
-    """A persistent grid of more programs than the device holds runs in waves, the last one mostly empty."""
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        resident = round(code.occupancy * PARTS[code.arch].warps_per_sm / code.num_warps)
-        too_many = resident < max(spec.programs_per_sm, 1)
-        return f"{resident} programs fit an SM, {spec.programs_per_sm} are launched" * too_many
-
-    assert violations(compiled, broken) == []
-
-
-def test_occupancy(compiled: Compiled) -> None:
-    """What hides the latency of a lookup is warps: half of the most in BERT's rows, a quarter in the longest."""
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        least = 0.5 if spec.name == "forward" and spec.constexprs["BLOCK_N"] <= 1024 else 0.25
-        return f"occupancy {code.occupancy:.0%}" * (code.occupancy < least)
-
-    assert violations(compiled, broken) == []
-
-
-def test_rows_move_512_bytes_a_warp(compiled: Compiled) -> None:
-    """Every tensor of rows is read and written with accesses of 512 bytes a warp, where its rows are aligned.
-
-    That is 128 bits for each of 32 lanes, the widest there is; half of it does for each of AMD's 64.
-    """
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        wide = 512 * 8 // PARTS[code.arch].warp_size
-        loads, stores = ROWS[spec.name]
-        wide_loads = sum(n for bits, n in code.loads.items() if bits >= wide)
-        wide_stores = sum(n for bits, n in code.stores.items() if bits >= wide)
-        return f"loads {code.loads}, stores {code.stores}" * (wide_loads < loads or wide_stores < stores)
-
-    assert violations(compiled, broken) == []
-
-
-def test_no_matrix_instructions_and_no_atomics(compiled: Compiled) -> None:
-    assert violations(compiled, lambda _, code: code.wgmma + code.mma) == []
+@parametrize(
+    no_spills_and_no_stack,
+    shared_memory_fits,
+    rows_stay_in_registers,
+    persistent_grid_is_resident,
+    no_matrix_instructions,
+    occupancy(least_occupancy),
+    wide_accesses(lambda spec: ROWS[spec.name]),
+)
+def test_machine_code(compiled: Compiled, check: Check) -> None:
+    assert violations(compiled, check) == []

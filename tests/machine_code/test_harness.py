@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def toy(name: str, arguments, constexprs, num_warps: int = 4, **kwargs) -> KernelSpec:
     fn = f"tests.machine_code.toy_kernels:{name}_kernel"
     labels = {"dtype": "toy", "config": "toy", "num_warps": num_warps}
-    return kernel_spec("toy", name, fn, arguments, constexprs, **labels, **kwargs)
+    return kernel_spec("toy", name, fn, {**arguments, **constexprs}, **labels, **kwargs)
 
 
 COPY = toy("copy", {"out_ptr": "*bf16", "x_ptr": "*bf16", "size": 4096}, {"BLOCK": 2048})

@@ -10,17 +10,14 @@ is bf16 with another conversion instruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
-from pyaccel.inspect.gpus import PARTS
-from pyaccel.inspect.spec import KernelSpec, kernel_spec
-from pyaccel.inspect.specs import int8 as int8_matmul_specs
-from pyaccel.inspect.specs import quantize as quantize_specs
+from pyaccel.inspect.compile import MachineCode, tasks
+from pyaccel.inspect.spec import KernelSpec
+from pyaccel.inspect.specs import int8 as int8_specs
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.common import limits
 from pyaccel.kernels.common.device import generation
@@ -31,9 +28,18 @@ from pyaccel.kernels.int8 import weight_only as int8_weight_only
 from pyaccel.kernels.int8.epilogue import Epilogue
 from pyaccel.ops.linear.api import ACTIVATIONS
 from tests.machine_code import ARCHS, DISTINCT_ARCHS, EVERY, ROW_ARCHS
-
-Compiled = list[tuple[KernelSpec, MachineCode]]
-
+from tests.machine_code.budgets import (
+    Check,
+    Compiled,
+    as_spec,
+    compile_specs,
+    no_spills_and_no_stack,
+    parametrize,
+    shared_memory_fits,
+    violations,
+    wide_bits,
+    wide_bytes_loaded,
+)
 
 LARGEST = config.CONFIGS["hopper"][0].label
 BOTH_LARGEST = {LARGEST, config.TMA_CONFIGS["hopper"][0].label}
@@ -74,13 +80,7 @@ def compiled() -> Compiled:
     """Every kernel of the matrix with its machine code."""
     everything = [*specs("quantize"), *specs("int8_matmul")]
     chosen = [(spec, arch) for spec, arch in tasks(everything, ARCHS) if wanted(spec, arch)]
-    return [(spec, code) for (spec, _), code in zip(chosen, compile_tasks(chosen), strict=True)]
-
-
-def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
-    """The kernels for which `broken` returns what is wrong with them."""
-    found = ((code, broken(spec, code)) for spec, code in compiled)
-    return [f"{code}: {problem}" for code, problem in found if problem]
+    return compile_specs(chosen)
 
 
 def products(compiled: Compiled) -> Compiled:
@@ -101,116 +101,46 @@ def test_every_configuration_is_there(compiled: Compiled) -> None:
     assert {s.config for s, _ in compiled if s.name == "rows"} == widths
 
 
-def test_no_spills_and_no_stack(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
-        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
-
-    assert violations(compiled, broken) == []
-
-
-def test_shared_memory_fits(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
-
-    assert violations(compiled, broken) == []
+def right_matrix_instructions(spec: KernelSpec, code: MachineCode) -> str:
+    """Hopper's are wgmma; but of 16 rows a warp group has no use, and there the smaller instructions serve."""
+    if code.arch == "sm_90" and spec.constexprs["BLOCK_M"] > 16:
+        wrong = code.wgmma == 0 or code.mma > 0
+    else:
+        wrong = code.mma == 0 or code.wgmma > 0
+    return f"{code.wgmma} wgmma, {code.mma} other" * wrong
 
 
-def test_products_are_matrix_instructions_and_hoppers_are_wgmma(compiled: Compiled) -> None:
-    """Of 16 rows a Hopper warp group has no use: there the smaller instructions serve."""
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        if code.arch == "sm_90" and spec.constexprs["BLOCK_M"] > 16:
-            wrong = code.wgmma == 0 or code.mma > 0
-        else:
-            wrong = code.mma == 0 or code.wgmma > 0
-        return f"{code.wgmma} wgmma, {code.mma} other" * wrong
-
-    assert violations(products(compiled), broken) == []
+def copy_engine_loads_where_it_is_asked_to(spec: KernelSpec, code: MachineCode) -> str:
+    return "TMA" * ((code.tma > 0) != bool(spec.constexprs.get("TMA", False)))
 
 
-def test_the_copy_engine_loads_where_it_is_asked_to(compiled: Compiled) -> None:
-    assert (
-        violations(
-            products(compiled), lambda s, c: (c.tma > 0) != bool(s.constexprs.get("TMA", False)) and "TMA"
-        )
-        == []
-    )
+def tiles_move_512_bytes_a_warp(spec: KernelSpec, code: MachineCode) -> str:
+    """Both operands are read with accesses of 512 bytes a warp. What the copy engine reads no thread does."""
+    block_m, block_n, block_k = (spec.constexprs[f"BLOCK_{axis}"] for axis in "MNK")
+    itemsize = 1 if spec.signature.get("a_ptr") else 2
+    tiles = (block_m * itemsize + block_n) * block_k
+    return f"loads {code.loads}" * (not code.tma and wide_bytes_loaded(code) < tiles)
 
 
-def test_tiles_move_512_bytes_a_warp(compiled: Compiled) -> None:
-    """Both operands are read with accesses of 512 bytes a warp.
-
-    That is 128 bits for each of 32 lanes, the widest there is; half of it does for each of AMD's 64. What the copy
-    engine reads no thread does.
-    """
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        warp = PARTS[code.arch].warp_size
-        wide = 512 * 8 // warp
-        block_m, block_n, block_k = (spec.constexprs[f"BLOCK_{axis}"] for axis in "MNK")
-        itemsize = 1 if spec.signature.get("a_ptr") else 2
-        tiles = (block_m * itemsize + block_n) * block_k
-        loaded = sum(bits * n for bits, n in code.loads.items() if bits >= wide) // 8 * warp * code.num_warps
-        return f"loads {code.loads}" * (not code.tma and loaded < tiles)
-
-    assert violations(products(compiled), broken) == []
-
-
-def test_rows_are_read_and_written_wide(compiled: Compiled) -> None:
+def rows_are_read_and_written_wide(spec: KernelSpec, code: MachineCode) -> str:
     """256 bytes a warp and more, codes too; what is left for narrow accesses are scales and offsets."""
+    if spec.op != "quantize" or spec.name == "row sum":
+        return ""
+    narrow = min(code.load_bits, code.store_bits) < wide_bits(code) // 2
+    return f"loads {code.loads}, stores {code.stores}" * narrow
 
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        if spec.op != "quantize" or spec.name == "row sum":
-            return ""
-        lane = 256 * 8 // PARTS[code.arch].warp_size
-        return f"loads {code.loads}, stores {code.stores}" * (code.load_bits < lane or code.store_bits < lane)
 
-    assert violations(compiled, broken) == []
+@parametrize(no_spills_and_no_stack, shared_memory_fits, rows_are_read_and_written_wide)
+def test_machine_code(compiled: Compiled, check: Check) -> None:
+    assert violations(compiled, check) == []
+
+
+@parametrize(right_matrix_instructions, copy_engine_loads_where_it_is_asked_to, tiles_move_512_bytes_a_warp)
+def test_machine_code_of_products(compiled: Compiled, check: Check) -> None:
+    assert violations(products(compiled), check) == []
 
 
 # What is compiled above must be what the launchers launch: the same kernels, types, constants and options.
-
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-}
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """Kernels and their arguments by name, launched by nobody."""
-    found: list[tuple[Any, dict[str, Any]]] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        names = [name for name in self.arg_names if name not in kwargs]
-        found.append((self, {**dict(zip(names, args, strict=False)), **kwargs}))
-
-    monkeypatch.setattr(type(int8_matmul.matmul_kernel), "run", run)
-    return found
-
-
-def launched(kernel: Any, arguments: dict[str, Any], like: KernelSpec) -> KernelSpec:
-    values = {k: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    options = {key: values.pop(key) for key in ("num_warps", "num_stages") if key in values}
-    fp_fusion = values.pop("enable_fp_fusion", True)
-    constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
-    return kernel_spec(
-        like.op,
-        like.name,
-        f"{kernel.fn.__module__}:{kernel.__name__}",
-        values,
-        constexprs,
-        dtype=like.dtype,
-        config=like.config,
-        programs_per_sm=like.programs_per_sm,
-        archs=like.archs,
-        fp_fusion=fp_fusion,
-        **options,
-    )
 
 
 def epilogue(dtype: torch.dtype, rows: int, n_out: int, activation: str) -> Epilogue:
@@ -227,11 +157,11 @@ def epilogue(dtype: torch.dtype, rows: int, n_out: int, activation: str) -> Epil
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_the_product_specs_are_what_is_launched(
-    arch: str, launches: list[tuple[Any, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    arch: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("triton.set_allocator", lambda _: None)
     shipped = {(s.name, s.config): s for s in specs("int8_matmul") if s.dtype in ("bf16", "int8")}
-    rows, n_out, chip = int8_matmul_specs.N_ROWS, int8_matmul_specs.N_OUT, generation(arch)
+    rows, n_out, chip = int8_specs.N_ROWS, int8_specs.N_OUT, generation(arch)
     terms = epilogue(torch.bfloat16, rows, n_out, "gelu")
     for chosen in (*config.CONFIGS[chip], *config.TMA_CONFIGS.get(chip, ())):
         for name, n_in in (("everything, gelu", 768), ("everything, uneven, gelu", 784), ("sums", 768)):
@@ -241,20 +171,20 @@ def test_the_product_specs_are_what_is_launched(
             else:
                 int8_matmul.matmul(torch.empty(rows, n_out, dtype=torch.bfloat16), a, b, terms, chosen)
             like = shipped[name, chosen.label]
-            assert launched(*launches.pop(), like) == like
+            assert as_spec(*launches.pop(), like) == like
 
 
-def test_the_other_specs_are_what_is_launched(launches: list[tuple[Any, dict[str, Any]]]) -> None:
+def test_the_other_specs_are_what_is_launched(launches: list[Any]) -> None:
     every = [*specs("int8_matmul"), *specs("quantize")]
     shipped = {(s.name, s.config): s for s in every if s.dtype in ("bf16", "int8")}
 
     def check(name: str, label: str) -> None:
         like = shipped[name, label]
-        assert launched(*launches.pop(), like) == like
+        assert as_spec(*launches.pop(), like) == like
 
-    rows = int8_matmul_specs.N_ROWS
-    for n_out in (*int8_matmul_specs.WIDTHS, int8_matmul_specs.N_OUT):
-        again = n_out in int8_matmul_specs.WIDTHS
+    rows = int8_specs.N_ROWS
+    for n_out in (*int8_specs.WIDTHS, int8_specs.N_OUT):
+        again = n_out in int8_specs.WIDTHS
         chosen = config.int8_finish(n_out, quantize=again)
         out = torch.empty(rows, n_out, dtype=torch.int8 if again else torch.bfloat16)
         sums = torch.empty(1 if again else 3, rows, n_out, dtype=torch.int32)
@@ -268,14 +198,14 @@ def test_the_other_specs_are_what_is_launched(launches: list[tuple[Any, dict[str
             out = torch.empty(7, 3072, dtype=torch.bfloat16)
             int8_weight_only.weight_only(out, x, weight, scale, bias, "gelu", few)
             check(name, few.label)
-    for n_cols in quantize_specs.WIDTHS:
+    for n_cols in int8_specs.QUANTIZED_WIDTHS:
         x = torch.empty(rows, n_cols, dtype=torch.bfloat16)
         codes, scale, factor = torch.empty(x.shape, dtype=torch.int8), torch.empty(rows), torch.empty(n_cols)
         quantize.rows(codes, scale, None, x, None, config.quantize(n_cols))
         check("rows", config.quantize(n_cols).label)
         quantize.rows(codes, scale, scale, x, factor, config.quantize(n_cols))
         check("rows, offset and factor", config.quantize(n_cols).label)
-    for n_cols in quantize_specs.TILED_WIDTHS:
+    for n_cols in int8_specs.TILED_WIDTHS:
         x = torch.empty(rows, n_cols, dtype=torch.bfloat16)
         chosen = config.quantize_by_given_scale(n_cols)
         quantize.tensor(

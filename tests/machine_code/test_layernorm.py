@@ -13,15 +13,14 @@ with another conversion instruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from pyaccel.inspect.compile import MachineCode, compile_tasks
+from pyaccel.inspect.compile import MachineCode
 from pyaccel.inspect.gpus import PARTS
-from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.common import configs, limits
 from pyaccel.kernels.common import reduce as column_sum
@@ -29,6 +28,21 @@ from pyaccel.kernels.layernorm import backward as residual_layernorm_backward
 from pyaccel.kernels.layernorm import config
 from pyaccel.kernels.layernorm import forward as residual_layernorm
 from tests.machine_code import EVERY, ROW_ARCHS, ROW_FP32_ARCHS
+from tests.machine_code.budgets import (
+    Check,
+    Compiled,
+    as_spec,
+    compile_specs,
+    no_matrix_instructions,
+    no_spills_and_no_stack,
+    occupancy,
+    parametrize,
+    persistent_grid_is_resident,
+    rows_stay_in_registers,
+    shared_memory_fits,
+    violations,
+    wide_accesses,
+)
 
 MATRIX = {
     "bf16": ROW_ARCHS + (("gfx950",) if EVERY else ()),
@@ -48,9 +62,6 @@ ROW_OUTPUTS = {
     "backward": {"dx_ptr", "dresidual_ptr"},
 }
 
-Compiled = list[tuple[KernelSpec, MachineCode]]
-Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments by name, launch options
-
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
@@ -62,7 +73,7 @@ def compiled() -> Compiled:
         if not lean(spec) or (spec.dtype, arch) == LEAN
         if spec.config in labels(spec.name, spec.dtype, arch)
     ]
-    return [(spec, code) for (spec, _), code in zip(tasks, compile_tasks(tasks), strict=True)]
+    return compile_specs(tasks)
 
 
 def lean(spec: KernelSpec) -> bool:
@@ -82,12 +93,6 @@ def labels(name: str, dtype: str, arch: str) -> set[str]:
     return {config.residual_layernorm_forward(n).label for n in rows if n <= longest}
 
 
-def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
-    """The kernels for which `broken` returns what is wrong with them."""
-    found = ((code, broken(spec, code)) for spec, code in compiled)
-    return [f"{code}: {problem}" for code, problem in found if problem]
-
-
 def test_every_kernel_dtype_and_architecture_is_there(compiled: Compiled) -> None:
     names = ["forward, dropout", "forward, int8", "backward, dropout", "column sum"]
     expected = {
@@ -103,124 +108,40 @@ def test_every_kernel_dtype_and_architecture_is_there(compiled: Compiled) -> Non
     assert not EVERY or {code.arch for _, code in compiled} == set(PARTS)
 
 
-def test_no_spills_and_no_stack(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
-        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
-
-    assert violations(compiled, broken) == []
-
-
-def test_registers(compiled: Compiled) -> None:
+def registers(_: KernelSpec, code: MachineCode) -> str:
     # 255 is the most that an instruction can name; at the limit a kernel is about to spill.
-    assert violations(compiled, lambda _, code: code.registers > 232 and f"{code.registers} registers") == []
+    return f"{code.registers} registers" * (code.registers > 232)
 
 
-def test_shared_memory_fits(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
-
-    assert violations(compiled, broken) == []
-    # Row sums cross warps there and little else: rows themselves stay in registers.
-    assert violations(compiled, lambda _, code: code.shared_bytes > 32 * 1024 and code.shared_bytes) == []
+def least_occupancy(spec: KernelSpec) -> float:
+    """Forward 3/8 of the most, 1/4 for rows above 8192, 2048 with codes."""
+    longest = 2048 if spec.name.endswith("int8") else 8192
+    least = 0.25 if spec.constexprs["BLOCK_N"] > longest else 0.375
+    return least if spec.name.startswith("forward") else 0.0
 
 
-def test_persistent_grids_are_resident_at_once(compiled: Compiled) -> None:
-    """A persistent grid of more programs than the device holds runs in waves, the last one mostly empty."""
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        resident = round(code.occupancy * PARTS[code.arch].warps_per_sm / code.num_warps)
-        too_many = resident < max(spec.programs_per_sm, 1)
-        return f"{resident} programs fit an SM, {spec.programs_per_sm} are launched" * too_many
-
-    assert violations(compiled, broken) == []
+def accesses(spec: KernelSpec) -> tuple[int, int]:
+    kind = spec.name.split(",")[0]
+    if kind == "column sum":
+        return 1, 0
+    return len(ROW_INPUTS[kind] & spec.signature.keys()), len(ROW_OUTPUTS[kind] & spec.signature.keys())
 
 
-def test_forward_occupancy(compiled: Compiled) -> None:
-    """Memory-bound kernels hide latency with warps: 3/8 of the most, 1/4 for rows above 8192, 2048 with codes."""
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        longest = 2048 if spec.name.endswith("int8") else 8192
-        least = 0.25 if spec.constexprs["BLOCK_N"] > longest else 0.375
-        return f"occupancy {code.occupancy:.0%}" * (code.occupancy < least)
-
-    forward = [(spec, code) for spec, code in compiled if spec.name.startswith("forward")]
-    assert violations(forward, broken) == []
-
-
-def test_rows_move_512_bytes_a_warp(compiled: Compiled) -> None:
-    """Every tensor of rows is read and written with accesses of 512 bytes a warp, where its rows are aligned.
-
-    That is 128 bits for each of 32 lanes, the widest there is; half of it does for each of AMD's 64.
-    """
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        kind = spec.name.split(",")[0]
-        wide = 512 * 8 // PARTS[code.arch].warp_size
-        if kind == "column sum":
-            return f"loads {code.load_bits} bits" * (code.load_bits < wide)
-        inputs = len(ROW_INPUTS[kind] & spec.signature.keys())
-        outputs = len(ROW_OUTPUTS[kind] & spec.signature.keys())
-        wide_loads = sum(n for bits, n in code.loads.items() if bits >= wide)
-        wide_stores = sum(n for bits, n in code.stores.items() if bits >= wide)
-        return f"loads {code.loads}, stores {code.stores}" * (wide_loads < inputs or wide_stores < outputs)
-
-    assert violations(compiled, broken) == []
-
-
-def test_no_matrix_instructions(compiled: Compiled) -> None:
-    assert violations(compiled, lambda _, code: code.wgmma + code.mma) == []
+@parametrize(
+    no_spills_and_no_stack,
+    registers,
+    shared_memory_fits,
+    rows_stay_in_registers,
+    persistent_grid_is_resident,
+    no_matrix_instructions,
+    occupancy(least_occupancy),
+    wide_accesses(accesses),
+)
+def test_machine_code(compiled: Compiled, check: Check) -> None:
+    assert violations(compiled, check) == []
 
 
 # What is compiled above must be what the launchers launch: the same kernels, types, constants and warps.
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Every launch is recorded here instead of being run."""
-    recorded: list[Launch] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        named = dict(zip(self.arg_names, args, strict=False))
-        options = {key: value for key, value in kwargs.items() if key not in self.arg_names}
-        named.update({key: value for key, value in kwargs.items() if key in self.arg_names})
-        recorded.append((self, named, options))
-
-    kernels = (
-        residual_layernorm.forward_kernel,
-        residual_layernorm_backward.backward_kernel,
-        residual_layernorm_backward.backward_tiled_kernel,
-        column_sum.column_sum_kernel,
-    )
-    for kernel_class in {type(kernel) for kernel in kernels}:
-        monkeypatch.setattr(kernel_class, "run", run)
-    return recorded
-
-
-def as_spec(launch: Launch, like: KernelSpec) -> KernelSpec:
-    """The spec of a recorded launch, with the labels of another one."""
-    kernel, named, options = launch
-    module = kernel.fn.__module__
-    names = {
-        torch.bfloat16: "*bf16",
-        torch.float32: "*fp32",
-        torch.int64: "*i64",
-        torch.int8: "*i8",
-    }
-    values = {key: names[v.dtype] if isinstance(v, torch.Tensor) else v for key, v in named.items()}
-    constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
-    return kernel_spec(
-        like.op,
-        like.name,
-        f"{module}:{kernel.__name__}",
-        values,
-        constexprs,
-        dtype=like.dtype,
-        config=like.config,
-        programs_per_sm=like.programs_per_sm,
-        do_not_specialize=["threshold"],
-        **options,
-    )
 
 
 TORCH_DTYPES = {
@@ -234,7 +155,7 @@ TORCH_DTYPES = {
 @pytest.mark.parametrize("dtype", MATRIX)
 @pytest.mark.parametrize("n_cols", [64, 1024, 4096, 16384])
 def test_the_specs_are_what_the_launchers_launch(
-    launches: list[Launch], n_cols: int, dtype: str, variant: str
+    launches: list[Any], n_cols: int, dtype: str, variant: str
 ) -> None:
     if variant == ", int8":
         n_cols = min(n_cols, limits.MAX_QUANTIZED_ROW)
@@ -296,4 +217,4 @@ def test_the_specs_are_what_the_launchers_launch(
     shipped = {(s.name, s.config): s for s in specs("residual_layernorm") if s.dtype == dtype}
     assert len(launches) == len(labels)
     for launch, label in zip(launches, labels, strict=True):
-        assert as_spec(launch, shipped[label]) == shipped[label]
+        assert as_spec(*launch, shipped[label]) == shipped[label]

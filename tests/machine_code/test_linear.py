@@ -10,15 +10,13 @@ with one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
-from pyaccel.inspect.gpus import PARTS
-from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.compile import MachineCode, tasks
+from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs import linear as linear_activation_specs
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.common.device import generation
@@ -26,8 +24,20 @@ from pyaccel.kernels.linear import config
 from pyaccel.kernels.linear import kernels as linear_activation
 from pyaccel.ops.linear.api import ACTIVATIONS
 from tests.machine_code import ARCHS, DISTINCT_ARCHS, EVERY
-
-Compiled = list[tuple[KernelSpec, MachineCode]]
+from tests.machine_code.budgets import (
+    Check,
+    Compiled,
+    as_spec,
+    compile_specs,
+    hopper_multiplies_with_wgmma_alone,
+    no_spills_and_no_stack,
+    parametrize,
+    products_are_matrix_instructions,
+    shared_memory_fits,
+    violations,
+    wide_bits,
+    wide_bytes_loaded,
+)
 
 
 def wanted(spec: KernelSpec, arch: str) -> bool:
@@ -50,13 +60,7 @@ def wanted(spec: KernelSpec, arch: str) -> bool:
 def compiled() -> Compiled:
     """Every kernel of the matrix with its machine code."""
     chosen = [(spec, arch) for spec, arch in tasks(specs("linear_activation"), ARCHS) if wanted(spec, arch)]
-    return [(spec, code) for (spec, _), code in zip(chosen, compile_tasks(chosen), strict=True)]
-
-
-def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
-    """The kernels for which `broken` returns what is wrong with them."""
-    found = ((code, broken(spec, code)) for spec, code in compiled)
-    return [f"{code}: {problem}" for code, problem in found if problem]
+    return compile_specs(chosen)
 
 
 def test_every_configuration_and_activation_is_there(compiled: Compiled) -> None:
@@ -80,58 +84,33 @@ def test_every_configuration_and_activation_is_there(compiled: Compiled) -> None
         assert f"{variant}, gelu" in {spec.name for spec, _ in compiled}
 
 
-def test_no_spills_and_no_stack(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
-        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
-
-    assert violations(compiled, broken) == []
-
-
-def test_shared_memory_fits(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
-
-    assert violations(compiled, broken) == []
-
-
-def test_hopper_multiplies_with_wgmma_alone(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        wrong = code.arch == "sm_90" and (code.wgmma == 0 or code.mma > 0)
-        return f"{code.wgmma} wgmma, {code.mma} other" * wrong
-
-    assert violations(compiled, broken) == []
-
-
-def test_16_bit_products_are_matrix_instructions_and_fp32_is_not_rounded_to_tf32(compiled: Compiled) -> None:
-    assert violations(compiled, lambda s, c: (c.wgmma + c.mma > 0) == (s.dtype == "fp32")) == []
-
-
-def test_matrices_move_512_bytes_a_warp(compiled: Compiled) -> None:
+def matrices_move_512_bytes_a_warp(spec: KernelSpec, code: MachineCode) -> str:
     """Both operands are read and all outputs are written with accesses of 512 bytes a warp.
 
-    That is 128 bits for each of 32 lanes, the widest there is; half of it does for each of AMD's 64. What is left for
-    narrower loads is the bias; rows that aren't aligned can only be read element by element.
+    What is left for narrower loads is the bias; rows that aren't aligned can only be read element by element.
     """
+    blocks = [spec.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+    itemsize = linear_activation_specs.DTYPES[spec.dtype][2]
+    tiles = (blocks[0] + blocks[1]) * blocks[2] * itemsize
+    narrow = any(bits < wide_bits(code) for bits in code.stores) or not code.stores
+    if "unaligned" not in spec.name:
+        narrow = narrow or wide_bytes_loaded(code) < tiles
+    return f"loads {code.loads}, stores {code.stores}" * narrow
 
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        warp = PARTS[code.arch].warp_size
-        wide = 512 * 8 // warp
-        blocks = [spec.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
-        itemsize = linear_activation_specs.DTYPES[spec.dtype][2]
-        tiles = (blocks[0] + blocks[1]) * blocks[2] * itemsize
-        loaded = sum(bits * n for bits, n in code.loads.items() if bits >= wide) // 8 * warp * code.num_warps
-        narrow = any(bits < wide for bits in code.stores) or not code.stores
-        if "unaligned" not in spec.name:
-            narrow = narrow or loaded < tiles
-        return f"loads {code.loads}, stores {code.stores}" * narrow
 
-    assert violations(compiled, broken) == []
+@parametrize(
+    no_spills_and_no_stack,
+    shared_memory_fits,
+    hopper_multiplies_with_wgmma_alone,
+    products_are_matrix_instructions,
+    matrices_move_512_bytes_a_warp,
+)
+def test_machine_code(compiled: Compiled, check: Check) -> None:
+    assert violations(compiled, check) == []
 
 
 # What is compiled above must be what the launcher launches: the same kernel, types, constants and options.
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 TORCH_DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
@@ -141,16 +120,7 @@ TORCH_DTYPES = {
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_the_specs_are_what_the_launcher_launches(
-    arch: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launches: list[dict[str, Any]] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(kwargs)
-
-    kernel = linear_activation.forward_kernel
-    monkeypatch.setattr(type(kernel), "run", run)
+def test_the_specs_are_what_the_launcher_launches(arch: str, dtype: str, launches: list[Any]) -> None:
     x_dtype, bias_dtype = TORCH_DTYPES[dtype]
     out = torch.empty(linear_activation_specs.N_ROWS, linear_activation_specs.N_OUT, dtype=x_dtype)
     bias = torch.empty(linear_activation_specs.N_OUT, dtype=bias_dtype)
@@ -167,19 +137,4 @@ def test_the_specs_are_what_the_launcher_launches(
             )
             pre = out if variant.startswith("training") else None
             linear_activation.forward(out, pre, x, weight, bias, "gelu", chosen)
-            named = launches.pop()
-            values = {k: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else v for k, v in named.items()}
-            options = {key: values.pop(key) for key in ("num_warps", "num_stages")}
-            constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
-            launched = kernel_spec(
-                like.op,
-                like.name,
-                f"{kernel.fn.__module__}:{kernel.__name__}",
-                values,
-                constexprs,
-                dtype=dtype,
-                config=like.config,
-                archs=like.archs,
-                **options,
-            )
-            assert launched == like
+            assert as_spec(*launches.pop(), like) == like

@@ -7,24 +7,33 @@ another conversion instruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from pyaccel.inspect.compile import MachineCode, compile_tasks, tasks
-from pyaccel.inspect.gpus import PARTS
-from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.compile import tasks
+from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs import mlm_loss as family
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.mlm_loss import config, cross_entropy
 from tests.machine_code import ROW_ARCHS, ROW_FP32_ARCHS
+from tests.machine_code.budgets import (
+    Check,
+    Compiled,
+    as_spec,
+    compile_specs,
+    no_matrix_instructions,
+    no_spills_and_no_stack,
+    occupancy,
+    parametrize,
+    shared_memory_fits,
+    violations,
+    wide_accesses,
+)
 
 MATRIX = {"bf16": ROW_ARCHS, "fp32": ROW_FP32_ARCHS}
 TRAINING = "loss and gradient"
-
-Compiled = list[tuple[KernelSpec, MachineCode]]
 
 
 def wanted(spec: KernelSpec, arch: str) -> bool:
@@ -40,13 +49,7 @@ def compiled() -> Compiled:
     chosen = [
         (spec, arch) for spec, arch in tasks(specs("masked_lm_cross_entropy"), archs) if wanted(spec, arch)
     ]
-    return [(spec, code) for (spec, _), code in zip(chosen, compile_tasks(chosen), strict=True)]
-
-
-def violations(compiled: Compiled, broken: Callable[[KernelSpec, MachineCode], Any]) -> list[str]:
-    """The kernels for which `broken` returns what is wrong with them."""
-    found = ((code, broken(spec, code)) for spec, code in compiled)
-    return [f"{code}: {problem}" for code, problem in found if problem]
+    return compile_specs(chosen)
 
 
 def test_every_configuration_is_there(compiled: Compiled) -> None:
@@ -62,66 +65,31 @@ def test_every_configuration_is_there(compiled: Compiled) -> None:
     assert {spec.name for spec, _ in compiled} == set(family.VARIANTS)
 
 
-def test_no_spills_and_no_stack(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        spilled = code.spill_bytes > 0 or code.stack_bytes > 0
-        return f"spills {code.spill_bytes} B, stack {code.stack_bytes} B" * spilled
-
-    assert violations(compiled, broken) == []
+def accesses(spec: KernelSpec) -> tuple[int, int]:
+    """Logits are read once for the loss; for the gradient they are read again and written."""
+    want_grad = bool(spec.constexprs["WANT_GRAD"])
+    return 1 + want_grad, int(want_grad)
 
 
-def test_shared_memory_fits(compiled: Compiled) -> None:
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
-
-    assert violations(compiled, broken) == []
-
-
-def test_occupancy(compiled: Compiled) -> None:
-    """A memory-bound kernel hides latency with warps."""
-
-    def broken(_: KernelSpec, code: MachineCode) -> str:
-        return f"occupancy {code.occupancy:.0%}" * (code.occupancy < 0.375)
-
-    assert violations(compiled, broken) == []
-
-
-def test_logits_move_512_bytes_a_warp(compiled: Compiled) -> None:
-    """Read twice and written once with 128 bits for each of 32 lanes; half of it does for each of AMD's 64."""
-
-    def broken(spec: KernelSpec, code: MachineCode) -> str:
-        wide = 512 * 8 // PARTS[code.arch].warp_size
-        loads = sum(n for bits, n in code.loads.items() if bits >= wide)
-        stores = sum(n for bits, n in code.stores.items() if bits >= wide)
-        want_grad = bool(spec.constexprs["WANT_GRAD"])
-        few = loads < 1 + want_grad or stores < want_grad
-        return f"loads {code.loads}, stores {code.stores}" * few
-
-    assert violations(compiled, broken) == []
-
-
-def test_no_matrix_instructions(compiled: Compiled) -> None:
-    assert violations(compiled, lambda _, code: code.wgmma + code.mma) == []
+@parametrize(
+    no_spills_and_no_stack,
+    shared_memory_fits,
+    no_matrix_instructions,
+    occupancy(lambda spec: 0.375),
+    wide_accesses(accesses),
+)
+def test_machine_code(compiled: Compiled, check: Check) -> None:
+    assert violations(compiled, check) == []
 
 
 # What is compiled above must be what the launcher launches: the same kernel, types, constants and warps.
-
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 @pytest.mark.parametrize(("label", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 @pytest.mark.parametrize("vocab", family.VOCABULARIES)
 def test_the_specs_are_what_the_launcher_launches(
-    vocab: int, label: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    vocab: int, label: str, dtype: torch.dtype, launches: list[Any]
 ) -> None:
-    launches: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        named = dict(zip(self.arg_names, args, strict=False))
-        named.update({key: value for key, value in kwargs.items() if key in self.arg_names})
-        launches.append((self, named, {k: v for k, v in kwargs.items() if k not in self.arg_names}))
-
-    monkeypatch.setattr(type(cross_entropy.rows_kernel), "run", run)
     width, row_config = config.cross_entropy_width(vocab), config.cross_entropy(vocab)
     logits, bias = torch.empty(3, width, dtype=dtype), torch.empty(width, dtype=dtype)
     loss, labels = torch.empty(3), torch.empty(3, dtype=torch.int64)
@@ -132,17 +100,5 @@ def test_the_specs_are_what_the_launcher_launches(
         for spec in specs("masked_lm_cross_entropy")
         if (spec.dtype, spec.config) == (label, row_config.label)
     }
-    for name, (kernel, named, options) in zip(family.VARIANTS, launches, strict=True):
-        values = {k: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else v for k, v in named.items()}
-        constexprs = {key: values.pop(key) for key in list(values) if key.isupper()}
-        launched = kernel_spec(
-            shipped[name].op,
-            name,
-            f"{kernel.fn.__module__}:{kernel.__name__}",
-            values,
-            constexprs,
-            dtype=label,
-            config=row_config.label,
-            **options,
-        )
-        assert launched == shipped[name]
+    for name, launch in zip(family.VARIANTS, launches, strict=True):
+        assert as_spec(*launch, shipped[name]) == shipped[name]

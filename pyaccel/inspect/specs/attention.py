@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
+from pyaccel.inspect.spec import KernelSpec, archs_by_config, kernel_spec, launched
 from pyaccel.kernels.attention import config as attention_config
 from pyaccel.kernels.attention.config import AttentionConfig
 
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from pyaccel.kernels.attention.params import AttentionCall
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-}
 HEAD_DIMS = (32, 64, 128, 256)
 MAX_FP32_DIM = 64  # above it dispatch leaves fp32 to PyTorch: pyaccel.ops.attention.api.triton.slow_reason
 BATCH, HEADS = 3, 12
@@ -164,29 +156,22 @@ def _error(call: AttentionCall) -> Tensor | None:
 
 def _specs(kernel: Kernel, dtype: str, dim: int, has: str) -> Iterator[KernelSpec]:
     call = make_call(DTYPES[dtype], dim, kernel.seq, has)
-    by_config: dict[AttentionConfig, list[str]] = {}
-    for arch in ARCHS:
-        choose = attention_config.attention_short if "short" in kernel.config else attention_config.attention
+    choose = attention_config.attention_short if "short" in kernel.config else attention_config.attention
+
+    def of_arch(arch: str) -> Iterator[AttentionConfig]:
         config = choose(kernel.config, call.shape_on(arch))
         if config is not None and config.split == (kernel.label in ("dkey", "dvalue")):
-            by_config.setdefault(config, []).append(arch)
-    for config, archs in by_config.items():
-        arguments: dict[str, Argument] = {
-            name: POINTERS[value.dtype] if isinstance(value, Tensor) else value
-            for name, value in kernel.arguments(call, config).items()
-        }
-        constexprs = {name: arguments.pop(name) for name in list(arguments) if name.isupper()}
+            yield config
+
+    for config, archs in archs_by_config(of_arch).items():
         length = f"up to {kernel.seq}, " if kernel.seq < 512 else ""
         yield kernel_spec(
             "attention",
             f"{kernel.label}, {length}head dim {dim}, {has}",
             f"pyaccel.kernels.attention.{kernel.fn}",
-            arguments,
-            constexprs,
+            kernel.arguments(call, config),
             dtype=dtype,
-            config=config.label,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launched(config),
             do_not_specialize=["threshold"],
-            archs=frozenset(archs),
+            archs=archs,
         )

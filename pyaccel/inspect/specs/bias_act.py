@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
+from pyaccel.inspect.spec import KernelSpec, kernel_spec, launched
 from pyaccel.kernels.bias_act import config
 from pyaccel.kernels.common import limits
 from pyaccel.kernels.common.configs import RowConfig
@@ -35,14 +36,14 @@ HEURISTICS: dict[str, Callable[[int], RowConfig]] = {
 KERNELS = {"forward": "forward_kernel", "backward": "backward_kernel", "int8": "quantize_kernel"}
 
 
-def arguments(kind: str, x: str, bias: str, n_cols: int) -> dict[str, Argument]:
+def arguments(kind: str, x: str, bias: str, n_cols: int) -> dict[str, Any]:
     """What the kernel is launched with, all of its optional inputs and outputs there."""
-    outputs: dict[str, dict[str, Argument]] = {
+    outputs: dict[str, dict[str, Any]] = {
         "forward": {"out_ptr": x},
         "backward": {"dx_ptr": x, "dbias_ptr": "*fp32", "dy_ptr": x},
         "int8": {"codes_ptr": "*i8", "scale_ptr": "*fp32"},
     }
-    strides: dict[str, Argument] = {"stride_x_row": n_cols, "stride_x_col": 1}
+    strides: dict[str, Any] = {"stride_x_row": n_cols, "stride_x_col": 1}
     if kind == "backward":
         strides |= {"stride_dy_row": n_cols, "stride_dy_col": 1}
     return {**outputs[kind], "x_ptr": x, "bias_ptr": bias, **strides, "n_rows": N_ROWS, "n_cols": n_cols}
@@ -55,19 +56,12 @@ def bias_gelu() -> list[KernelSpec]:
             "bias_gelu",
             f"{kind}, {activation}",
             f"pyaccel.kernels.bias_act.kernels:{KERNELS[kind]}",
-            arguments(kind, *DTYPES[dtype], n_cols),
-            {
-                "ACTIVATION": activation,
-                "BLOCK_ROWS": HEURISTICS[kind](n_cols).block_rows,
-                "BLOCK_N": HEURISTICS[kind](n_cols).block_n,
-            },
+            {**arguments(kind, *DTYPES[dtype], n_cols), "ACTIVATION": activation, **row_config.blocks},
             dtype=dtype,
-            config=HEURISTICS[kind](n_cols).label,
-            num_warps=HEURISTICS[kind](n_cols).num_warps,
-            programs_per_sm=HEURISTICS[kind](n_cols).programs_per_sm,
+            **launched(row_config),
         )
         for activation, dtypes in ACTIVATIONS.items()
         for dtype in dtypes
         for kind, widths in WIDTHS.items()
-        for n_cols in widths
+        for n_cols, row_config in ((n, HEURISTICS[kind](n)) for n in widths)
     ]

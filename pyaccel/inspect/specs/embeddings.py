@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
-from pyaccel.kernels.common import configs, limits
+from pyaccel.inspect.spec import KernelSpec, kernel_spec, launched, rows_by_config
+from pyaccel.kernels.common import configs
 from pyaccel.kernels.embeddings import config
 
 # dtype label -> tables and their gradients, LayerNorm's parameters and the output (under autocast's tables in fp32).
@@ -18,25 +18,12 @@ DTYPES = {
     "fp16": (torch.float16, torch.float16),
     "fp32": (torch.float32, torch.float32),
 }
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
 TOKENS = 4099  # not a multiple of 16: packed batches have any number of tokens
 
 
 def bert_embeddings() -> list[KernelSpec]:
     """The family's kernels: forward, backward, and the sums of the tables' gradients."""
     return [spec for dtype in DTYPES for spec in (*_row_kernels(dtype), *_segment_sums(dtype))]
-
-
-def _longest(heuristic: Callable[[int], configs.RowConfig]) -> dict[configs.RowConfig, int]:
-    """Every configuration with the longest row that has it: a power of two, whose rows are aligned."""
-    return {heuristic(n_cols): n_cols for n_cols in range(1, limits.MAX_ROW + 1)}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,15 +41,15 @@ def _row_kernels(dtype: str) -> Iterator[KernelSpec]:
         word, position, kind = (_empty(rows, hidden, dtype=table_dtype) for rows in (30522, 512, 2))
         return forward.Lookup(ids, position_ids, ids, word, position, kind, TOKENS)
 
-    for row_config, hidden in _longest(config.bert_embeddings_forward).items():
+    for row_config, hidden in rows_by_config(config.bert_embeddings_forward).items():
         rows, vector = _empty(TOKENS, hidden, dtype=table_dtype), _empty(hidden, dtype=parameter_dtype)
         in_range = _empty(3, TOKENS, dtype=torch.bool)
         arguments = forward.forward_arguments(
             rows, statistic, statistic, positions, in_range, lookup(hidden, None), offsets, vector, vector, key,
             1e-12, 0.1, row_config,
         )  # fmt: skip
-        yield _spec("forward", "embeddings.forward:forward_kernel", arguments, dtype, row_config)
-    for row_config, hidden in _longest(config.bert_embeddings_backward).items():
+        yield _spec("forward", "embeddings.forward:forward_kernel", arguments, dtype, **launched(row_config))
+    for row_config, hidden in rows_by_config(config.bert_embeddings_backward).items():
         rows, vector = _empty(TOKENS, hidden, dtype=table_dtype), _empty(hidden, dtype=parameter_dtype)
         partial = _empty(264, hidden)
         arguments = backward.backward_arguments(
@@ -79,7 +66,7 @@ def _row_kernels(dtype: str) -> Iterator[KernelSpec]:
             row_config,
         )
         kernel = "backward_tiled_kernel" if row_config.tiled else "backward_kernel"
-        yield _spec("backward", f"embeddings.backward:{kernel}", arguments, dtype, row_config)
+        yield _spec("backward", f"embeddings.backward:{kernel}", arguments, dtype, **launched(row_config))
 
 
 def _segment_sums(dtype: str) -> Iterator[KernelSpec]:
@@ -91,32 +78,26 @@ def _segment_sums(dtype: str) -> Iterator[KernelSpec]:
     ids = _empty(TOKENS, dtype=torch.int64)
     partial = _empty(-(-TOKENS // sum_config.chunk), 2, 768)
     chunk = segment_sum.chunk_arguments(out, partial, rows, ids, ids, 0, sum_config)
-    yield _spec("table gradient, chunks", "common.segment_sum:chunk_kernel", chunk, dtype, sum_config)
+    yield _spec(
+        "table gradient, chunks", "common.segment_sum:chunk_kernel", chunk, dtype, **launched(sum_config)
+    )
     border = segment_sum.border_arguments(out, partial, rows, ids, sum_config)
-    yield _spec("table gradient, borders", "common.segment_sum:border_kernel", border, dtype, sum_config)
+    yield _spec(
+        "table gradient, borders",
+        "common.segment_sum:border_kernel",
+        border,
+        dtype,
+        **{**launched(sum_config), "num_warps": sum_config.border_warps},
+    )
 
 
-def _spec(
-    name: str,
-    fn: str,
-    arguments: dict[str, Any],
-    dtype: str,
-    launch: configs.RowConfig | configs.SegmentSumConfig,
-) -> KernelSpec:
-    given: dict[str, Argument] = {
-        key: POINTERS[value.dtype] if isinstance(value, Tensor) else value for key, value in arguments.items()
-    }
-    constexprs = {key: given.pop(key) for key in list(given) if key.isupper()}
-    borders = isinstance(launch, configs.SegmentSumConfig) and name.endswith("borders")
+def _spec(name: str, fn: str, arguments: dict[str, Any], dtype: str, **launch: Any) -> KernelSpec:
     return kernel_spec(
         "bert_embeddings",
         name,
         f"pyaccel.kernels.{fn}",
-        given,
-        constexprs,
+        arguments,
         dtype=dtype,
-        config=launch.label,
-        num_warps=launch.border_warps if borders else launch.num_warps,  # type: ignore[union-attr]
-        programs_per_sm=launch.programs_per_sm if isinstance(launch, configs.RowConfig) else 0,
         do_not_specialize=["threshold", "search_steps"],
+        **launch,
     )

@@ -1,12 +1,14 @@
-"""What is compiled of the int8 product: every launch configuration that ships, with and without an epilogue."""
+"""What is compiled of int8: every launch configuration of products, with epilogue or without, and of quantization."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
+from pyaccel.inspect.spec import KernelSpec, archs_by_config, kernel_spec, launched
 from pyaccel.kernels.common import limits
 from pyaccel.kernels.common.device import generation
+from pyaccel.kernels.int8 import config as int8_config
 from pyaccel.kernels.int8.config import (
     CONFIGS,
     TMA_CONFIGS,
@@ -25,34 +27,31 @@ N_ROWS, N_OUT, N_IN = 4099, 3072, 768
 UNEVEN_IN = 784
 # Rows of each configuration that quantises them again.
 WIDTHS = (512, 1024, 2048, 4096, limits.MAX_QUANTIZED_ROW)
+# Those of each configuration that quantizes them first, and that quantizes tiles by a given scale.
+QUANTIZED_WIDTHS = (512, 1024, 2048, 4096, 8192, limits.MAX_ROW)
+TILED_WIDTHS = (256, 3072)
 
 
 def int8_matmul() -> list[KernelSpec]:
-    """The family's kernels."""
+    """Products, and what finishes split ones."""
+    products = archs_by_config(
+        lambda arch: (*CONFIGS[generation(arch)], *TMA_CONFIGS.get(generation(arch), ()))
+    )
     return [
         *(
             _matmul(variant, activation, dtype, config, archs)
-            for config, archs in _archs_by_config().items()
+            for config, archs in products.items()
             for activation, dtypes in ACTIVATIONS.items()
             for dtype in dtypes
             for variant in ("everything", "dynamic", "everything, uneven")
         ),
-        *(_sums(config, archs) for config, archs in _archs_by_config().items()),
+        *(_sums(config, archs) for config, archs in products.items()),
         *_finish(),
         *_weight_only(),
     ]
 
 
-def _archs_by_config() -> dict[Int8MatmulConfig, frozenset[str]]:
-    archs: dict[Int8MatmulConfig, set[str]] = {}
-    for arch in ARCHS:
-        chip = generation(arch)
-        for config in (*CONFIGS[chip], *TMA_CONFIGS.get(chip, ())):
-            archs.setdefault(config, set()).add(arch)
-    return {config: frozenset(of_config) for config, of_config in archs.items()}
-
-
-def _epilogue(dtype: str, *, residual: bool) -> dict[str, Argument]:
+def _epilogue(dtype: str, *, residual: bool) -> dict[str, Any]:
     """What a dynamic layer's epilogue is given, and on request a residual beside."""
     out, bias = DTYPES[dtype]
     return {
@@ -69,7 +68,7 @@ def _epilogue(dtype: str, *, residual: bool) -> dict[str, Argument]:
     }
 
 
-_NO_EPILOGUE: dict[str, Argument] = {
+_NO_EPILOGUE: dict[str, Any] = {
     name: 0 if name.startswith("stride") else None for name in _epilogue("bf16", residual=False)
 }
 
@@ -77,7 +76,7 @@ _NO_EPILOGUE: dict[str, Argument] = {
 def _product(
     name: str,
     out: str,
-    epilogue: dict[str, Argument],
+    epilogue: dict[str, Any],
     activation: str | None,
     n_in: int,
     dtype: str,
@@ -98,8 +97,6 @@ def _product(
             "n_rows": N_ROWS,
             "n_out": N_OUT,
             "n_in": n_in,
-        },
-        {
             "ACTIVATION": activation,
             "EPILOGUE": epilogue is not _NO_EPILOGUE,
             "EVEN_K": n_in % config.block_k == 0,
@@ -107,10 +104,7 @@ def _product(
             **config.blocks,
         },
         dtype=dtype,
-        config=config.label,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        programs_per_sm=int(config.tma),
+        **{**launched(config), "programs_per_sm": int(config.tma)},
         archs=archs,
         fp_fusion=False,
     )
@@ -155,11 +149,11 @@ def _finish() -> Iterator[KernelSpec]:
                     "n_rows": N_ROWS,
                     "n_out": n_out,
                     "n_splits": 1 if quantize else 3,
+                    "ACTIVATION": "gelu",
+                    **config.blocks,
                 },
-                {"ACTIVATION": "gelu", "BLOCK_ROWS": config.block_rows, "BLOCK_N": config.block_n},
                 dtype=dtype,
-                config=config.label,
-                num_warps=config.num_warps,
+                **launched(config),
                 fp_fusion=False,
             )
 
@@ -184,14 +178,86 @@ def _weight_only() -> Iterator[KernelSpec]:
                         "n_rows": 7,
                         "n_out": N_OUT,
                         "n_in": n_in,
-                    },
-                    {
                         "ACTIVATION": "gelu",
                         "EVEN_K": n_in % config.block_k == 0,
                         **config.blocks,
                     },
                     dtype=dtype,
-                    config=config.label,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
+                    **launched(config),
                 )
+
+
+def quantize() -> list[KernelSpec]:
+    """Each kernel in every dtype, lean and with all it can be given."""
+    specs = [_row_sum()]
+    for dtype, (x, _) in DTYPES.items():
+        for n_cols in QUANTIZED_WIDTHS:
+            specs += [_rows(dtype, x, n_cols, full=full) for full in (False, True)]
+        specs += [_tensor(dtype, x, n_cols) for n_cols in TILED_WIDTHS]
+    return specs
+
+
+def _rows(dtype: str, x: str, n_cols: int, *, full: bool) -> KernelSpec:
+    row_config = int8_config.quantize(n_cols)
+    return kernel_spec(
+        "quantize",
+        "rows, offset and factor" if full else "rows",
+        "pyaccel.kernels.int8.quantize:rows_kernel",
+        {
+            "codes_ptr": "*i8",
+            "scale_ptr": "*fp32",
+            "offset_ptr": "*fp32" if full else None,
+            "x_ptr": x,
+            "factor_ptr": "*fp32" if full else None,
+            "stride_x_row": n_cols,
+            "stride_x_col": 1,
+            "n_rows": N_ROWS,
+            "n_cols": n_cols,
+            **row_config.blocks,
+        },
+        dtype=dtype,
+        **launched(row_config),
+        fp_fusion=False,
+    )
+
+
+def _tensor(dtype: str, x: str, n_cols: int) -> KernelSpec:
+    row_config = int8_config.quantize_by_given_scale(n_cols)
+    return kernel_spec(
+        "quantize",
+        "tensor",
+        "pyaccel.kernels.int8.quantize:tensor_kernel",
+        {
+            "codes_ptr": "*i8",
+            "x_ptr": x,
+            "factor_ptr": "*fp32",
+            "scale_ptr": "*fp32",
+            "stride_x_row": n_cols,
+            "stride_x_col": 1,
+            "n_rows": N_ROWS,
+            "n_cols": n_cols,
+            **row_config.blocks,
+        },
+        dtype=dtype,
+        **launched(row_config),
+        fp_fusion=False,
+    )
+
+
+def _row_sum() -> KernelSpec:
+    row_config = int8_config.int8_row_sum()
+    return kernel_spec(
+        "quantize",
+        "row sum",
+        "pyaccel.kernels.int8.quantize:row_sum_kernel",
+        {
+            "out_ptr": "*i32",
+            "codes_ptr": "*i8",
+            "stride_row": 768,
+            "n_rows": 3072,
+            "n_cols": 768,
+            **row_config.blocks,
+        },
+        dtype="int8",
+        **launched(row_config),
+    )

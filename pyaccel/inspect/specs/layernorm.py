@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
-from pyaccel.inspect.spec import KernelSpec, kernel_spec
+from pyaccel.inspect.spec import KernelSpec, kernel_spec, launched, rows_by_config
 from pyaccel.kernels.common import configs, limits
 from pyaccel.kernels.layernorm import config as kernel_config
 
@@ -19,12 +18,6 @@ ROW_DTYPES = {
 }
 
 
-def _row_configs(heuristic: Callable[[int], Any]) -> dict[Any, int]:
-    """Every configuration that a row heuristic returns, with the longest row that has it."""
-    # The longest is a power of two: rows whose start is aligned, which is what wide accesses need.
-    return {heuristic(n_cols): n_cols for n_cols in range(1, limits.MAX_ROW + 1)}
-
-
 def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
     """The family's kernels: forward and backward, lean (inference) and with every option; int8 as inference has it."""
     # Not a multiple of 16: packed batches have any number of rows.
@@ -33,7 +26,7 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
     specs = []
     for dtype in dtypes:
         x, stream, parameter, out = (f"*{name}" for name in ROW_DTYPES[dtype])
-        for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_forward).items():
+        for row_config, n_cols in rows_by_config(kernel_config.residual_layernorm_forward).items():
             for variant in ("", ", dropout", ", int8"):
                 dropout, int8 = variant == ", dropout", variant == ", int8"
                 if int8 and n_cols > limits.MAX_QUANTIZED_ROW:
@@ -65,19 +58,15 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
                             "eps": 1e-12,
                             "scale": 1.1,
                             **threshold,
-                        },
-                        {
                             "RMS_NORM": False,
-                            "BLOCK_ROWS": row_config.block_rows,
-                            "BLOCK_N": row_config.block_n,
+                            **row_config.blocks,
                         },
                         dtype=dtype,
-                        config=row_config.label,
-                        num_warps=row_config.num_warps,
+                        **launched(row_config),
                         do_not_specialize=threshold,
                     )
                 )
-        for row_config, n_cols in _row_configs(kernel_config.residual_layernorm_backward).items():
+        for row_config, n_cols in rows_by_config(kernel_config.residual_layernorm_backward).items():
             kernel = "backward_tiled_kernel" if row_config.tiled else "backward_kernel"
             for full in (False, True):
                 specs.append(
@@ -106,12 +95,10 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
                             "n_cols": n_cols,
                             "scale": 1.1,
                             **threshold,
+                            **row_config.blocks,
                         },
-                        {"BLOCK_ROWS": row_config.block_rows, "BLOCK_N": row_config.block_n},
                         dtype=dtype,
-                        config=row_config.label,
-                        num_warps=row_config.num_warps,
-                        programs_per_sm=row_config.programs_per_sm,
+                        **launched(row_config),
                         do_not_specialize=threshold,
                     )
                 )
@@ -126,11 +113,11 @@ def residual_layernorm(dtypes: Iterable[str] = ROW_DTYPES) -> list[KernelSpec]:
                     **{f"partial{i}_ptr": "*fp32" for i in range(3)},
                     "n_partials": 264,
                     "n_cols": 768,
+                    "BLOCK_P": sum_config.block_p,
+                    "BLOCK_N": sum_config.block_n,
                 },
-                {"BLOCK_P": sum_config.block_p, "BLOCK_N": sum_config.block_n},
                 dtype=dtype,
-                config=sum_config.label,
-                num_warps=sum_config.num_warps,
+                **launched(sum_config),
             )
         )
     return specs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyaccel.inspect.spec import ARCHS, Argument, KernelSpec, kernel_spec
+from pyaccel.inspect.spec import KernelSpec, archs_by_config, kernel_spec, launched
 from pyaccel.kernels.common.configs import MatmulConfig
 from pyaccel.kernels.common.device import generation
 from pyaccel.kernels.linear.config import CONFIGS, MAX_UNALIGNED_N
@@ -36,11 +36,7 @@ def linear_activation() -> list[KernelSpec]:
 
 
 def _archs_by_config(itemsize: int) -> dict[MatmulConfig, frozenset[str]]:
-    archs: dict[MatmulConfig, set[str]] = {}
-    for arch in ARCHS:
-        for config in CONFIGS[generation(arch, itemsize)]:
-            archs.setdefault(config, set()).add(arch)
-    return {config: frozenset(of_config) for config, of_config in archs.items()}
+    return archs_by_config(lambda arch: CONFIGS[generation(arch, itemsize)])
 
 
 def _specs(activation: str, dtype: str, config: MatmulConfig, archs: frozenset[str]) -> Iterator[KernelSpec]:
@@ -56,7 +52,7 @@ def _specs(activation: str, dtype: str, config: MatmulConfig, archs: frozenset[s
         if n_in == UNALIGNED_IN and config.block_n > MAX_UNALIGNED_N:
             continue
         training = variant.startswith("training")
-        arguments: dict[str, Argument] = {
+        arguments = {
             "out_ptr": pointer,
             "pre_ptr": pointer if training else None,
             "x_ptr": pointer,
@@ -69,21 +65,17 @@ def _specs(activation: str, dtype: str, config: MatmulConfig, archs: frozenset[s
             "n_rows": N_ROWS,
             "n_out": N_OUT,
             "n_in": n_in,
+            "ACTIVATION": activation,
+            "PRECISION": "ieee",
+            "EVEN_K": n_in % config.block_k == 0,
+            **config.blocks,
         }
         yield kernel_spec(
             "linear_activation",
             f"{variant}, {activation}",
             "pyaccel.kernels.linear.kernels:forward_kernel",
             arguments,
-            {
-                "ACTIVATION": activation,
-                "PRECISION": "ieee",
-                "EVEN_K": n_in % config.block_k == 0,
-                **config.blocks,
-            },
             dtype=dtype,
-            config=config.label,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **launched(config),
             archs=archs,
         )

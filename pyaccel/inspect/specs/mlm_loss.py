@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyaccel.inspect.spec import Argument, KernelSpec, kernel_spec
+from pyaccel.inspect.spec import KernelSpec, kernel_spec, launched
 from pyaccel.kernels.mlm_loss import config
 
 # Logits and bias have one dtype: autocast converts both.
@@ -20,7 +20,7 @@ def masked_lm_cross_entropy() -> list[KernelSpec]:
         for vocab in VOCABULARIES:
             row_config = config.cross_entropy(vocab)
             for name, (want_grad, scaled) in VARIANTS.items():
-                arguments: dict[str, Argument] = {
+                arguments = {
                     "loss_ptr": "*fp32",
                     "logits_ptr": f"*{dtype}",
                     "bias_ptr": f"*{dtype}",
@@ -28,6 +28,8 @@ def masked_lm_cross_entropy() -> list[KernelSpec]:
                     "scale_ptr": "*fp32" if scaled else None,
                     "width": config.cross_entropy_width(vocab),
                     "n_cols": vocab,
+                    "BLOCK_N": row_config.block_n,
+                    "WANT_GRAD": want_grad,
                 }
                 found.append(
                     kernel_spec(
@@ -35,10 +37,8 @@ def masked_lm_cross_entropy() -> list[KernelSpec]:
                         name,
                         "pyaccel.kernels.mlm_loss.cross_entropy:rows_kernel",
                         arguments,
-                        {"BLOCK_N": row_config.block_n, "WANT_GRAD": want_grad},
                         dtype=dtype,
-                        config=row_config.label,
-                        num_warps=row_config.num_warps,
+                        **launched(row_config),
                     )
                 )
     return found

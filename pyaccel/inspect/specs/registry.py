@@ -27,7 +27,7 @@ BUILDERS = {
         ("bias_gelu", "bias_act"),
         ("linear_activation", "linear"),
         ("masked_lm_cross_entropy", "mlm_loss"),
-        ("quantize", "quantize"),
+        ("quantize", "int8"),
         ("int8_matmul", "int8"),
     )
 }
