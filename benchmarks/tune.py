@@ -24,6 +24,7 @@ from pyaccel.benchmarks.cases import (
     varlen_attention,
 )
 from pyaccel.benchmarks.cases.attention_shapes import Shape, results
+from pyaccel.benchmarks.cases.common import Outputs, Problem
 from pyaccel.benchmarks.method import Row, measure, provenance
 from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
@@ -257,8 +258,8 @@ def _sizes(case: Case, wanted: Callable[[Any], bool]) -> dict[str, Any]:
 # ---- what the torch backend chooses between on a CPU: each way by itself, without the questions before it ----
 
 
-def _product(way: Callable[..., torch.Tensor]) -> Callable[[Any], Callable[[], linear.Outputs]]:
-    return lambda p: torch.no_grad()(lambda: (way(p.x, p.weight, p.bias, "gelu"),))
+def _product(way: Callable[..., torch.Tensor]) -> Callable[[Problem], Callable[[], Outputs]]:
+    return lambda p: torch.no_grad()(lambda: (way(*p.leaves, "gelu"),))
 
 
 ONE_PRODUCT = dataclasses.replace(
@@ -275,13 +276,13 @@ ONE_PRODUCT = dataclasses.replace(
 )
 
 
-def _by_matmul(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outputs]:
+def _by_matmul(p: varlen_attention.Problem) -> Callable[[], Outputs]:
     query, key, value = p.tensors
     scratch = query.new_empty(2, query.shape[1] * p.shape.seq**2)
     return torch.no_grad()(lambda: (products.evaluate(query, key, value, None, scratch),))
 
 
-def _by_sdpa(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outputs]:
+def _by_sdpa(p: varlen_attention.Problem) -> Callable[[], Outputs]:
     query, key, value = (t.transpose(0, 1)[None] for t in p.tensors)
     return torch.no_grad()(
         lambda: (attention_on_host.sdpa(query, key, value, None, None, None).transpose(1, 2).flatten(0, 1),)
@@ -291,7 +292,7 @@ def _by_sdpa(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outpu
 def _trains(name: str, way: Callable[..., torch.Tensor]) -> Variant:
     """Forward and backward, query, key and value being views of one product's result, as in a layer."""
 
-    def prepare(p: varlen_attention.Problem) -> Callable[[], varlen_attention.Outputs]:
+    def prepare(p: varlen_attention.Problem) -> Callable[[], Outputs]:
         qkv = torch.stack([t.detach() for t in p.tensors], 1).requires_grad_()
         return lambda: results(lambda x: way(*x.unbind(1), p.shape.batch), (qkv,), p.grad)
 

@@ -35,9 +35,9 @@ from pyaccel.benchmarks.cases.attention_shapes import (
     sentences,
     squad,
 )
+from pyaccel.benchmarks.cases.common import Outputs
 from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
-Outputs = tuple[Tensor, ...]
 PART = 2**28  # scores held at once by truth and naive: 2 GiB in fp64, one head of 16384 tokens
 
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.cases.common import Outputs, normal
 from pyaccel.benchmarks.registry import Case, Variant, no_triton
 from pyaccel.ops.int8.weight_only import MANY_ROWS
 
 LAYERS = ((384, 1536), (768, 3072), (1024, 4096))
 # torch._int_mm on a GPU wants more rows than these.
 INT_MM_ROWS = 17
-Outputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,7 @@ class Problem:
 
 def problem(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Problem:
     rows, n_in, n_out = sizes
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
-
+    draw = normal(dtype, device)
     x, weight, bias = draw(rows, n_in), draw(n_out, n_in, scale=n_in**-0.5), draw(n_out)
     codes, scale = reference.quantize_per_channel(weight)
     return Problem(x, weight, bias, codes, scale)

@@ -29,9 +29,8 @@ from pyaccel.benchmarks.cases.attention_shapes import (
     sentences,
     squad,
 )
+from pyaccel.benchmarks.cases.common import Outputs
 from pyaccel.benchmarks.registry import Case, Variant, no_triton
-
-Outputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
