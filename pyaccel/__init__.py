@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyaccel import dispatch, hf, models, nn, ops, packing, quantization, reference, verify
+    from pyaccel import dispatch, errors, hf, models, nn, ops, packing, quantization, reference, verify
     from pyaccel.dispatch import set_backend, use_backend
     from pyaccel.hf import accelerate, explain, restore
 
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "dispatch",
+    "errors",
     "explain",
     "hf",
     "models",
@@ -43,7 +44,18 @@ __all__ = [
     "verify",
 ]
 
-_SUBMODULES = ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify")
+_SUBMODULES = (
+    "dispatch",
+    "errors",
+    "hf",
+    "models",
+    "nn",
+    "ops",
+    "packing",
+    "quantization",
+    "reference",
+    "verify",
+)
 _HOMES = {
     "accelerate": "pyaccel.hf",
     "explain": "pyaccel.hf",

@@ -13,17 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyaccel.errors import UserInputError
 from pyaccel.models.files import has_safetensors, pickled_weights
 
 # What a model and its tokenizer are made of, of all that a repository on the hub may hold.
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserInputError, ValueError):
     """A model that can't be loaded: one line that says why, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
 
 
 def find(model: str | Path) -> Path:

@@ -10,7 +10,7 @@ Every op of :mod:`pyaccel.ops` has up to three backends:
     the plain definition in :mod:`pyaccel.reference`; never chosen unless it is asked for.
 
 By default the fastest backend that can serve a call does. :func:`use_backend` asks for one by name in a ``with`` block
-of this thread or asyncio task, :func:`set_backend` for the whole process; then it is used or :class:`NotSupportedError`
+of this thread or asyncio task, :func:`set_backend` for the whole process; then it is used or :exc:`.NotSupportedError`
 says why it can't be. :func:`record` shows what was chosen.
 """
 
@@ -28,19 +28,9 @@ from typing import Any
 
 import torch
 
+from pyaccel.errors import InvalidArgumentError, NotSupportedError
+
 BACKENDS = ("triton", "torch", "reference")
-
-
-class NotSupportedError(RuntimeError):
-    """A backend that was asked for by name can't serve the call; the message names every reason."""
-
-
-class InvalidArgumentError(ValueError, RuntimeError):
-    """Arguments that no backend can make sense of; the message names every reason.
-
-    A ``ValueError``, and a ``RuntimeError`` too: that is what PyTorch's own functions raise for bad input, and code
-    that catches it from them must catch it from what replaces them one for one.
-    """
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch._dynamo.testing
 
 import pyaccel
 from pyaccel import dispatch
+from pyaccel.errors import InvalidArgumentError, NotSupportedError
 
 ALL = {"triton": [], "torch": [], "reference": []}
 
@@ -31,7 +32,7 @@ def test_own_choice() -> None:
         dispatch.choose("residual_layernorm", {**ALL, "torch": ["no"]}, "torch", "measured").backend
         == "triton"
     )
-    with pytest.raises(dispatch.NotSupportedError, match="no backend can serve"):
+    with pytest.raises(NotSupportedError, match="no backend can serve"):
         dispatch.choose("residual_layernorm", {"torch": ["broken"], "reference": []})
 
 
@@ -44,9 +45,9 @@ def test_a_request_is_honoured_or_raises() -> None:
         assert dispatch.requested("residual_layernorm") == "reference"
     assert dispatch.requested("residual_layernorm") == "auto"
     with pyaccel.use_backend("triton"):
-        with pytest.raises(dispatch.NotSupportedError, match="a; b"):
+        with pytest.raises(NotSupportedError, match="a; b"):
             dispatch.choose("residual_layernorm", {**ALL, "triton": ["a", "b"]})
-        with pytest.raises(dispatch.NotSupportedError, match="no triton implementation"):
+        with pytest.raises(NotSupportedError, match="no triton implementation"):
             dispatch.choose("int8_matmul", {"torch": []})
 
 
@@ -337,11 +338,11 @@ def test_triton_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_arguments_are_one_error_of_ours_and_of_pytorchs() -> None:
     dispatch.invalid("varlen_attention", [])
-    for base in (dispatch.InvalidArgumentError, ValueError, RuntimeError):
+    for base in (InvalidArgumentError, ValueError, RuntimeError):
         with pytest.raises(base, match="varlen_attention: a; b"):
             dispatch.invalid("varlen_attention", ["a", "b"])
-    assert not issubclass(dispatch.InvalidArgumentError, dispatch.NotSupportedError)
-    assert not issubclass(dispatch.NotSupportedError, ValueError)
+    assert not issubclass(InvalidArgumentError, NotSupportedError)
+    assert not issubclass(NotSupportedError, ValueError)
 
 
 def test_every_op_that_dispatches_is_public() -> None:

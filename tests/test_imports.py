@@ -41,30 +41,54 @@ class Rule:
 RULES = {
     "kernels": Rule(packages=("torch", "triton")),
     "reference": Rule(),
-    "dispatch": Rule(),
+    "errors": Rule(packages=()),
+    "dispatch": Rule(("errors",)),
     "packing": Rule(),
     "tuned": Rule(("tuning_tables",)),
     "tuning_tables": Rule(),
-    "ops": Rule(("reference", "dispatch", "tuned"), lazily=("pyaccel.kernels",)),
+    "ops": Rule(("errors", "reference", "dispatch", "tuned"), lazily=("pyaccel.kernels",)),
     "nn": Rule(("reference", "dispatch", "packing", "ops")),
     "models": Rule(
         ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
     ),
-    "checkpoints": Rule(("models",), ("torch",), ("transformers", "huggingface_hub")),
+    "checkpoints": Rule(("errors", "models"), ("torch",), ("transformers", "huggingface_hub")),
     "hf": Rule(
-        ("checkpoints", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "quantization"),
+        (
+            "errors",
+            "checkpoints",
+            "reference",
+            "dispatch",
+            "tuned",
+            "packing",
+            "ops",
+            "nn",
+            "models",
+            "quantization",
+        ),
         ("torch", "transformers", "huggingface_hub"),
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),
     "dtypes": Rule(),
     "verify": Rule(
-        ("checkpoints", "dtypes", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
+        (
+            "errors",
+            "checkpoints",
+            "dtypes",
+            "reference",
+            "dispatch",
+            "tuned",
+            "packing",
+            "ops",
+            "nn",
+            "models",
+            "hf",
+        ),
         packages=("torch", "pytest"),  # pytest: of its plugin
         lazily=("transformers",),
     ),
     "inspect": Rule(("kernels",), lazily=("triton",)),
     "cost": Rule(
-        ("checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
+        ("errors", "checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
         lazily=("transformers", "pyaccel.kernels"),
     ),
     "benchmarks": Rule(
@@ -85,7 +109,8 @@ RULES = {
     ),
     "__main__": Rule(("cli",), ()),
     "__init__": Rule(
-        ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify"), ()
+        ("dispatch", "errors", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify"),
+        (),
     ),
 }
 

@@ -24,7 +24,7 @@ from pyaccel import dispatch, ops, quantization, tuned, tuning_tables
 from pyaccel.benchmarks import tune as tuning
 from pyaccel.benchmarks.registry import Variant
 from pyaccel.cli import app
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.linear import api as linear
 from pyaccel.ops.linear import onednn
@@ -300,7 +300,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(tuned.Path, "home", no_home)
     _one_warning("no folder for measurements.*set PYACCEL_TUNED, XDG_DATA_HOME or HOME")
     done = CliRunner().invoke(app, ["tune", "int8_matmul", "--quick", "--device", "cpu"])
-    assert isinstance(done.exception, BadInputError)
+    assert isinstance(done.exception, UserInputError)
     assert "or pass --out" in str(done.exception)
 
 
@@ -566,7 +566,7 @@ def test_a_wrong_way_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_options(options: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["tune", *options])
-    assert isinstance(done.exception, BadInputError)
+    assert isinstance(done.exception, UserInputError)
     assert message in str(done.exception)
 
 

@@ -18,8 +18,8 @@ from pyaccel.cli.console import (
     output,
     progress_output,
 )
-from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import resolve_device, resolve_dtypes
+from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,7 +144,7 @@ def bench(
     """
     if cost:
         if what or len(dtype or ()) > 1:
-            raise BadInputError(
+            raise UserInputError(
                 "--cost counts one model (--model) in one --dtype, and takes no names of cases"
             )
         show_cost(
@@ -182,7 +182,7 @@ def _plan(
         sweep = "quick" if quick else "full"
         return run.plan(what or None, dtypes, where, sweep=sweep, sizes=sizes, against=against), where
     except (ValueError, ImportError) as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
 
 
 def _measure(
@@ -199,7 +199,7 @@ def _measure(
     try:
         report.matplotlib_figure()  # before an hour of measuring, not after it
     except ImportError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     check_folder_writable(out, "--out")
     if out.is_dir():
         check_writable(out / "results.csv", "--out")
@@ -226,7 +226,7 @@ def _measure(
             raise lost
         page = report.write(rows, out)
     except OSError as error:
-        raise BadInputError(f"--out {out} could not be written: {file_error(error)}") from error
+        raise UserInputError(f"--out {out} could not be written: {file_error(error)}") from error
     console.print(f"{page} has this with plots.", soft_wrap=True)
     found = [f"{row.case}, {row.size}, {row.variant}: {row.note}" for row in rows if table.bad(row)]
     if fail_if_slower is not None:
@@ -240,9 +240,9 @@ def _compare(before: Path, after: Path, fail_if_slower: float | None, console: C
     try:
         found = table.changes(table.read(before), table.read(after))
     except ValueError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     if not found:
-        raise BadInputError(f"{before} and {after} have no size and variant of ours in common")
+        raise UserInputError(f"{before} and {after} have no size and variant of ours in common")
     table.show_changes(found, console)
     least = 0.0 if fail_if_slower is None else fail_if_slower
     return _failed([f"{one.what}: {one.own:.2f} times as fast as before" for one in found if one.own < least])

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from pyaccel.cli.console import check_writable, output
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,11 @@ def show_cost(
     """Print what stock and accelerated model cost, as tables or JSON, and draw the roofline's times into ``plot``."""
     from pyaccel.cost import model as model_cost
     from pyaccel.cost.roofline import CARDS
-    from pyaccel.dispatch import NotSupportedError
     from pyaccel.dtypes import DTYPES
+    from pyaccel.errors import NotSupportedError
 
     if dtype not in DTYPES:
-        raise BadInputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        raise UserInputError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     check_writable(plot, "--plot")
     try:
         config = model_cost.bert_config(model)
@@ -53,7 +53,7 @@ def show_cost(
             raise ValueError(f"--seq-len {seq_len}: the model has {config.max_position_embeddings} positions")
         costs = model_cost.model_costs(config, mix, DTYPES[dtype], training=training, backend=backend)
     except (ValueError, NotSupportedError, ImportError) as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     cards = {**CARDS, CPU: measured_card(DTYPES[dtype])}
     mode = "training" if training else "evaluation"
     title = f"{model}, {batch} x {seq_len} ({lengths}: {sum(mix)} tokens), {dtype}, {mode}"
@@ -99,7 +99,7 @@ def draw(title: str, costs: dict[str, list[Part]], cards: dict[str, Card], file:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
         figure.savefig(file, dpi=150, bbox_inches="tight")
     except (ImportError, ValueError, OSError) as error:  # no matplotlib, an unknown format, no such folder
-        raise BadInputError(f"--plot {file}: {error}") from error
+        raise UserInputError(f"--plot {file}: {error}") from error
 
 
 def measured_card(dtype: torch.dtype) -> Card:

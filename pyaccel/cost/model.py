@@ -22,6 +22,7 @@ from pyaccel import checkpoints, dispatch
 from pyaccel.cost.as_cuda import AsOnCuda
 from pyaccel.cost.recorder import Cost, Step, measure
 from pyaccel.cost.roofline import Card
+from pyaccel.errors import NotSupportedError
 from pyaccel.packing import PackedLayout, pack, unpack
 
 # transformers' names of the sizes in config.json: layers, hidden, heads, intermediate.
@@ -131,7 +132,7 @@ def model_costs(
         backend: of the accelerated model's ops. "torch" switches the kernels off.
 
     Raises:
-        pyaccel.dispatch.NotSupportedError: triton is not installed, and the kernels can't be counted.
+        pyaccel.errors.NotSupportedError: triton is not installed, and the kernels can't be counted.
         ValueError: no row, or a backend that can't be counted for these lengths.
     """
     from transformers import BertModel
@@ -141,9 +142,7 @@ def model_costs(
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths must be one or more positive numbers, got {list(lengths)}")
     if backend in ("auto", "triton") and not dispatch.has_triton():
-        raise dispatch.NotSupportedError(
-            "triton isn't installed: pip install triton (Linux only; no GPU is needed)"
-        )
+        raise NotSupportedError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
     if backend != "auto" and backend not in dispatch.BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}: expected auto or one of {', '.join(dispatch.BACKENDS)}"

@@ -78,7 +78,7 @@ def verify(
     Raises:
         ValueError: unknown dtypes or backends, a batch without tokens, or a model that is accelerated or can't be.
         ImportError: transformers isn't installed.
-        pyaccel.dispatch.NotSupportedError: a backend that was asked for can't serve the model here.
+        pyaccel.errors.NotSupportedError: a backend that was asked for can't serve the model here.
     """
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown or not dtypes:

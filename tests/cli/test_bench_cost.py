@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from pyaccel import dispatch
 from pyaccel.cli import app, bench_cost
-from pyaccel.cli.errors import BadInputError
 from pyaccel.cost.model import MIXES, bert_config, figures, length_mix, model_costs
+from pyaccel.errors import UserInputError
 from tests.hf.models import tiny
 
 measured_once = functools.cache(bench_cost.measured_card)
@@ -123,7 +123,7 @@ def test_the_roofline_is_drawn(form: str, tmp_path: Path) -> None:
 )
 def test_bad_command_lines(options: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["bench", *options])
-    assert isinstance(done.exception, BadInputError), done.output
+    assert isinstance(done.exception, UserInputError), done.output
     assert message in str(done.exception)
 
 

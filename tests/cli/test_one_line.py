@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from pyaccel.cli import console
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 from tests.cli.conftest import Run
 
 
@@ -284,7 +284,7 @@ def test_known_errors_are_lines_and_others_are_not() -> None:
             "not enough memory",
         ),
     ):
-        with pytest.raises(BadInputError, match=words):
+        with pytest.raises(UserInputError, match=words):
             raising(error)()
     for bug in (
         RuntimeError("shapes"),

@@ -22,6 +22,7 @@ from transformers import BertForQuestionAnswering, BertModel
 
 import pyaccel
 from pyaccel import dispatch
+from pyaccel.errors import NotSupportedError
 from pyaccel.hf import graphs
 from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.conftest import COMPILED
@@ -390,7 +391,7 @@ def test_what_cannot_be_captured_is_said(device: torch.device) -> None:
 def test_without_a_gpu_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model: Any = tiny()
-    with pytest.raises(dispatch.NotSupportedError, match="needs a CUDA or ROCm device"):
+    with pytest.raises(NotSupportedError, match="needs a CUDA or ROCm device"):
         pyaccel.accelerate(model, cuda_graphs=True)
     assert type(model.encoder) is type(BertModel(model.config).encoder)
 

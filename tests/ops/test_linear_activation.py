@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops
+from pyaccel.errors import NotSupportedError
 from pyaccel.kernels import bias_gelu, column_sum
 from pyaccel.kernels import linear_activation as kernel
 from pyaccel.ops.linear import onednn
@@ -363,7 +364,7 @@ def test_what_cannot_be_served_is_refused_with_every_reason(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, bias = inputs(3, 16, 8, device)
-    with pytest.raises(dispatch.NotSupportedError, match="not float64"):
+    with pytest.raises(NotSupportedError, match="not float64"):
         call(x.double(), weight.double(), bias)
     with pytest.raises(
         ValueError, match=r"x is torch.bfloat16 and weight torch.float32: cast.*unknown activation"
@@ -371,7 +372,7 @@ def test_what_cannot_be_served_is_refused_with_every_reason(
         call(x.to(BF16), weight, bias, "swish")
     if device.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
-        with pytest.raises(dispatch.NotSupportedError, match="on the CPU"):
+        with pytest.raises(NotSupportedError, match="on the CPU"):
             call(x, weight, bias)
 
 

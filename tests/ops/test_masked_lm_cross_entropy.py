@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.errors import NotSupportedError
 from pyaccel.ops.mlm_loss import chunked as registered
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
 from tests.pairwise import pairwise
@@ -522,5 +523,5 @@ def test_the_backend_is_torch_on_a_cpu_and_the_one_asked_for_is_used_or_refused(
         call(*(t.to(device) for t in tensors), labels.to(device))
     assert [choice.backend for choice in choices] == ["torch", "torch", "reference", "triton"]
     assert choices[0].reason == "on the CPU"
-    with pytest.raises(dispatch.NotSupportedError, match=r"the kernels take float32.*not float64"):
+    with pytest.raises(NotSupportedError, match=r"the kernels take float32.*not float64"):
         call(*(t.to(device).double() for t in tensors), labels.to(device))

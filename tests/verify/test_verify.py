@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import pyaccel
 from pyaccel import ops
 from pyaccel.cli import app
-from pyaccel.cli.errors import BadInputError
 from pyaccel.cli.inputs import demo_checkpoint
 from pyaccel.cli.verify import example_labels
+from pyaccel.errors import UserInputError
 from pyaccel.hf import fast_path
 from pyaccel.nn import encoder_layer
 from pyaccel.packing import layout
@@ -174,7 +174,7 @@ def test_every_op_on_every_backend(backend: str, dtype: torch.dtype) -> None:
             continue  # minutes of the interpreter; the ops' own tests do these
         try:
             check = check_op(case, dtype, backend, CPU, str(dtype))
-        except pyaccel.dispatch.NotSupportedError:
+        except pyaccel.errors.NotSupportedError:
             refused.add(case.op)
             continue
         assert check.status == "right", str(check)
@@ -499,7 +499,7 @@ def test_bad_command_lines(options: list[str], message: str, monkeypatch: pytest
     done = CliRunner().invoke(
         app, ["verify", "--no-compile", "--batch-size", "2", "--max-length", "8", *options]
     )
-    assert isinstance(done.exception, BadInputError), done.output
+    assert isinstance(done.exception, UserInputError), done.output
     assert message in str(done.exception)
 
 

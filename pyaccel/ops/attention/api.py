@@ -8,7 +8,7 @@ What masks mean is written once, in :mod:`pyaccel.reference.attention`, what arg
 * They trace under ``torch.compile(fullgraph=True)``. What reads values on the host (the offsets of a packed
   batch, whether a mask masks anything) is done on CPUs in eager mode only, where it costs no device sync.
 * Triton serves fp16, bf16 and fp32 and head dims of up to 256 on GPUs; on a CPU torch is preferred.
-* Bad arguments raise :class:`pyaccel.dispatch.InvalidArgumentError` (a ``ValueError`` and a ``RuntimeError``) that
+* Bad arguments raise :class:`pyaccel.errors.InvalidArgumentError` (a ``ValueError`` and a ``RuntimeError``) that
   names every reason at once, those of the Triton kernels too where they were asked for.
 """
 
@@ -105,8 +105,8 @@ def scaled_dot_product_attention(
         query, key and value have none of.
 
     Raises:
-        pyaccel.dispatch.InvalidArgumentError: naming everything that is wrong with the arguments.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.InvalidArgumentError: naming everything that is wrong with the arguments.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
 
     The torch backend is ``F.scaled_dot_product_attention``; on a CPU in eager mode it draws PyTorch's own dropout
     mask, not that of the other backends. With dropout elsewhere, or where the LSE is asked for, it is two matrix

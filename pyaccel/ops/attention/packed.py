@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.errors import NotSupportedError
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention import varlen as torch_backend
@@ -129,7 +130,7 @@ def varlen_attention(
         )
     no_values = query.is_meta or (not torch.compiler.is_compiling() and torch._C._is_tracing())
     if backend == "reference" and no_values:
-        raise dispatch.NotSupportedError(
+        raise NotSupportedError(
             "pyaccel.ops.varlen_attention: the reference backend reads cu_seqlens, which meta tensors don't hold and a "
             "trace would keep. Use another one here: pyaccel.use_backend('auto', ops=['varlen_attention'])."
         )

@@ -106,7 +106,7 @@ def bias_gelu(
 
     Raises:
         ValueError: naming every argument that makes no sense; ``quantize_output`` where a gradient is needed.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid(OP, not_supported_reasons(x, bias, activation, quantize_output=quantize_output))
     backend = _choose(x, bias, quantize_output).backend

@@ -70,7 +70,7 @@ def bert_embeddings(
         ValueError: naming every argument that makes no sense.
         IndexError: an id that is not a row of its table, on the CPU. On a GPU, which isn't waited for, and in a
             compiled graph it is an assertion that says the same but for the id.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid(
         OP,

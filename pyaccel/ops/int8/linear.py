@@ -69,7 +69,7 @@ def int8_linear(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     reasons = not_supported_reasons(x, weight, bias, activation, weight_scale, input_scale, smooth_scale)
     if weight_only and (input_scale is not None or smooth_scale is not None):

@@ -89,7 +89,7 @@ def int8_matmul(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
 
     Triton does all of it in one launch; in two, with the sums between them, where few rows make it split the inner
     dimension, and where the output is quantised again, for which a program must see a whole row. The torch backend

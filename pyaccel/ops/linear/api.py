@@ -77,7 +77,7 @@ def linear_activation(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid("linear_activation", not_supported_reasons(x, weight, bias, activation))
     way = choose_way(x, weight, bias, activation)

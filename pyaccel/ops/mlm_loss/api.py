@@ -116,7 +116,7 @@ def masked_lm_cross_entropy(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid(
         OP,
