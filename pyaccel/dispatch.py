@@ -16,8 +16,6 @@ says why it can't be. :func:`record` shows what was chosen.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from typing import Any
 
 import torch
 
+from pyaccel import triton_support
 from pyaccel.errors import InvalidArgumentError, NotSupportedError
 
 BACKENDS = ("triton", "torch", "reference")
@@ -191,7 +190,7 @@ def is_recording() -> bool:
 
 def nobody_asks(ops: Iterable[str]) -> bool:
     """Whether, on a CPU, each of these ops is served as by default, and nobody records by whom."""
-    if interpreting() or is_recording():
+    if triton_support.interpreting() or is_recording():
         return False
     if not _requested and not _scopes.get():
         return True
@@ -297,61 +296,6 @@ def summary(choices: Iterable[Choice]) -> dict[str, Choice]:
         )
         for op, same in by_op.items()
     }
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found without importing it
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-
-
-def on_host(x: torch.Tensor) -> bool:
-    """Whether a value of ``x`` may be read: it costs no device sync, and nothing records or transforms the call.
-
-    False in a graph (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx``), which would keep what the
-    value was; under a ``torch.func`` transform, and for fake tensors and other subclasses, which may hold no value.
-    """
-    return x.is_cpu and not torch.compiler.is_compiling() and type(x) in _PLAIN and not _recorded()
-
-
-def _recorded() -> bool:
-    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
-        return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
-
-
-def has_triton() -> bool:
-    """Whether triton is installed."""
-    return _HAS_TRITON
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels are to run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
-    """Why Triton kernels can't run on these floating-point tensors here; empty if they can."""
-    given = [t for t in tensors if t is not None]
-    reasons = []
-    if not has_triton():
-        reasons.append("triton is not installed (pip install 'pyaccel-bert[triton]')")
-    devices = sorted({t.device.type for t in given})
-    if devices == ["cpu"]:
-        if not interpreting():
-            reasons.append("the tensors are on the CPU")
-    elif devices not in (["cuda"], ["meta"]):  # shapes and dtypes alone stand for a GPU's tensors
-        reasons.append(f"the tensors are on {', '.join(devices)}, and Triton runs on one CUDA or ROCm device")
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in given if t.dtype not in TRITON_DTYPES})
-    if dtypes:
-        reasons.append(f"the kernels take float32, float16 and bfloat16, not {', '.join(dtypes)}")
-    return reasons
 
 
 def invalid(op: str, reasons: Sequence[str]) -> None:

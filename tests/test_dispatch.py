@@ -323,19 +323,6 @@ def test_a_summary_loses_nothing() -> None:
     assert summary["int8_matmul"] == dispatch.Choice("int8_matmul", "torch, triton", "x; or y")
 
 
-def test_triton_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(2)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch.triton_reasons(x, None) == []
-    assert "not float64" in dispatch.triton_reasons(x.double())[0]
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert dispatch.triton_reasons(x) == ["the tensors are on the CPU"]
-    assert "on cpu, meta" in dispatch.triton_reasons(x, x.to("meta"))[0]
-    assert dispatch.triton_reasons(x.to("meta")) == []  # stands for a GPU's tensor
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    assert "pip install" in dispatch.triton_reasons(x)[0]
-
-
 def test_bad_arguments_are_one_error_of_ours_and_of_pytorchs() -> None:
     dispatch.invalid("varlen_attention", [])
     for base in (InvalidArgumentError, ValueError, RuntimeError):

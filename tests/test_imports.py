@@ -42,11 +42,12 @@ RULES = {
     "kernels": Rule(packages=("torch", "triton")),
     "reference": Rule(),
     "errors": Rule(packages=()),
-    "dispatch": Rule(("errors",)),
+    "triton_support": Rule(),
+    "dispatch": Rule(("errors", "triton_support")),
     "packing": Rule(),
     "tuned": Rule(("tuning_tables",)),
     "tuning_tables": Rule(),
-    "ops": Rule(("errors", "reference", "dispatch", "tuned"), lazily=("pyaccel.kernels",)),
+    "ops": Rule(("errors", "triton_support", "reference", "dispatch", "tuned"), lazily=("pyaccel.kernels",)),
     "nn": Rule(("reference", "dispatch", "packing", "ops")),
     "models": Rule(
         ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
@@ -88,7 +89,7 @@ RULES = {
     ),
     "inspect": Rule(("kernels",), lazily=("triton",)),
     "cost": Rule(
-        ("errors", "checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
+        ("errors", "triton_support", "checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
         lazily=("transformers", "pyaccel.kernels"),
     ),
     "benchmarks": Rule(

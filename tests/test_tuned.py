@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from typer.testing import CliRunner
 
 import pyaccel
-from pyaccel import dispatch, ops, quantization, tuned, tuning_tables
+from pyaccel import dispatch, ops, quantization, triton_support, tuned, tuning_tables
 from pyaccel.benchmarks import tune as tuning
 from pyaccel.benchmarks.registry import Variant
 from pyaccel.cli import app
@@ -39,7 +39,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No table but those that a test writes, and a machine whose kernels are not interpreted."""
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "shipped")
     monkeypatch.setenv("PYACCEL_TUNED", str(tmp_path / "own"))
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
     tuned.forget()
     yield tmp_path
     tuned.forget()
@@ -450,7 +450,7 @@ def test_on_a_card_the_faster_backend_serves(
 ) -> None:
     """Meta tensors stand for a card's: what would serve them is chosen, and nothing runs."""
     monkeypatch.setattr(tuned, "machine", lambda device: "a card" if device.type == "meta" else "cpu")
-    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(triton_support, "has_triton", lambda: True)
 
     def x(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, device="meta")

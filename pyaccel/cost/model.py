@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyaccel import checkpoints, dispatch
+from pyaccel import checkpoints, dispatch, triton_support
 from pyaccel.cost.as_cuda import AsOnCuda
 from pyaccel.cost.recorder import Cost, Step, measure
 from pyaccel.cost.roofline import Card
@@ -141,7 +141,7 @@ def model_costs(
 
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths must be one or more positive numbers, got {list(lengths)}")
-    if backend in ("auto", "triton") and not dispatch.has_triton():
+    if backend in ("auto", "triton") and not triton_support.has_triton():
         raise NotSupportedError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
     if backend != "auto" and backend not in dispatch.BACKENDS:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, triton_support, tuned
 from pyaccel.dtypes import DTYPES
 from pyaccel.hf.report import Report
 from pyaccel.verify.op_checks import check_ops
@@ -45,7 +45,7 @@ OnCheck = Callable[[Check], None]
 
 def able_backends(device: torch.device) -> list[str]:
     """The backends that can serve a whole model on ``device``: Triton's interpreter can't in any useful time."""
-    triton = device.type == "cuda" and dispatch.has_triton()
+    triton = device.type == "cuda" and triton_support.has_triton()
     return ["triton", "torch", "reference"] if triton else ["torch", "reference"]
 
 
@@ -131,7 +131,11 @@ def versions() -> dict[str, str]:
 
 def _interpreted(backends: Sequence[str], device: torch.device) -> list[str]:
     """Triton, for the ops alone, where its interpreter is on."""
-    return ["triton"] if device.type == "cpu" and dispatch.interpreting() and dispatch.has_triton() else []
+    return (
+        ["triton"]
+        if device.type == "cpu" and triton_support.interpreting() and triton_support.has_triton()
+        else []
+    )
 
 
 def _backend_notes(backends: Sequence[str], device: torch.device) -> list[str]:
@@ -139,7 +143,7 @@ def _backend_notes(backends: Sequence[str], device: torch.device) -> list[str]:
         return []
     why = (
         "triton isn't installed"
-        if not dispatch.has_triton()
+        if not triton_support.has_triton()
         else f"the model is on {device.type}, not on a GPU"
     )
     return [f"the Triton kernels were not run: {why}"]

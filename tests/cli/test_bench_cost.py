@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyaccel import dispatch
+from pyaccel import triton_support
 from pyaccel.cli import app, bench_cost
 from pyaccel.cost.model import MIXES, bert_config, figures, length_mix, model_costs
 from pyaccel.errors import UserInputError
@@ -137,7 +137,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
 
 
 def test_without_triton_the_kernels_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    monkeypatch.setattr(triton_support, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="triton isn't installed"):
         model_costs(bert_config("minilm"), [8, 8], torch.float32)
     costs = model_costs(bert_config("minilm"), [8, 8], torch.float32, backend="torch")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyaccel import dispatch
+from pyaccel import dispatch, triton_support
 from pyaccel.cli import app, encode_job
 from pyaccel.cli.encode_job import Identity, Job, Share, read_texts
 from pyaccel.cli.inputs import demo_checkpoint, real_passages
@@ -52,7 +52,7 @@ def run(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
 
 def in_this_process(*arguments: object) -> None:
     """As :func:`run`, where it doesn't matter that it ends: a process takes longer to import than to encode."""
-    with dispatch.use_backend("torch") if dispatch.interpreting() else nullcontext():
+    with dispatch.use_backend("torch") if triton_support.interpreting() else nullcontext():
         done = CliRunner().invoke(app, ["encode", *map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
 

@@ -24,6 +24,7 @@ import pyaccel
 from pyaccel import dispatch
 from pyaccel.errors import NotSupportedError
 from pyaccel.hf import graphs
+from pyaccel.ops import common
 from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.conftest import COMPILED
 from tests.hf.models import DTYPES, MASKS, VOCAB, Truth, batch_of, of_family, read, tiny
@@ -32,12 +33,12 @@ LAYERS = 3
 
 
 def traced(run: Callable[[], Tensor], pool: Any, device: torch.device) -> tuple[Tensor, Callable[[], object]]:
-    on_host = dispatch.on_host
-    dispatch.on_host = lambda x: False  # as on a GPU; make_fx refuses whatever looks at values all the same
+    on_host = common.on_host
+    common.on_host = lambda x: False  # as on a GPU; make_fx refuses whatever looks at values all the same
     try:
         graph = make_fx(run)()
     finally:
-        dispatch.on_host = on_host
+        common.on_host = on_host
     out = run()
     return out, lambda: out.copy_(graph())
 

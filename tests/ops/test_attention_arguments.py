@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, triton_support, tuned
 from pyaccel.errors import InvalidArgumentError, NotSupportedError
 from pyaccel.ops.attention import api as module
 from pyaccel.ops.attention import checks as arguments
@@ -308,6 +308,6 @@ def test_on_a_gpu_triton_serves_but_not_where_it_would_spill() -> None:
         for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 64), (torch.float32, 80)):
             q = torch.empty(2, 4, 16, dim, dtype=dtype, device="cuda")
             scaled_dot_product_attention(q, q, q)
-    if dispatch.has_triton():
+    if triton_support.has_triton():
         assert [choice.backend for choice in choices] == ["triton", "triton", "torch"]
     assert "at a head dimension of 80 the kernels spill" in choices[-1].reason

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyaccel import dispatch, ops
+from pyaccel import dispatch, ops, triton_support
 from pyaccel.errors import NotSupportedError
 from pyaccel.kernels import bias_gelu, column_sum
 from pyaccel.kernels import linear_activation as kernel
@@ -352,7 +352,7 @@ def test_tf32_is_taken_where_torch_allows_it(device: torch.device, monkeypatch: 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_meta_tensors_have_the_shapes_of_real_ones(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For whoever counts a model's cost without running it."""
-    monkeypatch.setattr(dispatch, "triton_reasons", lambda *tensors: [])
+    monkeypatch.setattr(triton_support, "unsupported_reasons", lambda *tensors: [])
     leaves = [t.to(BF16).requires_grad_() for t in inputs(4, 16, 8, torch.device("meta"))]
     out = call(*leaves, backend=backend)
     out.sum().backward()

@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import pyaccel
-from pyaccel import ops
+from pyaccel import ops, triton_support
 from pyaccel.cli import app
 from pyaccel.cli.inputs import demo_checkpoint
 from pyaccel.cli.verify import example_labels
@@ -94,7 +94,7 @@ def test_an_unharmed_model_is_right(kind: str, dtype: str, backends: list[str]) 
 
 
 def test_without_triton(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyaccel.dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
     torch.manual_seed(0)
     report = verify(tiny(num_hidden_layers=1), batch, compiled=False)
     assert report.right, str(report)
@@ -182,7 +182,7 @@ def test_every_op_on_every_backend(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_what_a_backend_cannot_serve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyaccel.dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
     notes: list[str] = []
     assert list(check_ops(torch.float32, "triton", CPU, "fp32", notes)) == []
     assert len(notes) == len(cases())

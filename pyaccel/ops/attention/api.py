@@ -19,7 +19,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel.ops import common
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention.checks import Window
@@ -124,7 +124,7 @@ def scaled_dot_product_attention(
     attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
     backend = choose(op, query, key, value, seqlen=query.shape[2])
     # On a CPU in eager mode the torch backend drops by PyTorch's mask: ours takes it three times the attention.
-    drops_itself = backend == "torch" and dispatch.on_host(query) and not return_lse
+    drops_itself = backend == "torch" and common.on_host(query) and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     result: Tensor | tuple[Tensor, Tensor]
     if backend == "triton":

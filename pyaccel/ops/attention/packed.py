@@ -7,8 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
 from pyaccel.errors import NotSupportedError
+from pyaccel.ops import common
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention import varlen as torch_backend
@@ -109,7 +109,7 @@ def varlen_attention(
     if reasons:
         refuse(op, reasons, query, key, value)
     backend = choose(op, query, key, value, seqlen=max_seqlen_q, dropout_p=dropout_p)
-    on_host = dispatch.on_host(query)
+    on_host = common.on_host(query)
     drops_itself = backend == "torch" and on_host and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     if backend == "torch" and not on_host:

@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
+from pyaccel import dispatch, reference, triton_support, tuned
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.reference.residual_layernorm import add_bias
 
@@ -125,7 +125,7 @@ def bias_gelu(
 
 
 def _choose(x: Tensor, bias: Tensor | None, quantize_output: bool) -> dispatch.Choice:
-    triton = dispatch.triton_reasons(x, bias)
+    triton = triton_support.unsupported_reasons(x, bias)
     if quantize_output and x.shape[-1] > MAX_QUANTIZED_ROW:
         triton.append(
             f"the kernel for int8 output takes rows of up to {MAX_QUANTIZED_ROW}, not {x.shape[-1]}"

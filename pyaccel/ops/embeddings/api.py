@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
+from pyaccel import dispatch, reference, triton_support, tuned
+from pyaccel.ops import common
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings import triton as triton_backend
@@ -95,7 +96,7 @@ def bert_embeddings(
     tables = (word_weight, position_weight, token_type_weight)
     packed = cu_seqlens if position_ids is None and position_weight is not None else None
     choice = _choose(input_ids.numel(), *tables, weight, bias)
-    at_once = dispatch.on_host(word_weight) and dispatch.on_host(input_ids)
+    at_once = common.on_host(word_weight) and common.on_host(input_ids)
     if choice.backend != "triton" or at_once:
         given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
         if packed is not None:
@@ -140,7 +141,7 @@ def bert_embeddings(
 
 
 def _choose(rows: int, word_weight: Tensor, *others: Tensor | None) -> dispatch.Choice:
-    triton = dispatch.triton_reasons(word_weight, *others)
+    triton = triton_support.unsupported_reasons(word_weight, *others)
     if word_weight.shape[1] > MAX_HIDDEN:
         triton.append(f"the kernels take hidden sizes of up to {MAX_HIDDEN}, not {word_weight.shape[1]}")
     served: dict[str, list[str]] = {"triton": triton, "torch": [], "reference": []}

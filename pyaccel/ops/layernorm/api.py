@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
+from pyaccel import dispatch, reference, triton_support, tuned
 from pyaccel.ops.layernorm.checks import (
     MAX_CODES_ROW,
     MAX_ROW,
@@ -129,7 +129,7 @@ def residual_layernorm(
 
 
 def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> dispatch.Choice:
-    triton = dispatch.triton_reasons(x, *others)
+    triton = triton_support.unsupported_reasons(x, *others)
     if x.shape[-1] > MAX_ROW:
         triton.append(f"the kernels take rows of up to {MAX_ROW}, not {x.shape[-1]}")
     if quantize_output and x.shape[-1] > MAX_CODES_ROW:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import dispatch, triton_support
 from pyaccel.ops.bias_act.api import bias_gelu
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.layernorm.api import residual_layernorm
@@ -105,7 +105,7 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     why = row if measured in dispatch.BACKENDS else _why_torch(x, declined, by_bias_gelu=by_bias_gelu)
     choice = dispatch.choose(
         "linear_activation",
-        {"triton": dispatch.triton_reasons(x, weight, bias), "torch": [], "reference": []},
+        {"triton": triton_support.unsupported_reasons(x, weight, bias), "torch": [], "reference": []},
         "triton" if measured == "triton" else "torch",
         f"{why} ({row})" if measured == "onednn" and not declined else why,
     )
@@ -131,7 +131,7 @@ def _bias_gelu_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         onednn.on_gpu(x)
         and weight.shape[0] > 0
         and dispatch.requested("bias_gelu") in ("auto", "triton")
-        and not dispatch.triton_reasons(x, weight, bias)
+        and not triton_support.unsupported_reasons(x, weight, bias)
     )
 
 
