@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from pyaccel.benchmarks.method import ROOT, provenance
+from pyaccel.benchmarks.method import ROOT
+from pyaccel.machine import provenance
 
 FILE = ROOT / "benchmarks" / "results" / "figures.json"
 Figures = dict[str, Any]

@@ -25,6 +25,7 @@ from pyaccel.benchmarks import tune as tuning
 from pyaccel.benchmarks.registry import Variant
 from pyaccel.cli import app
 from pyaccel.errors import UserInputError
+from pyaccel.machine import kind
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.linear import api as linear
 from pyaccel.ops.linear import onednn
@@ -50,7 +51,7 @@ def write(
 ) -> None:
     root = tuned.FOLDER.parent
     listed = [{"size": list(size), "us": us} for size, us in rows.items()]
-    table = {"machine": machine or tuned.machine(CPU), "dtype": "float32", "rows": listed}
+    table = {"machine": machine or kind(CPU), "dtype": "float32", "rows": listed}
     tuned.write(root / folder / f"{op}.json", [table])
 
 
@@ -165,7 +166,7 @@ def test_shipped_tables_are_fine() -> None:
 
 def _table(**changes: Any) -> bytes:
     row = {"size": [16, 8, 32], "us": {"plain": 1.0, "onednn": 9.0}}
-    table = {"machine": tuned.machine(CPU), "dtype": "float32", "rows": [row]}
+    table = {"machine": kind(CPU), "dtype": "float32", "rows": [row]}
     for name, value in changes.items():
         (row if name in ("size", "us", "config") else table)[name] = value
     return json.dumps({"tables": [table]}).encode()
@@ -526,7 +527,7 @@ def test_tune_writes_what_dispatch_reads(monkeypatch: pytest.MonkeyPatch) -> Non
     assert other["machine"] == "another"
     assert {"machine", "dtype", "device", "torch", "triton", "commit", "date", "rows"} == mine.keys()
     assert (mine["machine"], mine["dtype"], mine["torch"]) == (
-        tuned.machine(CPU),
+        kind(CPU),
         "float32",
         torch.__version__,
     )

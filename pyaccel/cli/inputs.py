@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
 import pydoc_data.topics
 import re
 from collections.abc import Callable
@@ -135,12 +134,3 @@ def real_passages(
     lengths = count_tokens(paragraphs)
     fitting = [p for p, n in zip(paragraphs, lengths, strict=True) if low <= n <= high]
     return [fitting[i * len(fitting) // count] for i in range(count)]
-
-
-def device_name(device: torch.device) -> str:
-    """The card's name, or the CPU's architecture and how many threads torch uses."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"

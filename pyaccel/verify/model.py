@@ -8,15 +8,13 @@ policy is :mod:`pyaccel.verify.policy`.
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyaccel import dispatch, triton_support, tuned
+from pyaccel import dispatch, machine, triton_support
 from pyaccel.dtypes import DTYPES
 from pyaccel.hf.report import Report
 from pyaccel.verify.op_checks import check_ops
@@ -94,7 +92,10 @@ def verify(
     if wrong or not backends:
         raise ValueError(f"unknown backends {wrong}: give some of {', '.join(dispatch.BACKENDS)}")
 
-    report = VerifyReport(f"{type(model).__name__}, batch {list(mask.shape)}", machine(device))
+    report = VerifyReport(
+        f"{type(model).__name__}, batch {list(mask.shape)}",
+        {"device": machine.kind(device), **machine.versions()},
+    )
     report.notes += _backend_notes(backends, device)
 
     def add(checks: Iterable[Check]) -> None:
@@ -111,22 +112,6 @@ def verify(
         for backend in backends:
             add(_Verification(truth, backend, report.notes).checks(compiled=compiled))
     return report
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Where and with what it was computed."""
-    return {"device": tuned.machine(device), **versions()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what figures depend on; torch's own names its build, which its package's metadata may not."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _interpreted(backends: Sequence[str], device: torch.device) -> list[str]:
