@@ -97,7 +97,7 @@ def encode(passages: int) -> Figures:
     """Seconds for so many passages: sentence-transformers' `encode` without its start, ours with it; cosines."""
     import numpy
 
-    from pyaccel.cli.inputs import demo_checkpoint
+    from pyaccel.checkpoints import demo_checkpoint
 
     model = str(demo_checkpoint())
     found: Figures = {"passages": passages}
@@ -125,8 +125,9 @@ def encode(passages: int) -> Figures:
 
 def int8() -> Figures:
     """The cosine of sentence embeddings to fp32's, mean and smallest, by how the encoder was quantised."""
-    from pyaccel.cli.inputs import demo_checkpoint, real_passages
-    from pyaccel.hf.encode import TextEncoder
+    from pyaccel.checkpoints import demo_checkpoint
+    from pyaccel.encode.encoder import TextEncoder
+    from pyaccel.encode.texts import real_passages
     from pyaccel.quantization import quantize
 
     def encoder() -> TextEncoder:

@@ -23,3 +23,10 @@ class UserInputError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def file_error(error: OSError) -> str:
+    """What the system said and of which file, without its number."""
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

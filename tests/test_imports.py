@@ -36,7 +36,7 @@ class Rule:
     lazily: tuple[str, ...] = ()  # of either kind, by full name, but only inside functions
 
 
-# kernels <- ops <- nn <- models <- quantization <- hf <- verify, inspect, cost <- benchmarks <- cli.
+# kernels <- ops <- nn <- models <- quantization <- hf <- encode, verify, inspect, cost <- benchmarks <- cli.
 # Only kernels import triton at the top of a file, and only hf transformers.
 RULES = {
     "kernels": Rule(packages=("torch", "triton")),
@@ -45,7 +45,7 @@ RULES = {
     "triton_support": Rule(),
     "dispatch": Rule(("errors", "triton_support")),
     "packing": Rule(),
-    "machine": Rule(),
+    "machine": Rule(("dtypes", "errors")),
     "timing": Rule(),
     "tuned": Rule(("machine", "tuning_tables")),
     "tuning_tables": Rule(),
@@ -58,7 +58,6 @@ RULES = {
     "hf": Rule(
         (
             "errors",
-            "checkpoints",
             "reference",
             "dispatch",
             "tuned",
@@ -90,6 +89,7 @@ RULES = {
         packages=("torch", "pytest"),  # pytest: of its plugin
         lazily=("transformers",),
     ),
+    "encode": Rule(("errors", "checkpoints", "hf"), ("torch", "numpy")),
     "inspect": Rule(("kernels",), lazily=("triton",)),
     "cost": Rule(
         ("errors", "triton_support", "checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
@@ -113,7 +113,19 @@ RULES = {
     ),
     "__main__": Rule(("cli",), ()),
     "__init__": Rule(
-        ("dispatch", "errors", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify"),
+        (
+            "dispatch",
+            "encode",
+            "errors",
+            "hf",
+            "models",
+            "nn",
+            "ops",
+            "packing",
+            "quantization",
+            "reference",
+            "verify",
+        ),
         (),
     ),
 }

@@ -18,8 +18,8 @@ from pyaccel.cli.console import (
     output,
     progress_output,
 )
-from pyaccel.cli.inputs import resolve_device, resolve_dtypes
 from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device, resolve_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

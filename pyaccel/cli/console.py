@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 
-from pyaccel.errors import UserInputError
+from pyaccel.errors import UserInputError, file_error
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -76,13 +76,6 @@ def _in_words(error: Exception) -> str | None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"not enough memory: give smaller sizes ({lines[0]})"
     return None
-
-
-def file_error(error: OSError) -> str:
-    """What the system said and of which file, without its number."""
-    if error.strerror is None:
-        return str(error) or type(error).__name__
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def check_writable(file: Path | None, option: str) -> None:

@@ -19,15 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pyaccel import checkpoints
 from pyaccel.cli.console import LARGEST, check_writable, output, progress_output
-from pyaccel.cli.inputs import (
-    load_model,
-    read_passages,
-    real_passages,
-    resolve_device,
-    resolve_dtype,
-)
+from pyaccel.encode.texts import read_passages, real_passages
 from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +64,8 @@ class Errors:
     def add(self, expected: Tensor, got: Tensor, mask: Tensor) -> None:
         """Token states ``[batch, seq, hidden]`` of both, and the mask ``[batch, seq]`` of real tokens."""
         import torch
+
+        from pyaccel.encode.batching import mean_pool
 
         expected, got = expected.double(), got.double()
         error = (got - expected)[mask]
@@ -225,7 +223,9 @@ def run(
     from pyaccel.verify.policy import judge
 
     loading = progress.add_task("loading the model", total=None)
-    tokenizer, stock, _ = load_model(model, device)
+    stock, tokenizer, _ = checkpoints.load(
+        model, expected="bert", device=device, dtype=torch.float32, attn_implementation="sdpa"
+    )
     progress.remove_task(loading)
     limit = min(stock.config.max_position_embeddings, 512)
 
@@ -310,12 +310,6 @@ def run(
         versions={"pyaccel": pyaccel.__version__, **machine.versions()},
         int8=None if quantization is None else str(quantization),
     )
-
-
-def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Sentence embeddings ``[batch, hidden]``: the mean of the real tokens' states, as all-MiniLM's pooling."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def show(result: Result, console: Console) -> None:

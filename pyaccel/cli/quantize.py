@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from pyaccel import checkpoints
 from pyaccel.cli.console import LARGEST, check_folder_writable, output, progress_output
-from pyaccel.cli.inputs import quiet_transformers, read_passages, real_passages
+from pyaccel.encode.texts import read_passages, real_passages
 from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def quantize(
     console = output()
     model, tokenizer = _load(folder)
 
-    from pyaccel.hf.encode import max_tokens
+    from pyaccel.encode.encoder import max_tokens
 
     max_length = min(MAX_LENGTH, tokenizer.model_max_length, max_tokens(model))
 
@@ -144,7 +144,6 @@ def quantize(
 
 def _load(folder: Path) -> tuple[Any, Any]:
     """The model of the class that saved it, in evaluation, and its tokenizer."""
-    quiet_transformers()
     if not folder.is_dir():  # a hub id has no files to copy
         raise UserInputError(f"there is no folder {folder}: give the folder of a Hugging Face encoder")
     config = checkpoints.load_config(checkpoints.find(folder))
@@ -184,10 +183,10 @@ def _cosines(stock: Any, model: Any, batches: list[dict[str, Tensor]]) -> Tensor
     """Of each passage's mean-pooled last hidden states, fp64."""
     import torch
 
+    from pyaccel.encode.batching import mean_pool
+
     def pooled(of: Any, batch: dict[str, Tensor]) -> Tensor:
-        states = of.base_model(**batch)[0].double()
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return (states * mask).sum(1) / mask.sum(1)
+        return mean_pool(of.base_model(**batch)[0].double(), batch["attention_mask"])
 
     found = []
     with torch.inference_mode():

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pyaccel.cli.console import LARGEST, check_folder_writable, output, progress_output
-from pyaccel.cli.inputs import resolve_device, resolve_dtypes
 from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device, resolve_dtypes
 
 
 def tune(

@@ -19,14 +19,9 @@ from rich.table import Table
 
 from pyaccel import checkpoints
 from pyaccel.cli.console import LARGEST, check_writable, file_error, output, progress_output
-from pyaccel.cli.inputs import (
-    demo_checkpoint,
-    quiet_transformers,
-    read_passages,
-    real_passages,
-    resolve_device,
-)
+from pyaccel.encode.texts import read_passages, real_passages
 from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device
 from pyaccel.verify.report import Check, VerifyReport, read_budget
 
 
@@ -126,13 +121,9 @@ def load(
     source: str | None, text: Path | None, batch_size: int, max_length: int, device: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The stock model with the head its folder names, and a batch of real text with labels where the head has some."""
-    quiet_transformers()
     import torch
 
-    model, tokenizer, _ = checkpoints.load(
-        demo_checkpoint() if source is None else source, head=True, dtype=torch.float32
-    )
-    model.to(device)
+    model, tokenizer, _ = checkpoints.load(source, head=True, device=device, dtype=torch.float32)
 
     def count_tokens(passages: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(passages, verbose=False)["input_ids"]]

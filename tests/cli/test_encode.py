@@ -21,11 +21,15 @@ import torch
 from typer.testing import CliRunner
 
 from pyaccel import dispatch, triton_support
-from pyaccel.cli import app, encode_job
-from pyaccel.cli.encode_job import Identity, Job, Share, read_texts
-from pyaccel.cli.inputs import demo_checkpoint, real_passages
+from pyaccel.checkpoints import demo_checkpoint
+from pyaccel.cli import app
+from pyaccel.encode import job as encode_job
+from pyaccel.encode.batching import batches
+from pyaccel.encode.encoder import TextEncoder, max_tokens
+from pyaccel.encode.identity import Identity, Share
+from pyaccel.encode.job import Job
+from pyaccel.encode.texts import read_texts, real_passages
 from pyaccel.errors import UserInputError
-from pyaccel.hf.encode import TextEncoder, batches, max_tokens
 
 TEXTS = [
     "the value of a object .",

@@ -52,7 +52,7 @@ def folder() -> Path:
     for name in (
         "pyaccel.cli",
         "pyaccel.hf.swap",
-        "pyaccel.hf.encode",
+        "pyaccel.encode.encoder",
         "pyaccel.benchmarks.run",
         "safetensors.torch",
     ):

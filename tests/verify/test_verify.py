@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import pyaccel
 from pyaccel import ops, triton_support
+from pyaccel.checkpoints import demo_checkpoint
 from pyaccel.cli import app
-from pyaccel.cli.inputs import demo_checkpoint
 from pyaccel.cli.verify import example_labels
 from pyaccel.errors import UserInputError
 from pyaccel.hf import fast_path

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyaccel.cli import encode_files, encode_job
-from pyaccel.cli.encode_job import Identity, Job, Share
+from pyaccel.encode import files as encode_files
+from pyaccel.encode import job as encode_job
+from pyaccel.encode.identity import Identity, Share
+from pyaccel.encode.job import Job
 from pyaccel.errors import UserInputError
 
 LINES = [f"text {i}" for i in range(10)]

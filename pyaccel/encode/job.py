@@ -25,11 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pyaccel.cli.console import check_writable, file_error
-from pyaccel.cli.encode_files import read_json, sync, write, write_parquet
-from pyaccel.cli.encode_identity import WINDOW, Identity, Share, fingerprint, hash_file, stamps
-from pyaccel.cli.encode_texts import read_texts
-from pyaccel.errors import UserInputError
+from pyaccel.encode.files import read_json, sync, write, write_parquet
+from pyaccel.encode.identity import Identity, Share, hash_file
+from pyaccel.errors import UserInputError, file_error
 
 try:
     import fcntl
@@ -39,19 +37,6 @@ except ImportError:  # not on Windows, where two runs of one job are not told ap
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = [
-    "FORMATS",
-    "WINDOW",
-    "Identity",
-    "Job",
-    "Share",
-    "check_output",
-    "fingerprint",
-    "read_texts",
-    "stamps",
-]
-
-FORMATS = (".npy", ".parquet")
 # A part's last bytes: a mark, and the checksum in hexadecimal.
 MARK, DIGEST_SIZE = b"\npyaccel part ", 16
 TRAILER = len(MARK) + 2 * DIGEST_SIZE
@@ -59,16 +44,6 @@ TRAILER = len(MARK) + 2 * DIGEST_SIZE
 OWN_FILES = re.compile(r"(job\.json|record\.json|lock|\d{8}\.npy|whole)(\.\d+)?")
 # After so long without a new part, the others are taken to have ended.
 PATIENCE_SECONDS = 3600.0
-
-
-def check_output(out: Path, source: Path | None = None) -> None:
-    """Raises UserInputError for an output that can't be written, before a model is loaded."""
-    if out.suffix.lower() not in FORMATS:
-        raise UserInputError(f"{out}: the output is a {' or '.join(FORMATS)} file")
-    if source is not None and out.exists() and source.exists() and out.samefile(source):
-        raise UserInputError(f"{out} is the file that the texts are in: give another one with --out")
-    if out.is_dir() or not out.exists():  # one that is there is replaced, or found to be this job's
-        check_writable(out, "--out")
 
 
 class Job:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyaccel.cli.encode_texts import Stamp
+from pyaccel.encode.texts import Stamp
 from pyaccel.errors import UserInputError
 
 WINDOW = 4096

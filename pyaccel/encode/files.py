@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyaccel.cli.encode_texts import pyarrow
+from pyaccel.encode.texts import pyarrow
 from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:

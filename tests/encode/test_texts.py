@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyaccel.cli.encode_texts import Texts, read_lines, read_texts
+from pyaccel.encode.texts import Texts, read_lines, read_texts
 from pyaccel.errors import UserInputError
 
 ODD = "a\rb\x0bc\x0cd\x1ce\x85f\u2028g\u2029h"  # str.splitlines would make nine of it

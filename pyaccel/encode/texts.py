@@ -18,8 +18,10 @@ import csv
 import hashlib
 import json
 import os
+import pydoc_data.topics
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,6 +219,32 @@ def _of_parquet(file: Path, column: str) -> Iterator[str]:
     except (OSError, ValueError, arrow.ArrowException) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserInputError(f"{file} can't be read as parquet: {lines[0]}") from None
+
+
+# --- passages ---
+
+
+def read_passages(file: Path) -> list[str]:
+    """The lines of a UTF-8 text file that aren't blank, without the blanks around them."""
+    passages = [line for line in map(str.strip, read_lines(file)) if line]
+    if not passages:
+        raise UserInputError(f"{file} is empty: give a text file with one passage a line")
+    return passages
+
+
+def real_passages(
+    count_tokens: Callable[[list[str]], list[int]], count: int = 256, low: int = 5, high: int = 256
+) -> list[str]:
+    """``count`` paragraphs of ``low`` to ``high`` tokens from Python's language reference, spread evenly over it.
+
+    The text is ``pydoc_data.topics`` in the standard library: real English, as it comes, on any machine.
+    """
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    paragraphs = list(dict.fromkeys(" ".join(p.split()) for p in re.split(r"\n\s*\n", text)))
+    lengths = count_tokens(paragraphs)
+    fitting = [p for p, n in zip(paragraphs, lengths, strict=True) if low <= n <= high]
+    return [fitting[i * len(fitting) // count] for i in range(count)]
 
 
 # --- twice ---
