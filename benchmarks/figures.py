@@ -1,7 +1,7 @@
 """``python -m pyaccel.benchmarks.figures``: the README's figures that are no table of `pyaccel bench`, measured anew.
 
 Whole commands, as a user runs them, each in a process of its own: the demo, `pyaccel encode` beside
-sentence-transformers' own `encode`, int8's accuracy, `pyaccel bench --cost`. What they give goes to
+sentence-transformers' own `encode`, int8's accuracy, `pyaccel cost`. What they give goes to
 ``benchmarks/results/figures.json``, from which :mod:`pyaccel.benchmarks.readme` makes the README's tables.
 """
 
@@ -164,10 +164,11 @@ def int8() -> Figures:
 
 
 def cost() -> Figures:
-    """What `pyaccel bench --cost` counts for BERT-base, 32 x 512 in bf16: accelerated over stock."""
+    """What `pyaccel cost` counts for BERT-base, 32 x 512 in bf16: accelerated over stock."""
     found = {}
+    size = ("--model", "bert-base", "--batch", "32", "--seq-len", "512")
     for name, options in {"full": [], "squad": ["--lengths", "squad"], "training": ["--training"]}.items():
-        told = json.loads(pyaccel("bench", "--cost", "--json", *options).stdout)
+        told = json.loads(pyaccel("cost", *size, "--json", *options).stdout)
         sides = ("stock", "accelerated")
         found[name] = {
             figure: [told[side][figure] for side in sides]

@@ -92,7 +92,18 @@ RULES = {
     "encode": Rule(("errors", "checkpoints", "hf"), ("torch", "numpy")),
     "inspect": Rule(("kernels",), lazily=("triton",)),
     "cost": Rule(
-        ("errors", "triton_support", "checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
+        (
+            "errors",
+            "triton_support",
+            "timing",
+            "checkpoints",
+            "dispatch",
+            "packing",
+            "ops",
+            "nn",
+            "models",
+            "hf",
+        ),
         lazily=("transformers", "pyaccel.kernels"),
     ),
     "benchmarks": Rule(

@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, cast
 
@@ -53,22 +52,18 @@ def length_mix(mix: str, batch: int, seq: int) -> list[int]:
 
 
 def bert_config(model: str) -> Any:
-    """transformers' config of a named size, or of a local folder with a ``config.json`` of a BERT.
+    """transformers' config of a named size, or of a BERT's folder or hub id.
 
-    Raises ValueError for anything else.
+    Raises:
+        pyaccel.checkpoints.CheckpointError: a ValueError: it can't be loaded, or is another model's.
     """
-    from transformers import BertConfig
-
     if model in NAMED:
+        from transformers import BertConfig
+
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         sizes: dict[str, Any] = dict(zip(names, NAMED[model], strict=True))
         return BertConfig(**sizes)
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}: give one of {', '.join(NAMED)}, or a folder with a config.json"
-        )
-    return checkpoints.load_config(checkpoints.find(folder), "bert")
+    return checkpoints.load_config(checkpoints.find(model), "bert")
 
 
 @dataclass(frozen=True)
