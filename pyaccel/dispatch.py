@@ -11,18 +11,20 @@ Every op of :mod:`pyaccel.ops` has up to three backends:
 
 By default the fastest backend that can serve a call does. :func:`use_backend` asks for one by name in a ``with`` block
 of this thread or asyncio task, :func:`set_backend` for the whole process; then it is used or :exc:`.NotSupportedError`
-says why it can't be. :func:`record` shows what was chosen.
+says why it can't be. :func:`record` shows what was chosen, :func:`observe` what the ops gave.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -30,6 +32,10 @@ from pyaccel import triton_support
 from pyaccel.errors import InvalidArgumentError, NotSupportedError
 
 BACKENDS = ("triton", "torch", "reference")
+
+Observer = Callable[[str, Any], object]
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ _requested: dict[str, str] = {}
 # The `use_backend` blocks that this thread or asyncio task is in, the innermost last.
 _scopes: ContextVar[tuple[use_backend, ...]] = ContextVar("pyaccel_backend", default=())
 _recorders: ContextVar[tuple[list[Choice], ...]] = ContextVar("pyaccel_recorders", default=())
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("pyaccel_observers", default=())
+# The `observe` blocks of all threads: while there is none, an op looks at this number and at nothing else.
+_observing = 0
+_lock = threading.Lock()
 
 # TorchDynamo can't trace a ContextVar. Blocks entered in a function that it traces are noted here while it traces, and
 # what is asked for around that function it reads as an attribute of this module, which `__getattr__` makes: so the
@@ -184,8 +194,8 @@ class use_requests(use_backend):
 
 
 def is_recording() -> bool:
-    """Whether the choices of this thread or asyncio task are recorded."""
-    return not torch.compiler.is_compiling() and bool(_recorders.get())
+    """Whether the choices of this thread or asyncio task are recorded, or its ops observed."""
+    return not torch.compiler.is_compiling() and bool(_recorders.get() or (_observing and _observers.get()))
 
 
 def nobody_asks(ops: Iterable[str]) -> bool:
@@ -281,6 +291,49 @@ def record() -> Iterator[list[Choice]]:
         yield choices
     finally:
         _recorders.set(tuple(each for each in _recorders.get() if each is not choices))
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Call ``observer(name, result)`` after every public op that this thread or asyncio task calls inside.
+
+    Accelerated models also tell of ``"layout"``, the :class:`pyaccel.packing.PackedLayout` of a padded batch. They call
+    public ops alone while they are observed. What a compiled function or a backward calls is not told.
+    """
+    global _observing
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    entry = functools.partial(observer)  # of this block alone, where blocks of one observer nest
+    with _lock:
+        _observing += 1
+    _observers.set((*_observers.get(), entry))
+    try:
+        yield
+    finally:
+        _observers.set(tuple(each for each in _observers.get() if each is not entry))
+        with _lock:
+            _observing -= 1
+
+
+def tell(name: str, result: object) -> None:
+    """Tell the observers of this thread or asyncio task, if there are any."""
+    if _observing and not torch.compiler.is_compiling():
+        for observer in _observers.get():
+            observer(name, result)
+
+
+def observable(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """A public op whose results :func:`observe` tells of."""
+
+    @functools.wraps(function)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        result = function(*args, **kwargs)
+        if _observing:
+            tell(function.__name__, result)
+        return result
+
+    return call
 
 
 def summary(choices: Iterable[Choice]) -> dict[str, Choice]:
