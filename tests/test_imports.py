@@ -42,6 +42,7 @@ RULES = {
     "kernels": Rule(packages=("torch", "triton")),
     "reference": Rule(),
     "errors": Rule(packages=()),
+    "activations": Rule(),
     "triton_support": Rule(),
     "dispatch": Rule(("errors", "triton_support")),
     "packing": Rule(),
@@ -49,15 +50,21 @@ RULES = {
     "timing": Rule(),
     "tuned": Rule(("machine", "tuning_tables")),
     "tuning_tables": Rule(),
-    "ops": Rule(("errors", "triton_support", "reference", "dispatch", "tuned"), lazily=("pyaccel.kernels",)),
-    "nn": Rule(("reference", "dispatch", "packing", "ops")),
+    "ops": Rule(
+        ("errors", "activations", "triton_support", "reference", "dispatch", "tuned"),
+        lazily=("pyaccel.kernels",),
+    ),
+    "nn": Rule(("activations", "reference", "dispatch", "packing", "ops")),
     "models": Rule(
-        ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
+        ("activations", "reference", "dispatch", "packing", "ops", "nn"),
+        ("torch", "safetensors"),
+        ("huggingface_hub",),
     ),
     "checkpoints": Rule(("errors", "models"), ("torch",), ("transformers", "huggingface_hub")),
     "hf": Rule(
         (
             "errors",
+            "activations",
             "reference",
             "dispatch",
             "tuned",
@@ -74,6 +81,7 @@ RULES = {
     "verify": Rule(
         (
             "errors",
+            "activations",
             "triton_support",
             "machine",
             "checkpoints",

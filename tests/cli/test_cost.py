@@ -21,7 +21,8 @@ from tests.hf.models import tiny
 MINILM = ("--model", "minilm")
 
 measured_once = functools.cache(roofline.measured_card)
-host_once = functools.cache(lambda *_: host.encoder_host_costs(2, torch.device("cpu"), repeats=3))
+_host = host.encoder_host_costs
+host_once = functools.cache(lambda *_: _host(2, torch.device("cpu"), repeats=3))
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch, reference, triton_support, tuned
+from pyaccel.activations import ACTIVATIONS
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.reference.residual_layernorm import add_bias
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 MAX_QUANTIZED_ROW = 16384  # the kernel for int8 codes holds whole rows
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, triton_support
+from pyaccel import activations, dispatch, triton_support
 from pyaccel.ops.bias_act.api import bias_gelu
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.layernorm.api import residual_layernorm
@@ -21,7 +21,7 @@ from pyaccel.ops.layernorm.checks import not_supported_reasons as layernorm_reas
 from pyaccel.ops.linear import onednn
 from pyaccel.ops.linear import triton as triton_backend
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = (None, *activations.ACTIVATIONS)
 
 
 def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
