@@ -155,6 +155,7 @@ def _checked(backend: str, ops: Iterable[str] | None) -> dict[str, str]:
 
 def requested(op: str) -> str:
     """The backend asked for by :func:`use_backend` or :func:`set_backend` for ``op``, or ``"auto"``."""
+    rest: dict[str, str]
     if torch.compiler.is_dynamo_compiling():
         scopes, rest = _traced, dict(_this._around_the_trace)
     else:

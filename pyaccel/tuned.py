@@ -194,7 +194,8 @@ def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config,
     if kernel in (asked := _asked.get()):
         asked[kernel].append((size, default))
     if kernel in (trying := _trying.get()):
-        return trying[kernel]
+        tried: Config = trying[kernel]
+        return tried
     found = nearest(f"launch_{kernel}", x.device, x.dtype, size)
     if found is None or not found.config or (exactly and found.size != size):
         return default

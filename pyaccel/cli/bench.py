@@ -82,7 +82,7 @@ def bench(
     missing: pip install 'pyaccel-bert[rivals]' brings them. Exits with 0; with 1 where an answer of ours was wrong or
     --fail-if-slower says so; with 2 for bad options.
     """
-    console = output(width=200)
+    console = output()
     if compare is not None:
         raise typer.Exit(_compare(*compare, fail_if_slower, console))
     jobs, where = _plan(what, dtype, device, quick=quick, sizes=sizes, against=against)

@@ -21,6 +21,7 @@ _Result = TypeVar("_Result")
 
 # Larger numbers overflow in torch or in the system, with errors that don't name the option.
 LARGEST = 2**31 - 1
+WIDTH = 200  # of the widest table
 
 
 class _Console(Console):
@@ -28,14 +29,14 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def output(width: int | None = None) -> Console:
-    """The console for results, at least ``width`` wide where nothing says how wide it is.
+def output() -> Console:
+    """The console for results, at least :data:`WIDTH` wide where nothing says how wide it is.
 
     Text is printed literally: a path may hold brackets or colons that look like markup or emoji.
     """
     console = _Console(markup=False, highlight=False, emoji=False)
-    if width is not None and not console.is_terminal:
-        console.width = max(console.width, width)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     return console
 
 

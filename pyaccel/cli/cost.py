@@ -172,7 +172,7 @@ def _layer(size: LayerSize, card: str, dtype: str, as_json: bool) -> None:
         f"mode with SDPA; least: bytes and FLOPs at the datasheet rates of one {card}, without launches. "
         "Fused product: bias and GELU in the matrix product, which is on request until it has been measured."
     )
-    output(width=140).print(table)
+    output().print(table)
 
 
 def _model(
@@ -209,7 +209,7 @@ def _model(
         }
         typer.echo(json.dumps(told, indent=1))
     else:
-        console = output(width=140)
+        console = output()
         console.print(_parts_table(title, costs, backend))
         if by_op:
             console.print(_ops_table(costs))

@@ -183,7 +183,7 @@ def demo(
 
     Exits with 1 where the accelerated answers are outside the numerics policy, with 2 for bad input.
     """
-    console = output(width=120)
+    console = output()
     check_writable(json_file, "--json")
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)

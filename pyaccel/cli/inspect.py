@@ -106,7 +106,7 @@ def inspect(
     elif as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        console = output(width=140)
+        console = output()
         for name in dict.fromkeys(code.op for code in codes):
             console.print(_table(name, [code for code in codes if code.op == name]))
 

@@ -58,7 +58,7 @@ def tune(
         own = tuned.FOLDER
     folder = out or own
     check_folder_writable(folder, "--out")
-    console = output(width=140)
+    console = output()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for one in wanted:
         tables = []

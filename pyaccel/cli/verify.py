@@ -71,7 +71,7 @@ def verify(
     check_writable(json_file, "--json")
     check_writable(junit_file, "--junit")
     stock, batch = load(model, text, batch_size, max_length, resolve_device(device))
-    console, progress_console = output(width=160), progress_output()
+    console, progress_console = output(), progress_output()
     columns = (
         SpinnerColumn("line"),
         TextColumn("{task.description}", markup=False),
