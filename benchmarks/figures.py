@@ -1,7 +1,7 @@
 """``python -m pyaccel.benchmarks.figures``: the README's figures that are no table of `pyaccel bench`, measured anew.
 
 Whole commands, as a user runs them, each in a process of its own: the demo, `pyaccel encode` beside
-sentence-transformers' own `encode`, int8's accuracy, `pyaccel bench --cost`. What they give goes to
+sentence-transformers' own `encode`, int8's accuracy, `pyaccel cost`. What they give goes to
 ``benchmarks/results/figures.json``, from which :mod:`pyaccel.benchmarks.readme` makes the README's tables.
 """
 
@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from pyaccel.benchmarks.method import ROOT, provenance
+from pyaccel.benchmarks.method import ROOT
+from pyaccel.machine import provenance
 
 FILE = ROOT / "benchmarks" / "results" / "figures.json"
 Figures = dict[str, Any]
@@ -96,7 +97,7 @@ def encode(passages: int) -> Figures:
     """Seconds for so many passages: sentence-transformers' `encode` without its start, ours with it; cosines."""
     import numpy
 
-    from pyaccel.cli.inputs import demo_checkpoint
+    from pyaccel.checkpoints import demo_checkpoint
 
     model = str(demo_checkpoint())
     found: Figures = {"passages": passages}
@@ -124,8 +125,9 @@ def encode(passages: int) -> Figures:
 
 def int8() -> Figures:
     """The cosine of sentence embeddings to fp32's, mean and smallest, by how the encoder was quantised."""
-    from pyaccel.cli.inputs import demo_checkpoint, real_passages
-    from pyaccel.hf.encode import TextEncoder
+    from pyaccel.checkpoints import demo_checkpoint
+    from pyaccel.encode.encoder import TextEncoder
+    from pyaccel.encode.texts import real_passages
     from pyaccel.quantization import quantize
 
     def encoder() -> TextEncoder:
@@ -162,10 +164,11 @@ def int8() -> Figures:
 
 
 def cost() -> Figures:
-    """What `pyaccel bench --cost` counts for BERT-base, 32 x 512 in bf16: accelerated over stock."""
+    """What `pyaccel cost` counts for BERT-base, 32 x 512 in bf16: accelerated over stock."""
     found = {}
+    size = ("--model", "bert-base", "--batch", "32", "--seq-len", "512")
     for name, options in {"full": [], "squad": ["--lengths", "squad"], "training": ["--training"]}.items():
-        told = json.loads(pyaccel("bench", "--cost", "--json", *options).stdout)
+        told = json.loads(pyaccel("cost", *size, "--json", *options).stdout)
         sides = ("stock", "accelerated")
         found[name] = {
             figure: [told[side][figure] for side in sides]

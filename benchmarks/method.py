@@ -7,29 +7,22 @@ by a large matrix product in the same dtype, both measured in the very rounds th
 from __future__ import annotations
 
 import math
-import platform
-import random
 import statistics
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import pyaccel
 from pyaccel.benchmarks.registry import Case, Variant
+from pyaccel.machine import provenance
+from pyaccel.timing import Taken, interval, time_in_turn
 from pyaccel.verify.policy import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY, MATMUL = "copy", "matmul"  # contenders beside a case's variants
-LEAST_ROUNDS = 5
-LONG = 0.2  # seconds of a call
 MESSAGE_CHARACTERS = 200  # of an error, in a row
 # Of a GPU's memory. A variant that takes more makes the allocator give memory back and fetch it anew in each round,
 # in the time of whoever comes next.
@@ -94,13 +87,6 @@ class Row:
     def as_dict(self) -> dict[str, object]:
         """Column -> value."""
         return asdict(self)
-
-
-class Taken(NamedTuple):
-    """Seconds that a call took, and for how many of them it kept the host (None where that is the same)."""
-
-    seconds: float
-    host: float | None
 
 
 def measure(
@@ -258,76 +244,8 @@ def _median(taken: list[Taken]) -> float:
     return statistics.median(t.seconds for t in taken)
 
 
-def interval(times: list[float]) -> tuple[float, float]:
-    """A 95 % confidence interval of the median, by order statistics: no distribution is assumed.
-
-    With fewer than 6 values it is their range, which holds the median with a probability of 1 - 2^(1 - n).
-    """
-    n = len(times)
-    below, outside = 0, 0.5**n  # how many are cut at either end, and how likely the median lies beyond
-    while outside + math.comb(n, below + 1) * 0.5**n <= 0.025:
-        below += 1
-        outside += math.comb(n, below) * 0.5**n
-    ordered = sorted(times)
-    return ordered[below], ordered[n - 1 - below]
-
-
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def time_in_turn(
-    contenders: dict[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    seconds: float = math.inf,
-) -> tuple[dict[str, list[Taken]], dict[str, Exception]]:
-    """Times of each contender in each round; they take turns, so that a slow moment of the machine hits all.
-
-    A turn is two calls of which the second is timed, unless they are so long that the first can't matter: by then the
-    threads of the one before, which wait awake for a while, have gone to sleep, and the caches hold what a contender
-    called again and again finds there. One that raises is out, and its error comes second. After ``seconds`` no further
-    round begins, but for the first :data:`LEAST_ROUNDS`.
-    """
-    taken: dict[str, list[Taken]] = {name: [] for name in contenders}
-    failed: dict[str, Exception] = {}
-    order, last, start = random.Random(0), dict[str, float](), time.perf_counter()
-    for i in range(-1, rounds):  # the first one, which isn't counted, warms up
-        if i >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        # Who comes after whom changes, so that nobody is always the one who finds another's traces.
-        for name in order.sample(sorted(contenders), len(contenders)):
-            if name in failed:
-                continue
-            try:
-                if last.get(name, 0.0) < LONG:
-                    contenders[name]()
-                time_of_call = _time(contenders[name], device)
-            except Exception as error:
-                failed[name] = error.with_traceback(None)  # whose frames hold on to tensors
-                del taken[name]
-                continue
-            last[name] = time_of_call.seconds
-            if i >= 0:
-                taken[name].append(time_of_call)
-    return taken, failed
-
-
-def _time(call: Callable[[], object], device: torch.device) -> Taken:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return Taken(time.perf_counter() - start, None)
-    # Inputs of a round must come from memory: the cache is overwritten before each call.
-    torch.empty(256 * 2**20, dtype=torch.int8, device=device).zero_()
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    start = time.perf_counter()
-    call()
-    host = time.perf_counter() - start
-    end_event.record()
-    torch.cuda.synchronize(device)
-    return Taken(start_event.elapsed_time(end_event) / 1e3, host)
 
 
 def _copy(moved: int, device: torch.device) -> Callable[[], Tensor]:
@@ -348,28 +266,3 @@ def _matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Te
     # Random numbers: of zeros a GPU, short of power, multiplies more in the same time.
     a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
     return lambda: a @ b.mT
-
-
-def provenance(device: torch.device) -> dict[str, str]:
-    """Where and of what a figure is: card or CPU, versions, commit, date."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = "not installed"
-    commit = f"release {pyaccel.__version__}"
-    if (ROOT / ".git").exists():  # else git would tell of whatever project this is installed in
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        commit = done.stdout.strip() or "unknown"
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }

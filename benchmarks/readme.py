@@ -142,7 +142,7 @@ def int8_speed() -> str:
 
 
 def cost(figures: dict[str, Any]) -> str:
-    """`pyaccel bench --cost`, BERT-base, 32 x 512 in bf16."""
+    """`pyaccel cost`, BERT-base, 32 x 512 in bf16."""
     lines = [
         "| BERT-base, 32 x 512, bf16 | launches | FLOPs | bytes moved | saved for backward |",
         "|---|---:|---:|---:|---:|",

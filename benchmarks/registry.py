@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import triton_support
 
 MODULES = (
     "layernorm",
@@ -155,4 +155,4 @@ def no_triton(device: torch.device) -> str | None:
     """Why Triton's kernels can't be timed there, or None."""
     if device.type != "cuda":
         return "Triton's kernels need a GPU"
-    return None if dispatch.has_triton() else "triton is not installed"
+    return None if triton_support.has_triton() else "triton is not installed"

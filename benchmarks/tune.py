@@ -25,13 +25,14 @@ from pyaccel.benchmarks.cases import (
 )
 from pyaccel.benchmarks.cases.attention_shapes import Shape, results
 from pyaccel.benchmarks.cases.common import Outputs, Problem
-from pyaccel.benchmarks.method import Row, measure, provenance
+from pyaccel.benchmarks.method import Row, measure
 from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
+from pyaccel.machine import kind, provenance
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.attention import varlen as attention_on_host
 from pyaccel.ops.linear import onednn
-from pyaccel.tuned import NOISE, asked, ignored, machine, ranges, trying
+from pyaccel.tuned import NOISE, asked, ignored, ranges, trying
 
 BACKENDS = {"triton": ("pyaccel triton",), "torch": ("pyaccel torch",)}
 INT8 = {**BACKENDS, "floating": ("floating", "floating, torch.compile")}
@@ -192,7 +193,7 @@ def tunables(
 def _as_table(dtype: torch.dtype, device: torch.device, rows: list[dict[str, Any]]) -> dict[str, Any]:
     where = provenance(device)
     return {
-        "machine": machine(device),
+        "machine": kind(device),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: where[name] for name in ("device", "torch", "triton", "commit", "date")},
         "rows": rows,

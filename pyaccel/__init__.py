@@ -6,6 +6,7 @@
     print(pyaccel.explain(model))           # which backend serves which op, and why
     print(pyaccel.verify.verify(stock, batch))  # is it right, on this model and machine
     pyaccel.restore(model)                  # the very same modules as before
+    encoder = pyaccel.TextEncoder.from_pretrained("path/to/all-MiniLM-L6-v2")   # texts in, embeddings out
 
 Everything is loaded on first use (PEP 562): `import pyaccel` imports none of torch, triton and transformers
 and touches no device.
@@ -17,8 +18,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyaccel import dispatch, hf, models, nn, ops, packing, quantization, reference, verify
+    from pyaccel import dispatch, errors, hf, models, nn, ops, packing, quantization, reference, verify
     from pyaccel.dispatch import set_backend, use_backend
+    from pyaccel.encode.encoder import TextEncoder
     from pyaccel.hf import accelerate, explain, restore
 
 # The one place for the version: pyproject.toml reads it from here, so a checkout that is not installed, or
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TextEncoder",
     "__version__",
     "accelerate",
     "dispatch",
+    "errors",
     "explain",
     "hf",
     "models",
@@ -43,8 +47,20 @@ __all__ = [
     "verify",
 ]
 
-_SUBMODULES = ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify")
+_SUBMODULES = (
+    "dispatch",
+    "errors",
+    "hf",
+    "models",
+    "nn",
+    "ops",
+    "packing",
+    "quantization",
+    "reference",
+    "verify",
+)
 _HOMES = {
+    "TextEncoder": "pyaccel.encode.encoder",
     "accelerate": "pyaccel.hf",
     "explain": "pyaccel.hf",
     "restore": "pyaccel.hf",

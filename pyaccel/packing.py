@@ -159,7 +159,8 @@ def pack(padded: Tensor, layout: PackedLayout) -> Tensor:
         )
     rows = padded.flatten(0, 1)
     if torch.is_grad_enabled() and rows.requires_grad:
-        return _Gather.apply(rows, layout.indices)
+        gathered: Tensor = _Gather.apply(rows, layout.indices)
+        return gathered
     return rows.index_select(0, layout.indices)
 
 
@@ -174,7 +175,8 @@ def unpack(packed: Tensor, layout: PackedLayout) -> Tensor:
             f"got a tensor {tuple(packed.shape)}"
         )
     padded = _scatter(packed, layout.indices, layout.batch_size * layout.seq_len)
-    return padded.unflatten(0, (layout.batch_size, layout.seq_len))
+    unpacked: Tensor = padded.unflatten(0, (layout.batch_size, layout.seq_len))
+    return unpacked
 
 
 class _Gather(torch.autograd.Function):

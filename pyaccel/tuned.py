@@ -34,7 +34,6 @@ import functools
 import json
 import math
 import os
-import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +45,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pyaccel import machine
 from pyaccel.tuning_tables import read
 
 FOLDER = Path(__file__).parent / "kernels" / "tuned"
@@ -106,15 +106,6 @@ class Timing:
         return f"{self.source} at {' x '.join(map(str, self.size))}: {times} us"
 
 
-@functools.cache
-def machine(device: torch.device) -> str:
-    """The kind of machine that a measurement is good for: a GPU's name, or a CPU's instructions."""
-    if device.type == "cuda":  # of fake tensors there may be no card
-        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "cuda"
-    vnni = "+VNNI" if device.type == "cpu" and torch.cpu._is_vnni_supported() else ""
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}{vnni}"
-
-
 def timings(op: str, device: torch.device, dtype: torch.dtype) -> list[Timing]:
     """Every size that was measured on this kind of machine with inputs of ``dtype``; empty if none was."""
     if _ignored.get():
@@ -123,7 +114,7 @@ def timings(op: str, device: torch.device, dtype: torch.dtype) -> list[Timing]:
 
 
 def _measured(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Timing, ...]:
-    return _tables().get((op, machine(device), dtype), ())
+    return _tables().get((op, machine.kind(device), dtype), ())
 
 
 def nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...]) -> Timing | None:
@@ -203,7 +194,8 @@ def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config,
     if kernel in (asked := _asked.get()):
         asked[kernel].append((size, default))
     if kernel in (trying := _trying.get()):
-        return trying[kernel]
+        tried: Config = trying[kernel]
+        return tried
     found = nearest(f"launch_{kernel}", x.device, x.dtype, size)
     if found is None or not found.config or (exactly and found.size != size):
         return default

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
+import pickle
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import torch._dynamo.testing
 
 import pyaccel
 from pyaccel import dispatch
+from pyaccel.errors import InvalidArgumentError, NotSupportedError
 
 ALL = {"triton": [], "torch": [], "reference": []}
 
@@ -31,7 +34,7 @@ def test_own_choice() -> None:
         dispatch.choose("residual_layernorm", {**ALL, "torch": ["no"]}, "torch", "measured").backend
         == "triton"
     )
-    with pytest.raises(dispatch.NotSupportedError, match="no backend can serve"):
+    with pytest.raises(NotSupportedError, match="no backend can serve"):
         dispatch.choose("residual_layernorm", {"torch": ["broken"], "reference": []})
 
 
@@ -44,9 +47,9 @@ def test_a_request_is_honoured_or_raises() -> None:
         assert dispatch.requested("residual_layernorm") == "reference"
     assert dispatch.requested("residual_layernorm") == "auto"
     with pyaccel.use_backend("triton"):
-        with pytest.raises(dispatch.NotSupportedError, match="a; b"):
+        with pytest.raises(NotSupportedError, match="a; b"):
             dispatch.choose("residual_layernorm", {**ALL, "triton": ["a", "b"]})
-        with pytest.raises(dispatch.NotSupportedError, match="no triton implementation"):
+        with pytest.raises(NotSupportedError, match="no triton implementation"):
             dispatch.choose("int8_matmul", {"torch": []})
 
 
@@ -314,6 +317,65 @@ def test_recording_nests() -> None:
     assert [c.op for c in outer] == ["residual_layernorm", "int8_matmul"]
 
 
+def products() -> dict[str, torch.Tensor]:
+    """Arguments of a feed-forward block of 4 features."""
+    square = torch.eye(4)
+    return {"x": torch.ones(2, 4), "residual": torch.zeros(2, 4), "ln_weight": torch.ones(4), "ln_bias": torch.ones(4),
+            "weight1": square, "weight2": square}  # fmt: skip
+
+
+def test_what_ops_give_is_told_once_and_in_order() -> None:
+    told: list[tuple[str, Any]] = []
+    given = products()
+    with pyaccel.use_backend("reference"), dispatch.observe(lambda name, out: told.append((name, out))):
+        assert dispatch.is_recording()
+        first = pyaccel.ops.linear_activation(given["x"], given["weight1"])
+        # Made of a LayerNorm and two products, and one op to whoever calls it.
+        second = pyaccel.ops.feed_forward(**given, bias1=None, activation="relu")
+        with pytest.raises(InvalidArgumentError):
+            pyaccel.ops.linear_activation(given["x"], given["x"].T[:3])
+    pyaccel.ops.linear_activation(given["x"], given["weight1"])
+    assert [name for name, _ in told] == ["linear_activation", "feed_forward"]
+    assert told[0][1] is first
+    assert told[1][1] is second
+    assert not dispatch.is_recording()
+
+
+def test_observers_nest_and_belong_to_a_thread() -> None:
+    told: list[str] = []
+
+    def observer(name: str, out: object) -> None:
+        told.append(name)
+
+    with dispatch.observe(observer):
+        with dispatch.observe(observer):
+            dispatch.tell("layout", None)
+        dispatch.tell("one", None)
+        in_a_thread(lambda: dispatch.tell("another's", None))
+        assert in_a_thread(dispatch.is_recording) is False
+    dispatch.tell("nobody's", None)
+    assert told == ["layout", "layout", "one"]
+
+
+def test_a_compiled_op_is_the_same_beside_an_observer() -> None:
+    told: list[str] = []
+    given = products()
+    run = torch.compile(
+        lambda x: pyaccel.ops.linear_activation(x, given["weight1"]), backend="eager", fullgraph=True
+    )
+    expected = run(given["x"])
+    with dispatch.observe(lambda name, out: told.append(name)):
+        assert torch.equal(run(given["x"]), expected)
+    assert told == []
+
+
+def test_ops_are_pickled_by_their_public_names() -> None:
+    for name in pyaccel.ops.__all__:
+        op = getattr(pyaccel.ops, name)
+        assert pickle.loads(pickle.dumps(op)) is op
+        assert list(inspect.signature(op).parameters) == list(inspect.signature(op.__wrapped__).parameters)
+
+
 def test_a_summary_loses_nothing() -> None:
     a, b = dispatch.Choice("int8_matmul", "torch", "x"), dispatch.Choice("int8_matmul", "triton", "y")
     other = dispatch.Choice("residual_layernorm", "torch", "z")
@@ -322,26 +384,13 @@ def test_a_summary_loses_nothing() -> None:
     assert summary["int8_matmul"] == dispatch.Choice("int8_matmul", "torch, triton", "x; or y")
 
 
-def test_triton_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(2)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert dispatch.triton_reasons(x, None) == []
-    assert "not float64" in dispatch.triton_reasons(x.double())[0]
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert dispatch.triton_reasons(x) == ["the tensors are on the CPU"]
-    assert "on cpu, meta" in dispatch.triton_reasons(x, x.to("meta"))[0]
-    assert dispatch.triton_reasons(x.to("meta")) == []  # stands for a GPU's tensor
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    assert "pip install" in dispatch.triton_reasons(x)[0]
-
-
 def test_bad_arguments_are_one_error_of_ours_and_of_pytorchs() -> None:
     dispatch.invalid("varlen_attention", [])
-    for base in (dispatch.InvalidArgumentError, ValueError, RuntimeError):
+    for base in (InvalidArgumentError, ValueError, RuntimeError):
         with pytest.raises(base, match="varlen_attention: a; b"):
             dispatch.invalid("varlen_attention", ["a", "b"])
-    assert not issubclass(dispatch.InvalidArgumentError, dispatch.NotSupportedError)
-    assert not issubclass(dispatch.NotSupportedError, ValueError)
+    assert not issubclass(InvalidArgumentError, NotSupportedError)
+    assert not issubclass(NotSupportedError, ValueError)
 
 
 def test_every_op_that_dispatches_is_public() -> None:

@@ -37,39 +37,83 @@ class Rule:
     modules: tuple[str, ...] = ()  # of a part that isn't named above, by full name, anywhere
 
 
-# kernels <- ops <- nn <- models <- quantization <- hf <- verify, inspect, cost <- benchmarks <- cli.
+# kernels <- ops <- nn <- models <- quantization <- hf <- encode, verify, inspect, cost <- benchmarks <- cli.
 # Only kernels import triton at the top of a file, and only hf transformers.
 RULES = {
     "kernels": Rule(packages=("torch", "triton")),
     "reference": Rule(),
-    "dispatch": Rule(),
+    "errors": Rule(packages=()),
+    "activations": Rule(),
+    "triton_support": Rule(),
+    "dispatch": Rule(("errors", "triton_support")),
     "packing": Rule(),
-    "tuned": Rule(("tuning_tables",)),
+    "machine": Rule(("dtypes", "errors")),
+    "timing": Rule(),
+    "tuned": Rule(("machine", "tuning_tables")),
     "tuning_tables": Rule(),
     "ops": Rule(
-        ("reference", "dispatch", "tuned"),
+        ("errors", "activations", "triton_support", "reference", "dispatch", "tuned"),
         lazily=("pyaccel.kernels",),
         modules=("pyaccel.kernels.common.limits",),  # numbers, which import nothing
     ),
-    "nn": Rule(("reference", "dispatch", "packing", "ops")),
+    "nn": Rule(("activations", "reference", "dispatch", "packing", "ops")),
     "models": Rule(
-        ("reference", "dispatch", "packing", "ops", "nn"), ("torch", "safetensors"), ("huggingface_hub",)
+        ("activations", "reference", "dispatch", "packing", "ops", "nn"),
+        ("torch", "safetensors"),
+        ("huggingface_hub",),
     ),
-    "checkpoints": Rule(("models",), ("torch",), ("transformers", "huggingface_hub")),
+    "checkpoints": Rule(("errors", "models"), ("torch",), ("transformers", "huggingface_hub")),
     "hf": Rule(
-        ("checkpoints", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "quantization"),
+        (
+            "errors",
+            "activations",
+            "reference",
+            "dispatch",
+            "tuned",
+            "packing",
+            "ops",
+            "nn",
+            "models",
+            "quantization",
+        ),
         ("torch", "transformers", "huggingface_hub"),
     ),
     "quantization": Rule(("reference", "dispatch", "packing", "ops", "nn", "models"), ("torch", "rich")),
     "dtypes": Rule(),
     "verify": Rule(
-        ("checkpoints", "dtypes", "reference", "dispatch", "tuned", "packing", "ops", "nn", "models", "hf"),
+        (
+            "errors",
+            "activations",
+            "triton_support",
+            "machine",
+            "checkpoints",
+            "dtypes",
+            "reference",
+            "dispatch",
+            "packing",
+            "ops",
+            "nn",
+            "models",
+            "hf",
+        ),
         packages=("torch", "pytest"),  # pytest: of its plugin
         lazily=("transformers",),
     ),
+    "encode": Rule(("errors", "checkpoints", "hf"), ("torch", "numpy")),
     "inspect": Rule(("kernels",), lazily=("triton",)),
     "cost": Rule(
-        ("checkpoints", "dispatch", "packing", "ops", "nn", "models", "hf"),
+        (
+            "errors",
+            "triton_support",
+            "timing",
+            "checkpoints",
+            "dispatch",
+            "packing",
+            "ops",
+            "nn",
+            "models",
+            "hf",
+        ),
         lazily=("transformers", "pyaccel.kernels"),
     ),
     "benchmarks": Rule(
@@ -90,7 +134,20 @@ RULES = {
     ),
     "__main__": Rule(("cli",), ()),
     "__init__": Rule(
-        ("dispatch", "hf", "models", "nn", "ops", "packing", "quantization", "reference", "verify"), ()
+        (
+            "dispatch",
+            "encode",
+            "errors",
+            "hf",
+            "models",
+            "nn",
+            "ops",
+            "packing",
+            "quantization",
+            "reference",
+            "verify",
+        ),
+        (),
     ),
 }
 

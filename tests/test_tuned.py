@@ -20,11 +20,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from typer.testing import CliRunner
 
 import pyaccel
-from pyaccel import dispatch, ops, quantization, tuned, tuning_tables
+from pyaccel import dispatch, ops, quantization, triton_support, tuned, tuning_tables
 from pyaccel.benchmarks import tune as tuning
 from pyaccel.benchmarks.registry import Variant
 from pyaccel.cli import app
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
+from pyaccel.machine import kind
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.linear import api as linear
 from pyaccel.ops.linear import onednn
@@ -39,7 +40,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No table but those that a test writes, and a machine whose kernels are not interpreted."""
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "shipped")
     monkeypatch.setenv("PYACCEL_TUNED", str(tmp_path / "own"))
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
     tuned.forget()
     yield tmp_path
     tuned.forget()
@@ -50,7 +51,7 @@ def write(
 ) -> None:
     root = tuned.FOLDER.parent
     listed = [{"size": list(size), "us": us} for size, us in rows.items()]
-    table = {"machine": machine or tuned.machine(CPU), "dtype": "float32", "rows": listed}
+    table = {"machine": machine or kind(CPU), "dtype": "float32", "rows": listed}
     tuned.write(root / folder / f"{op}.json", [table])
 
 
@@ -165,7 +166,7 @@ def test_shipped_tables_are_fine() -> None:
 
 def _table(**changes: Any) -> bytes:
     row = {"size": [16, 8, 32], "us": {"plain": 1.0, "onednn": 9.0}}
-    table = {"machine": tuned.machine(CPU), "dtype": "float32", "rows": [row]}
+    table = {"machine": kind(CPU), "dtype": "float32", "rows": [row]}
     for name, value in changes.items():
         (row if name in ("size", "us", "config") else table)[name] = value
     return json.dumps({"tables": [table]}).encode()
@@ -300,7 +301,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(tuned.Path, "home", no_home)
     _one_warning("no folder for measurements.*set PYACCEL_TUNED, XDG_DATA_HOME or HOME")
     done = CliRunner().invoke(app, ["tune", "int8_matmul", "--quick", "--device", "cpu"])
-    assert isinstance(done.exception, BadInputError)
+    assert isinstance(done.exception, UserInputError)
     assert "or pass --out" in str(done.exception)
 
 
@@ -450,7 +451,7 @@ def test_on_a_card_the_faster_backend_serves(
 ) -> None:
     """Meta tensors stand for a card's: what would serve them is chosen, and nothing runs."""
     monkeypatch.setattr(tuned, "machine", lambda device: "a card" if device.type == "meta" else "cpu")
-    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(triton_support, "has_triton", lambda: True)
 
     def x(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, device="meta")
@@ -526,7 +527,7 @@ def test_tune_writes_what_dispatch_reads(monkeypatch: pytest.MonkeyPatch) -> Non
     assert other["machine"] == "another"
     assert {"machine", "dtype", "device", "torch", "triton", "commit", "date", "rows"} == mine.keys()
     assert (mine["machine"], mine["dtype"], mine["torch"]) == (
-        tuned.machine(CPU),
+        kind(CPU),
         "float32",
         torch.__version__,
     )
@@ -566,7 +567,7 @@ def test_a_wrong_way_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_options(options: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["tune", *options])
-    assert isinstance(done.exception, BadInputError)
+    assert isinstance(done.exception, UserInputError)
     assert message in str(done.exception)
 
 

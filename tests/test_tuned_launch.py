@@ -12,6 +12,7 @@ import torch
 
 from pyaccel import dispatch, ops, tuned
 from pyaccel.benchmarks import tune
+from pyaccel.machine import kind
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def normalise(cols: int = 64) -> tuple[torch.Tensor, ...]:
 
 def write(size: list[int], config: dict[str, int]) -> None:
     rows = [{"size": size, "us": {"default": 2.0, "best": 1.0}, "config": config}]
-    table = {"machine": tuned.machine(CPU), "dtype": "float32", "rows": rows}
+    table = {"machine": kind(CPU), "dtype": "float32", "rows": rows}
     tuned.write(tuned.user_folder() / "launch_residual_layernorm_forward.json", [table])
 
 
@@ -242,7 +243,7 @@ def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
     changed = {"num_stages": stages} if stages else {"num_warps": 16 if default.num_warps != 16 else 8}
     dtype = torch.int8 if kernel == "int8_matmul" else torch.float32
     rows = [{"size": list(size), "us": {"default": 2.0, "best": 1.0}, "config": changed}]
-    table = {"machine": tuned.machine(CPU), "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    table = {"machine": kind(CPU), "dtype": str(dtype).removeprefix("torch."), "rows": rows}
     tuned.write(tuned.user_folder() / f"launch_{kernel}.json", [table])
     launcher, tried = getattr(module, name), []
 

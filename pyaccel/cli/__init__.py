@@ -13,11 +13,11 @@ try:
     from pyaccel.cli.cost import cost
     from pyaccel.cli.demo import demo
     from pyaccel.cli.encode import encode
-    from pyaccel.cli.errors import BadInputError
     from pyaccel.cli.inspect import inspect
     from pyaccel.cli.quantize import quantize
     from pyaccel.cli.tune import tune
     from pyaccel.cli.verify import verify
+    from pyaccel.errors import UserInputError
 except KeyboardInterrupt:  # importing torch takes seconds
     sys.stderr.write("pyaccel: interrupted\n")
     raise SystemExit(130) from None
@@ -42,7 +42,7 @@ def main() -> None:
         code = _run(sys.argv[1:] or ["--help"])
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BadInputError as error:
+    except UserInputError as error:
         code = _failed(str(error), 2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end this in a traceback
@@ -60,11 +60,11 @@ def _run(arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "pyaccel"
         said = error.format_message()  # type: ignore[attr-defined]
-        raise BadInputError(f"{said} (see {command} --help)") from None
+        raise UserInputError(f"{said} (see {command} --help)") from None
     except SystemExit as ended:  # typer's word for a closed pipe
         if ended.code != 1:
             raise
-        raise BadInputError("the output was closed before all of it was written") from None
+        raise UserInputError("the output was closed before all of it was written") from None
     if code == 130:  # typer's word for an interrupt
         raise KeyboardInterrupt
     return code or 0

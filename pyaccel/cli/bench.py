@@ -1,4 +1,4 @@
-"""``pyaccel bench``: ops, layers, models and training steps beside their rivals; or, with ``--cost``, counted."""
+"""``pyaccel bench``: ops, layers, models and training steps beside their rivals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pyaccel.cli.bench_cost import show_cost
 from pyaccel.cli.console import (
     LARGEST,
     check_folder_writable,
@@ -18,8 +17,8 @@ from pyaccel.cli.console import (
     output,
     progress_output,
 )
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import resolve_device, resolve_dtypes
+from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device, resolve_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from pyaccel.benchmarks.method import Row
     from pyaccel.benchmarks.run import Job
 
-MEASURING, COUNTING = "Measuring", "With --cost"
-
 
 def bench(
     what: Annotated[
@@ -39,46 +36,34 @@ def bench(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(
-            help="fp32, bf16 or fp16; may be repeated. fp32 and bf16, fp32 with --quick, bf16 with --cost."
-        ),
+        typer.Option(help="fp32, bf16 or fp16; may be repeated. fp32 and bf16 or, with --quick, fp32 alone."),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few sizes and rounds: minutes.", rich_help_panel=MEASURING)
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few sizes and rounds: minutes.")] = False,
     device: Annotated[
         str,
-        typer.Option(
-            help="cpu, cuda or cuda:0; auto takes a GPU if there is one.", rich_help_panel=MEASURING
-        ),
+        typer.Option(help="cpu, cuda or cuda:0; auto takes a GPU if there is one."),
     ] = "auto",
-    sizes: Annotated[
-        str, typer.Option(metavar="REGEX", help="Only sizes whose label matches.", rich_help_panel=MEASURING)
-    ] = "",
-    against: Annotated[
-        str, typer.Option(metavar="REGEX", help="Only rivals whose name matches.", rich_help_panel=MEASURING)
-    ] = "",
+    sizes: Annotated[str, typer.Option(metavar="REGEX", help="Only sizes whose label matches.")] = "",
+    against: Annotated[str, typer.Option(metavar="REGEX", help="Only rivals whose name matches.")] = "",
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, max=LARGEST, help="20, or 10 with --quick.", rich_help_panel=MEASURING),
+        typer.Option(min=1, max=LARGEST, help="20, or 10 with --quick."),
     ] = None,
     out: Annotated[
         Path,
         typer.Option(
             help="A folder: results.csv is appended to, report.html and plots are written.",
-            rich_help_panel=MEASURING,
         ),
     ] = Path("bench"),
     listed: Annotated[
         bool,
-        typer.Option("--list", help="Print cases, sizes and variants, and stop.", rich_help_panel=MEASURING),
+        typer.Option("--list", help="Print cases, sizes and variants, and stop."),
     ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
             metavar="BEFORE AFTER",
             help="Two results.csv side by side, without measuring.",
-            rich_help_panel=MEASURING,
         ),
     ] = None,
     fail_if_slower: Annotated[
@@ -88,71 +73,16 @@ def bench(
             min=0.0,
             help="Exit with 1 where ours is less than this times as fast as the fastest rival or, with --compare, than "
             "before, less what the rivals changed by.",
-            rich_help_panel=MEASURING,
         ),
     ] = None,
-    cost: Annotated[
-        bool, typer.Option("--cost", help="Count instead of timing: needs no GPU.", rich_help_panel=COUNTING)
-    ] = False,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="minilm, bert-base, bert-large, or a folder with a BERT's config.json.",
-            rich_help_panel=COUNTING,
-        ),
-    ] = "bert-base",
-    batch: Annotated[int, typer.Option(min=1, max=LARGEST, help="Sequences.", rich_help_panel=COUNTING)] = 32,
-    seq_len: Annotated[
-        int, typer.Option(min=1, max=LARGEST, help="What sequences are padded to.", rich_help_panel=COUNTING)
-    ] = 512,
-    lengths: Annotated[
-        str,
-        typer.Option(
-            help="full; squad (46 % full on average); or sentences (20 %).", rich_help_panel=COUNTING
-        ),
-    ] = "full",
-    training: Annotated[
-        bool, typer.Option("--training", help="Forward with dropout, and backward.", rich_help_panel=COUNTING)
-    ] = False,
-    backend: Annotated[
-        str,
-        typer.Option(
-            help="Of the accelerated model: auto, triton, torch (no kernels) or reference.",
-            rich_help_panel=COUNTING,
-        ),
-    ] = "auto",
-    by_op: Annotated[
-        bool, typer.Option("--by-op", help="Also a table of operators.", rich_help_panel=COUNTING)
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw the least times into this .svg, .png or .pdf.", rich_help_panel=COUNTING),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables.", rich_help_panel=COUNTING)
-    ] = False,
 ) -> None:
     """Time pyaccel beside its rivals on this machine: answers are checked first, and contenders take turns.
 
     Leaves a table (results.csv), plots and a page to read (report.html). A rival that isn't installed is shown as
     missing: pip install 'pyaccel-bert[rivals]' brings them. Exits with 0; with 1 where an answer of ours was wrong or
     --fail-if-slower says so; with 2 for bad options.
-
-    With --cost nothing is timed: launches, FLOPs, bytes moved and bytes saved for backward of a BERT, stock beside
-    accelerated, counted on tensors without data, and the least time they take on a card. Needs transformers and, for
-    the kernels' side, triton; no GPU.
     """
-    if cost:
-        if what or len(dtype or ()) > 1:
-            raise BadInputError(
-                "--cost counts one model (--model) in one --dtype, and takes no names of cases"
-            )
-        show_cost(
-            model, batch, seq_len, lengths, (dtype or ["bf16"])[0],
-            training=training, backend=backend, by_op=by_op, plot=plot, as_json=as_json,
-        )  # fmt: skip
-        return
-    console = output(width=200)
+    console = output()
     if compare is not None:
         raise typer.Exit(_compare(*compare, fail_if_slower, console))
     jobs, where = _plan(what, dtype, device, quick=quick, sizes=sizes, against=against)
@@ -182,7 +112,7 @@ def _plan(
         sweep = "quick" if quick else "full"
         return run.plan(what or None, dtypes, where, sweep=sweep, sizes=sizes, against=against), where
     except (ValueError, ImportError) as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
 
 
 def _measure(
@@ -199,7 +129,7 @@ def _measure(
     try:
         report.matplotlib_figure()  # before an hour of measuring, not after it
     except ImportError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     check_folder_writable(out, "--out")
     if out.is_dir():
         check_writable(out / "results.csv", "--out")
@@ -226,7 +156,7 @@ def _measure(
             raise lost
         page = report.write(rows, out)
     except OSError as error:
-        raise BadInputError(f"--out {out} could not be written: {file_error(error)}") from error
+        raise UserInputError(f"--out {out} could not be written: {file_error(error)}") from error
     console.print(f"{page} has this with plots.", soft_wrap=True)
     found = [f"{row.case}, {row.size}, {row.variant}: {row.note}" for row in rows if table.bad(row)]
     if fail_if_slower is not None:
@@ -240,9 +170,9 @@ def _compare(before: Path, after: Path, fail_if_slower: float | None, console: C
     try:
         found = table.changes(table.read(before), table.read(after))
     except ValueError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     if not found:
-        raise BadInputError(f"{before} and {after} have no size and variant of ours in common")
+        raise UserInputError(f"{before} and {after} have no size and variant of ours in common")
     table.show_changes(found, console)
     least = 0.0 if fail_if_slower is None else fail_if_slower
     return _failed([f"{one.what}: {one.own:.2f} times as fast as before" for one in found if one.own < least])

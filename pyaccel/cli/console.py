@@ -14,14 +14,14 @@ from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 
-from pyaccel.checkpoints import CheckpointError
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError, file_error
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 # Larger numbers overflow in torch or in the system, with errors that don't name the option.
 LARGEST = 2**31 - 1
+WIDTH = 200  # of the widest table
 
 
 class _Console(Console):
@@ -29,14 +29,14 @@ class _Console(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def output(width: int | None = None) -> Console:
-    """The console for results, at least ``width`` wide where nothing says how wide it is.
+def output() -> Console:
+    """The console for results, at least :data:`WIDTH` wide where nothing says how wide it is.
 
     Text is printed literally: a path may hold brackets or colons that look like markup or emoji.
     """
     console = _Console(markup=False, highlight=False, emoji=False)
-    if width is not None and not console.is_terminal:
-        console.width = max(console.width, width)
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     return console
 
 
@@ -46,7 +46,7 @@ def progress_output() -> Console:
 
 
 def one_line(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """A command whose errors of a known kind (files, checkpoints, memory) are a :class:`BadInputError`.
+    """A command whose errors of a known kind (files, memory) are a :class:`UserInputError`.
 
     What is not known stays what it was: a bug must show.
     """
@@ -59,14 +59,12 @@ def one_line(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
             said = _in_words(error)
             if said is None:
                 raise
-            raise BadInputError(said) from error
+            raise UserInputError(said) from error
 
     return command
 
 
 def _in_words(error: Exception) -> str | None:
-    if isinstance(error, CheckpointError):
-        return str(error)
     if isinstance(error, BrokenPipeError):
         return "the output was closed before all of it was written"
     if isinstance(error, OSError):
@@ -81,26 +79,19 @@ def _in_words(error: Exception) -> str | None:
     return None
 
 
-def file_error(error: OSError) -> str:
-    """What the system said and of which file, without its number."""
-    if error.strerror is None:
-        return str(error) or type(error).__name__
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-
-
 def check_writable(file: Path | None, option: str) -> None:
     """Find out before a long computation, not after it, that a file can't be written.
 
-    Raises BadInputError if so. A file that is there is not changed, one that isn't is not left behind.
+    Raises UserInputError if so. A file that is there is not changed, one that isn't is not left behind.
     """
     if file is None:
         return
     folder = file.absolute().parent
     try:
         if not folder.is_dir():
-            raise BadInputError(f"{option} {file}: there is no folder {folder}")
+            raise UserInputError(f"{option} {file}: there is no folder {folder}")
         if file.is_dir():
-            raise BadInputError(f"{option} {file}: this is a folder, give a file")
+            raise UserInputError(f"{option} {file}: this is a folder, give a file")
         if file.is_file():
             with file.open("ab"):
                 pass
@@ -110,7 +101,7 @@ def check_writable(file: Path | None, option: str) -> None:
             file.unlink()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         said = file_error(error) if isinstance(error, OSError) else str(error)
-        raise BadInputError(f"{option} {file} can't be written: {said}") from None
+        raise UserInputError(f"{option} {file} can't be written: {said}") from None
 
 
 def check_folder_writable(folder: Path, option: str) -> None:
@@ -122,7 +113,7 @@ def check_folder_writable(folder: Path, option: str) -> None:
             missing.append(there.name)
             there = there.parent
         if not there.is_dir():
-            raise BadInputError(
+            raise UserInputError(
                 f"{option} {folder}: {there} is a file, not a folder"
                 if missing
                 else f"{option} {folder}: this is a file, give a folder"
@@ -134,7 +125,7 @@ def check_folder_writable(folder: Path, option: str) -> None:
         finally:
             shutil.rmtree(probe, ignore_errors=True)
     except OSError as error:
-        raise BadInputError(f"{option} {folder} can't be written: {file_error(error)}") from None
+        raise UserInputError(f"{option} {folder} can't be written: {file_error(error)}") from None
 
 
 def _is_there(path: Path) -> bool:

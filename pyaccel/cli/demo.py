@@ -6,10 +6,10 @@ import copy
 import json
 import shutil
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,16 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from pyaccel import checkpoints
 from pyaccel.cli.console import LARGEST, check_writable, output, progress_output
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import (
-    device_name,
-    load_model,
-    read_passages,
-    real_passages,
-    resolve_device,
-    resolve_dtype,
-)
+from pyaccel.encode.texts import read_passages, real_passages
+from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device, resolve_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -44,17 +39,6 @@ JUDGED_BATCHES = 4
 INT8_MEAN_COSINE, INT8_MIN_COSINE = 0.998, 0.99
 
 Batch = dict[str, "Tensor"]
-
-
-@dataclass
-class Timing:
-    """Seconds of each batch, a list of rounds a batch."""
-
-    seconds: list[list[float]]
-
-    def per_batch(self) -> list[float]:
-        """The median of each batch."""
-        return [statistics.median(rounds) for rounds in self.seconds]
 
 
 @dataclass
@@ -81,6 +65,8 @@ class Errors:
         """Token states ``[batch, seq, hidden]`` of both, and the mask ``[batch, seq]`` of real tokens."""
         import torch
 
+        from pyaccel.encode.batching import mean_pool
+
         expected, got = expected.double(), got.double()
         error = (got - expected)[mask]
         self.finite &= bool(got.isfinite().all())
@@ -95,21 +81,21 @@ class Errors:
 
 @dataclass
 class Result:
-    """Everything that the demo measured."""
+    """Everything that the demo measured; of each model, the seconds of each batch."""
 
     passages: int
     batch_size: int
     dtype: str
     device: str
-    stock: Timing
-    accelerated: Timing
+    stock: list[float]
+    accelerated: list[float]
     padding_removed: float
     truncated: int
     errors: Errors
     verdict: Verdict
     choices: Counter[Choice]
     report: Report
-    compiled: Timing | None = None  # torch.compile of the stock model in the accelerated one's dtype
+    compiled: list[float] | None = None  # torch.compile of the stock model in the accelerated one's dtype
     versions: dict[str, str] = field(default_factory=dict)
     int8: str | None = None  # what quantisation did, in words
 
@@ -125,11 +111,11 @@ class Result:
         """The ``--json`` file."""
         from pyaccel import dispatch
 
-        def speed(timing: Timing) -> dict[str, float]:
-            total = sum(timing.per_batch())
+        def speed(seconds: list[float]) -> dict[str, float]:
+            total = sum(seconds)
             return {
                 "sentences_per_second": self.passages / total,
-                "ms_per_batch": 1e3 * total / len(timing.seconds),
+                "ms_per_batch": 1e3 * total / len(seconds),
             }
 
         stock, accelerated = speed(self.stock), speed(self.accelerated)
@@ -197,13 +183,13 @@ def demo(
 
     Exits with 1 where the accelerated answers are outside the numerics policy, with 2 for bad input.
     """
-    console = output(width=120)
+    console = output()
     check_writable(json_file, "--json")
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
     passages = None if text is None else read_passages(text)
     if against_compile and target.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise BadInputError(
+        raise UserInputError(
             "torch.compile needs a C++ compiler on a CPU: install g++, or leave --against-compile out"
         )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -232,12 +218,14 @@ def run(
     import torch
 
     import pyaccel
-    from pyaccel import dispatch
-    from pyaccel.verify.model import versions
+    from pyaccel import dispatch, machine
+    from pyaccel.timing import time_in_turn
     from pyaccel.verify.policy import judge
 
     loading = progress.add_task("loading the model", total=None)
-    tokenizer, stock, _ = load_model(model, device)
+    stock, tokenizer, _ = checkpoints.load(
+        model, expected="bert", device=device, dtype=torch.float32, attn_implementation="sdpa"
+    )
     progress.remove_task(loading)
     limit = min(stock.config.max_position_embeddings, 512)
 
@@ -279,9 +267,23 @@ def run(
             for batch in batches:
                 contenders[-1](batch)
                 progress.advance(compiling)
-        stock_timing, accelerated_timing, *compiled_timing = time_in_turn(
-            contenders, batches, rounds, device, progress
+        timing = progress.add_task("timing", total=1 + rounds)
+        taken, failed = time_in_turn(
+            {
+                (side, index): partial(contender, batch)
+                for side, contender in enumerate(contenders)
+                for index, batch in enumerate(batches)
+            },
+            rounds,
+            device,
+            done=lambda: progress.advance(timing),
         )
+        for error in failed.values():
+            raise error
+        seconds = [
+            [statistics.median(t.seconds for t in taken[side, index]) for index in range(len(batches))]
+            for side in range(len(contenders))
+        ]
         judged = progress.add_task("judging by the fp64 truth", total=min(JUDGED_BATCHES, len(batches)))
         truth_model = copy.deepcopy(stock).double()
         judged_states: list[tuple[Tensor, ...]] = []
@@ -295,49 +297,19 @@ def run(
         passages=len(passages),
         batch_size=batch_size,
         dtype=str(dtype).removeprefix("torch."),
-        device=device_name(device),
-        stock=stock_timing,
-        accelerated=accelerated_timing,
-        compiled=compiled_timing[0] if compiled_timing else None,
+        device=machine.name(device),
+        stock=seconds[0],
+        accelerated=seconds[1],
+        compiled=seconds[2] if against_compile else None,
         padding_removed=1 - sum(int(mask.sum()) for mask in masks) / slots,
         truncated=truncated,
         errors=errors,
         verdict=verdict,
         choices=choices,
         report=report,
-        versions={"pyaccel": pyaccel.__version__, **versions()},
+        versions={"pyaccel": pyaccel.__version__, **machine.versions()},
         int8=None if quantization is None else str(quantization),
     )
-
-
-def time_in_turn(
-    contenders: Sequence[Callable[[Batch], Tensor]],
-    batches: list[Batch],
-    rounds: int,
-    device: torch.device,
-    progress: Progress,
-) -> tuple[Timing, ...]:
-    """Time the contenders batch by batch in turn: what slows the machine down for a while slows each of them."""
-    import torch
-
-    timings = tuple(Timing([[] for _ in batches]) for _ in contenders)
-    task = progress.add_task("timing", total=rounds * len(batches))
-    for _ in range(rounds):
-        for index, batch in enumerate(batches):
-            for contender, timing in zip(contenders, timings, strict=True):
-                start = time.perf_counter()
-                contender(batch)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                timing.seconds[index].append(time.perf_counter() - start)
-            progress.advance(task)
-    return timings
-
-
-def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Sentence embeddings ``[batch, hidden]``: the mean of the real tokens' states, as all-MiniLM's pooling."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def show(result: Result, console: Console) -> None:

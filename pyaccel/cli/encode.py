@@ -10,12 +10,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pyaccel.checkpoints import find
-from pyaccel.cli.console import LARGEST, progress_output
-from pyaccel.cli.encode_job import WINDOW, Identity, Job, Share, check_output, fingerprint, stamps
-from pyaccel.cli.encode_texts import Texts, pyarrow
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import quiet_transformers, resolve_device, resolve_dtype
+from pyaccel import checkpoints
+from pyaccel.cli.console import LARGEST, check_writable, progress_output
+from pyaccel.encode.identity import WINDOW, Identity, Share, fingerprint, stamps
+from pyaccel.encode.job import Job
+from pyaccel.encode.texts import Texts, pyarrow
+from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device, resolve_dtype
+
+FORMATS = (".npy", ".parquet")
 
 
 def encode(
@@ -61,22 +64,22 @@ def encode(
     change meanwhile.
     """
     if keep_text and out.suffix.lower() != ".parquet":
-        raise BadInputError("--keep-text needs a .parquet file for --out")
+        raise UserInputError("--keep-text needs a .parquet file for --out")
     if pooling not in (None, "mean", "cls"):
-        raise BadInputError(f"unknown pooling {pooling!r}: use mean or cls")
+        raise UserInputError(f"unknown pooling {pooling!r}: use mean or cls")
     if out.suffix.lower() == ".parquet":
         pyarrow("pyarrow.parquet")
-    check_output(out, texts)
+    _check_output(out, texts)
     console = progress_output()
     share = Share.from_environment()
     place = resolve_device(device)
     if device == "auto" and place.type == "cuda":
         place = resolve_device(f"cuda:{share.local_rank}")
     computed_in = resolve_dtype(dtype, place)
-    folder = find(model)
+    folder = checkpoints.find(model)
     source = Texts(texts, column, window)
     if not source.count:
-        raise BadInputError(f"{texts} is empty: there is nothing to encode")
+        raise UserInputError(f"{texts} is empty: there is nothing to encode")
     before = stamps(folder)
     encoder = _load(
         str(folder), int8, device=place, dtype=computed_in, pooling=pooling, normalize=normalize,
@@ -84,7 +87,7 @@ def encode(
     )  # fmt: skip
     source.check()
     if stamps(folder) != before:
-        raise BadInputError(
+        raise UserInputError(
             f"{folder} was changed while the model was loaded: start again when it is complete"
         )
     identity = _identity(source, folder, encoder, int8, keep_text)
@@ -110,17 +113,26 @@ def encode(
     _say(console, encoder, source.count, seconds, out, share)
 
 
+def _check_output(out: Path, source: Path | None = None) -> None:
+    """Raises UserInputError for an output that can't be written, before a model is loaded."""
+    if out.suffix.lower() not in FORMATS:
+        raise UserInputError(f"{out}: the output is a {' or '.join(FORMATS)} file")
+    if source is not None and out.exists() and source.exists() and out.samefile(source):
+        raise UserInputError(f"{out} is the file that the texts are in: give another one with --out")
+    if out.is_dir() or not out.exists():  # one that is there is replaced, or found to be this job's
+        check_writable(out, "--out")
+
+
 def _load(model: str, int8: bool, **options: Any) -> Any:
-    quiet_transformers()
     from pyaccel import quantization
-    from pyaccel.hf.encode import TextEncoder
+    from pyaccel.encode.encoder import TextEncoder
 
     try:
         encoder = TextEncoder.from_pretrained(model, **options)
         if int8:  # for good: accelerate(int8=...) would keep the floating layers too
             quantization.quantize(encoder.model, "dynamic", progress=False)
     except ValueError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     return encoder
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyaccel.cli.console import output, progress_output
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 from pyaccel.inspect.compile import CompilationError, MachineCode, compile_tasks, listings, tasks
 from pyaccel.inspect.gpus import PARTS
 from pyaccel.inspect.spec import KernelSpec
@@ -106,7 +106,7 @@ def inspect(
     elif as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        console = output(width=140)
+        console = output()
         for name in dict.fromkeys(code.op for code in codes):
             console.print(_table(name, [code for code in codes if code.op == name]))
 
@@ -180,9 +180,9 @@ def _git(*arguments: str) -> str:
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
         )
     except FileNotFoundError:
-        raise BadInputError("--diff needs git") from None
+        raise UserInputError("--diff needs git") from None
     except subprocess.CalledProcessError as error:
-        raise BadInputError(
+        raise UserInputError(
             f"--diff: {error.stderr.strip()} (git {' '.join(arguments)}): give a revision of the checkout that "
             f"pyaccel is imported from, {root}"
         ) from None
@@ -219,7 +219,7 @@ def _rows_of_revision(
             check=False,
         )
     if done.returncode != 0:
-        raise BadInputError(
+        raise UserInputError(
             f"--diff {revision}: pyaccel inspect of that revision failed, with exit code {done.returncode}"
         )
     rows: list[dict[str, Any]] = json.loads(done.stdout)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from pyaccel import checkpoints
 from pyaccel.cli.console import LARGEST, check_folder_writable, output, progress_output
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import quiet_transformers, read_passages, real_passages
+from pyaccel.encode.texts import read_passages, real_passages
+from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,18 +72,18 @@ def quantize(
     pyaccel.models.bert. Exits with 2 for bad input.
     """
     if out.exists() or out.is_symlink():
-        raise BadInputError(f"{out} exists already: give a new folder with --out")
+        raise UserInputError(f"{out} exists already: give a new folder with --out")
     if folder.resolve() in out.resolve().parents:
-        raise BadInputError(
+        raise UserInputError(
             f"{out} is inside {folder}, which is copied into it: give a folder outside with --out"
         )
     check_folder_writable(out, "--out")
     if leave is not None and leave_mb is not None:
-        raise BadInputError("give either --leave or --leave-mb")
+        raise UserInputError("give either --leave or --leave-mb")
     console = output()
     model, tokenizer = _load(folder)
 
-    from pyaccel.hf.encode import max_tokens
+    from pyaccel.encode.encoder import max_tokens
 
     max_length = min(MAX_LENGTH, tokenizer.model_max_length, max_tokens(model))
 
@@ -124,7 +124,7 @@ def quantize(
             skip=left,
         )
     except ValueError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     console.print(str(report), soft_wrap=True)
     cosines = _cosines(stock, model, held_back)
     unseen = f"{len(cosines)} passages" + (" that calibration hasn't seen" if seen is not held_back else "")
@@ -134,7 +134,7 @@ def quantize(
         soft_wrap=True,
     )
     if not bool(cosines.isfinite().all()):
-        raise BadInputError("the int8 model's states aren't finite; nothing is written")
+        raise UserInputError("the int8 model's states aren't finite; nothing is written")
     _save(model, folder, out)
     sizes = (sum(f.stat().st_size for f in place.glob("*.safetensors")) / 1e6 for place in (folder, out))
     before, after = sizes
@@ -144,12 +144,11 @@ def quantize(
 
 def _load(folder: Path) -> tuple[Any, Any]:
     """The model of the class that saved it, in evaluation, and its tokenizer."""
-    quiet_transformers()
     if not folder.is_dir():  # a hub id has no files to copy
-        raise BadInputError(f"there is no folder {folder}: give the folder of a Hugging Face encoder")
+        raise UserInputError(f"there is no folder {folder}: give the folder of a Hugging Face encoder")
     config = checkpoints.load_config(checkpoints.find(folder))
     if getattr(config, "quantization_config", None) is not None:
-        raise BadInputError(f"{folder} is quantized already: give the floating-point model's folder")
+        raise UserInputError(f"{folder} is quantized already: give the floating-point model's folder")
     model, tokenizer, _ = checkpoints.load(folder, head=True)
     return model, tokenizer
 
@@ -174,9 +173,9 @@ def _save(model: Any, folder: Path, out: Path) -> None:
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, shutil.Error):
-            raise BadInputError(f"--out {out} could not be written: {error.args[0][0][2]}") from error
+            raise UserInputError(f"--out {out} could not be written: {error.args[0][0][2]}") from error
         if isinstance(error, OSError | SafetensorError):
-            raise BadInputError(f"--out {out} could not be written: {error}") from error
+            raise UserInputError(f"--out {out} could not be written: {error}") from error
         raise
 
 
@@ -184,10 +183,10 @@ def _cosines(stock: Any, model: Any, batches: list[dict[str, Tensor]]) -> Tensor
     """Of each passage's mean-pooled last hidden states, fp64."""
     import torch
 
+    from pyaccel.encode.batching import mean_pool
+
     def pooled(of: Any, batch: dict[str, Tensor]) -> Tensor:
-        states = of.base_model(**batch)[0].double()
-        mask = batch["attention_mask"].unsqueeze(-1)
-        return (states * mask).sum(1) / mask.sum(1)
+        return mean_pool(of.base_model(**batch)[0].double(), batch["attention_mask"])
 
     found = []
     with torch.inference_mode():

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pyaccel.cli.console import LARGEST, check_folder_writable, output, progress_output
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import resolve_device, resolve_dtypes
+from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device, resolve_dtypes
 
 
 def tune(
@@ -49,16 +49,16 @@ def tune(
     try:
         wanted = tunables(where, what or None, quick=quick)
     except ValueError as error:
-        raise BadInputError(str(error)) from error
+        raise UserInputError(str(error)) from error
     try:
         own = tuned.user_folder()
     except RuntimeError as error:
         if out is None:
-            raise BadInputError(f"{error}, or pass --out") from error
+            raise UserInputError(f"{error}, or pass --out") from error
         own = tuned.FOLDER
     folder = out or own
     check_folder_writable(folder, "--out")
-    console = output(width=140)
+    console = output()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     for one in wanted:
         tables = []
@@ -74,7 +74,7 @@ def tune(
         try:
             tuned.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
         except OSError as error:
-            raise BadInputError(f"{folder}: {error}") from error
+            raise UserInputError(f"{folder}: {error}") from error
     console.print(f"written to {folder}", soft_wrap=True)
     if folder.resolve() not in (own.resolve(), tuned.FOLDER.resolve()):
         console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", soft_wrap=True)

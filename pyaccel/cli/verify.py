@@ -19,14 +19,9 @@ from rich.table import Table
 
 from pyaccel import checkpoints
 from pyaccel.cli.console import LARGEST, check_writable, file_error, output, progress_output
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import (
-    demo_checkpoint,
-    quiet_transformers,
-    read_passages,
-    real_passages,
-    resolve_device,
-)
+from pyaccel.encode.texts import read_passages, real_passages
+from pyaccel.errors import UserInputError
+from pyaccel.machine import resolve_device
 from pyaccel.verify.report import Check, VerifyReport, read_budget
 
 
@@ -66,17 +61,17 @@ def verify(
     Errors are judged against an fp64 truth by what plain PyTorch errs in the same dtype. Needs no GPU and no triton.
     Exits with 0 where all is right, 1 where something is wrong, 2 where something could not be run.
     """
-    from pyaccel.dispatch import NotSupportedError
+    from pyaccel.errors import NotSupportedError
     from pyaccel.verify import model as lane
 
     try:
         recorded = None if budget is None else read_budget(budget)
     except ValueError as error:
-        raise BadInputError(f"--budget: {error}") from None
+        raise UserInputError(f"--budget: {error}") from None
     check_writable(json_file, "--json")
     check_writable(junit_file, "--junit")
     stock, batch = load(model, text, batch_size, max_length, resolve_device(device))
-    console, progress_console = output(width=160), progress_output()
+    console, progress_console = output(), progress_output()
     columns = (
         SpinnerColumn("line"),
         TextColumn("{task.description}", markup=False),
@@ -102,7 +97,7 @@ def verify(
                 on_check=on_check,
             )
         except (ValueError, NotSupportedError) as error:
-            raise BadInputError(str(error)) from error
+            raise UserInputError(str(error)) from error
     console.print(_table(report))
     over = [] if recorded is None else report.over_budget(recorded)
     for line in _lines(report, over, recorded):
@@ -118,7 +113,7 @@ def verify(
         except OSError as error:  # the other one may still be written
             failed.append(f"{option} {file} could not be written: {file_error(error)}")
     if failed:
-        raise BadInputError("; ".join(failed))
+        raise UserInputError("; ".join(failed))
     raise typer.Exit(report.exit_code or int(bool(over)))
 
 
@@ -126,13 +121,9 @@ def load(
     source: str | None, text: Path | None, batch_size: int, max_length: int, device: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The stock model with the head its folder names, and a batch of real text with labels where the head has some."""
-    quiet_transformers()
     import torch
 
-    model, tokenizer, _ = checkpoints.load(
-        demo_checkpoint() if source is None else source, head=True, dtype=torch.float32
-    )
-    model.to(device)
+    model, tokenizer, _ = checkpoints.load(source, head=True, device=device, dtype=torch.float32)
 
     def count_tokens(passages: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(passages, verbose=False)["input_ids"]]

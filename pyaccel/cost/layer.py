@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, ops
+from pyaccel import dispatch, ops, triton_support
 from pyaccel.cost.as_cuda import AsOnCuda
 from pyaccel.cost.recorder import Cost, measure
 from pyaccel.models.bert import BertConfig, BertLayer
@@ -111,7 +111,7 @@ def layer_costs(size: LayerSize) -> dict[str, dict[str, Cost]]:
     Raises:
         RuntimeError: triton isn't installed, and without it there are no kernels to count.
     """
-    if not dispatch.has_triton():
+    if not triton_support.has_triton():
         raise RuntimeError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
     costs: dict[str, dict[str, Cost]] = {}
     for name in (STOCK, OURS, FUSED, INT8):

@@ -11,17 +11,17 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pyaccel import checkpoints, dispatch
+from pyaccel import checkpoints, dispatch, triton_support
 from pyaccel.cost.as_cuda import AsOnCuda
 from pyaccel.cost.recorder import Cost, Step, measure
 from pyaccel.cost.roofline import Card
+from pyaccel.errors import NotSupportedError
 from pyaccel.packing import PackedLayout, pack, unpack
 
 # transformers' names of the sizes in config.json: layers, hidden, heads, intermediate.
@@ -52,22 +52,18 @@ def length_mix(mix: str, batch: int, seq: int) -> list[int]:
 
 
 def bert_config(model: str) -> Any:
-    """transformers' config of a named size, or of a local folder with a ``config.json`` of a BERT.
+    """transformers' config of a named size, or of a BERT's folder or hub id.
 
-    Raises ValueError for anything else.
+    Raises:
+        pyaccel.checkpoints.CheckpointError: a ValueError: it can't be loaded, or is another model's.
     """
-    from transformers import BertConfig
-
     if model in NAMED:
+        from transformers import BertConfig
+
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         sizes: dict[str, Any] = dict(zip(names, NAMED[model], strict=True))
         return BertConfig(**sizes)
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}: give one of {', '.join(NAMED)}, or a folder with a config.json"
-        )
-    return checkpoints.load_config(checkpoints.find(folder), "bert")
+    return checkpoints.load_config(checkpoints.find(model), "bert")
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ def model_costs(
         backend: of the accelerated model's ops. "torch" switches the kernels off.
 
     Raises:
-        pyaccel.dispatch.NotSupportedError: triton is not installed, and the kernels can't be counted.
+        pyaccel.errors.NotSupportedError: triton is not installed, and the kernels can't be counted.
         ValueError: no row, or a backend that can't be counted for these lengths.
     """
     from transformers import BertModel
@@ -140,10 +136,8 @@ def model_costs(
 
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths must be one or more positive numbers, got {list(lengths)}")
-    if backend in ("auto", "triton") and not dispatch.has_triton():
-        raise dispatch.NotSupportedError(
-            "triton isn't installed: pip install triton (Linux only; no GPU is needed)"
-        )
+    if backend in ("auto", "triton") and not triton_support.has_triton():
+        raise NotSupportedError("triton isn't installed: pip install triton (Linux only; no GPU is needed)")
     if backend != "auto" and backend not in dispatch.BACKENDS:
         raise ValueError(
             f"unknown backend {backend!r}: expected auto or one of {', '.join(dispatch.BACKENDS)}"

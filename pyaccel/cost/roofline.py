@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from pyaccel.timing import time_in_turn
+
 
 @dataclass(frozen=True)
 class Card:
@@ -20,3 +24,16 @@ CARDS = {
     "L4": Card(0.3e12, 121e12),
     "MI300X": Card(5.3e12, 1307e12),
 }
+
+
+def measured_card(dtype: torch.dtype) -> Card:
+    """This CPU's rates: the best of a few copies and of a few large matrix products in ``dtype``."""
+    source = torch.ones(32 * 2**20)
+    target = torch.empty_like(source)
+    a = torch.ones(1024, 1024, dtype=dtype)
+    contenders = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
+    taken, failed = time_in_turn(contenders, 5, torch.device("cpu"))
+    for error in failed.values():
+        raise error
+    copy, product = (min(each.seconds for each in taken[name]) for name in contenders)
+    return Card(bandwidth=2 * source.nbytes / copy, flops=2 * 1024**3 / product)

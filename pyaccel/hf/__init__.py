@@ -99,7 +99,7 @@ def accelerate(
         ImportError: transformers is not installed.
         ValueError: nothing could be swapped (and ``strict``), or unknown arguments.
         RuntimeError: the model is accelerated with other arguments; restore it first.
-        pyaccel.dispatch.NotSupportedError: ``backend`` can't serve this model here; it names every reason. Or
+        pyaccel.errors.NotSupportedError: ``backend`` can't serve this model here; it names every reason. Or
             ``cuda_graphs`` without a GPU.
     """
     return _swap().accelerate(

@@ -184,6 +184,7 @@ def _encoder_forward(known: Stock) -> Callable[..., Any]:
                     attention_mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
                 # Position 0 is kept where it is padding too: poolers and heads read it whatever it is.
                 tokens = layout(attention_mask, sort_by_length=True, keep_first=True)
+                dispatch.tell("layout", tokens)
                 hidden = unpack(_run_layers(self, family, plan, pack(hidden, tokens), tokens), tokens)
             return output(last_hidden_state=hidden)
 

@@ -15,10 +15,10 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import output_capturing
 
+from pyaccel.activations import activation_name
 from pyaccel.hf.families import Family, Stock
 from pyaccel.hf.surroundings import is_patched
 from pyaccel.nn import Int8Linear, ObservedLinear
-from pyaccel.nn.encoder_layer import activation_name
 
 
 def unfit(stock: Stock, layers: list[Any], around: nn.Module, *, loaded: bool = True) -> str | None:

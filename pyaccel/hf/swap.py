@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyaccel import dispatch, ops, tuned
+from pyaccel.errors import NotSupportedError
 from pyaccel.hf import mlm_head
 from pyaccel.hf.attention import NAMES, name_for, register
 from pyaccel.hf.families import FAMILIES, Family, stock
@@ -65,7 +66,7 @@ def accelerate(
             "codes, nor packing=False"
         )
     if cuda_graphs and not torch.cuda.is_available():
-        raise dispatch.NotSupportedError(
+        raise NotSupportedError(
             "cuda_graphs=True needs a CUDA or ROCm device, and torch sees none here: leave it out, or install a "
             "build of torch that sees your GPU"
         )

@@ -14,7 +14,6 @@ attribute names: our BertLayer below and transformers' own layers, which pyaccel
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import ops
+from pyaccel.activations import HIDDEN_ACTS
 from pyaccel.models import checkpoint
 from pyaccel.nn import ResidualLayerNorm
 from pyaccel.nn.encoder_layer import encoder_layer, packed_attention
@@ -33,16 +33,6 @@ __all__ = [
     "BertModel",
     "BertModelOutput",
 ]
-
-
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_new": lambda: nn.GELU(approximate="tanh"),
-    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-}
 
 
 @dataclass(frozen=True)
@@ -78,8 +68,8 @@ class BertConfig:
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in _ACTIVATIONS:
-            reasons.append(f"hidden_act {self.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}")
+        if self.hidden_act not in HIDDEN_ACTS:
+            reasons.append(f"hidden_act {self.hidden_act!r} is not one of {', '.join(HIDDEN_ACTS)}")
         if self.position_embedding_type != "absolute":
             reasons.append(f"position_embedding_type {self.position_embedding_type!r} is not 'absolute'")
         if self.is_decoder or self.add_cross_attention:
@@ -359,4 +349,4 @@ def _first_tokens(packed: Tensor, tokens: PackedLayout) -> Tensor:
 
 def activation(config: BertConfig) -> nn.Module:
     """The module of `config.hidden_act`."""
-    return _ACTIVATIONS[config.hidden_act]()
+    return HIDDEN_ACTS[config.hidden_act].module()

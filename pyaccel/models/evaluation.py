@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import dispatch
+from pyaccel.activations import activation_name
 from pyaccel.nn import ResidualLayerNorm
-from pyaccel.nn.encoder_layer import activation_name
 from pyaccel.ops.attention.varlen import varlen_by_group
 from pyaccel.ops.linear import onednn
 from pyaccel.packing import PackedLayout

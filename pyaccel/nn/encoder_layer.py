@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel import ops, reference
+from pyaccel.activations import activation_name
 from pyaccel.nn import Int8Linear
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.packing import PackedLayout
@@ -183,21 +184,3 @@ def packed_attention(
         is_causal=is_causal,
     )
     return context.flatten(-2)
-
-
-# By name, because this file must not import transformers.
-_FUSED_ACTIVATIONS = {
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.SiLUActivation": "silu",
-}
-
-
-def activation_name(function: Any) -> str | None:
-    """The name under which `ops.linear_activation` fuses an activation module; None: apply it afterwards."""
-    if type(function) is nn.GELU:
-        return "gelu_tanh" if function.approximate == "tanh" else "gelu"
-    return _FUSED_ACTIVATIONS.get(f"{type(function).__module__}.{type(function).__qualname__}")

@@ -1,5 +1,6 @@
 """The public functions: each validates, chooses a backend, and says why it can't where it can't."""
 
+from pyaccel import dispatch
 from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention
 from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.bias_act.api import bias_gelu
@@ -37,3 +38,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
+
+# Here and not where they are defined: an op that calls another one is told of as one.
+for _name in __all__:
+    globals()[_name] = dispatch.observable(globals()[_name])
+    globals()[_name].__module__ = __name__

@@ -13,6 +13,24 @@ from torch import Tensor, nn
 from torch.library import CustomOpDef
 
 _PLAIN = (Tensor, nn.Parameter)
+_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether a value of ``x`` may be read: it costs no device sync, and nothing records or transforms the call.
+
+    False in a graph (``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``make_fx``), which would keep what the
+    value was; under a ``torch.func`` transform, and for fake tensors and other subclasses, which may hold no value.
+    """
+    return x.is_cpu and not torch.compiler.is_compiling() and type(x) in _PLAIN and not _recorded()
+
+
+def _recorded() -> bool:
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
 
 
 def runs_now(*tensors: Tensor | None) -> bool:

@@ -8,15 +8,13 @@ policy is :mod:`pyaccel.verify.policy`.
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, machine, triton_support
 from pyaccel.dtypes import DTYPES
 from pyaccel.hf.report import Report
 from pyaccel.verify.op_checks import check_ops
@@ -45,7 +43,7 @@ OnCheck = Callable[[Check], None]
 
 def able_backends(device: torch.device) -> list[str]:
     """The backends that can serve a whole model on ``device``: Triton's interpreter can't in any useful time."""
-    triton = device.type == "cuda" and dispatch.has_triton()
+    triton = device.type == "cuda" and triton_support.has_triton()
     return ["triton", "torch", "reference"] if triton else ["torch", "reference"]
 
 
@@ -78,7 +76,7 @@ def verify(
     Raises:
         ValueError: unknown dtypes or backends, a batch without tokens, or a model that is accelerated or can't be.
         ImportError: transformers isn't installed.
-        pyaccel.dispatch.NotSupportedError: a backend that was asked for can't serve the model here.
+        pyaccel.errors.NotSupportedError: a backend that was asked for can't serve the model here.
     """
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown or not dtypes:
@@ -94,7 +92,10 @@ def verify(
     if wrong or not backends:
         raise ValueError(f"unknown backends {wrong}: give some of {', '.join(dispatch.BACKENDS)}")
 
-    report = VerifyReport(f"{type(model).__name__}, batch {list(mask.shape)}", machine(device))
+    report = VerifyReport(
+        f"{type(model).__name__}, batch {list(mask.shape)}",
+        {"device": machine.kind(device), **machine.versions()},
+    )
     report.notes += _backend_notes(backends, device)
 
     def add(checks: Iterable[Check]) -> None:
@@ -113,25 +114,13 @@ def verify(
     return report
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """Where and with what it was computed."""
-    return {"device": tuned.machine(device), **versions()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what figures depend on; torch's own names its build, which its package's metadata may not."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def _interpreted(backends: Sequence[str], device: torch.device) -> list[str]:
     """Triton, for the ops alone, where its interpreter is on."""
-    return ["triton"] if device.type == "cpu" and dispatch.interpreting() and dispatch.has_triton() else []
+    return (
+        ["triton"]
+        if device.type == "cpu" and triton_support.interpreting() and triton_support.has_triton()
+        else []
+    )
 
 
 def _backend_notes(backends: Sequence[str], device: torch.device) -> list[str]:
@@ -139,7 +128,7 @@ def _backend_notes(backends: Sequence[str], device: torch.device) -> list[str]:
         return []
     why = (
         "triton isn't installed"
-        if not dispatch.has_triton()
+        if not triton_support.has_triton()
         else f"the model is on {device.type}, not on a GPU"
     )
     return [f"the Triton kernels were not run: {why}"]

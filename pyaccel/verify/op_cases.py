@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import ops, reference
+from pyaccel.activations import ACTIVATIONS
 from pyaccel.verify.op_case import GRADIENTS, OpCase, Tensors, _sliced, _stride_0
 
 
@@ -58,9 +59,6 @@ def _layernorm_cases() -> Iterator[OpCase]:
     )
 
 
-_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-
-
 def _activated(kind: str) -> Tensors:
     x = torch.randn(6, 40) * 2.0
     if kind == "far out":  # where exp and erf end
@@ -81,7 +79,7 @@ def _linear_expected(t: Tensors, upcast: bool, activation: str | None) -> Tensor
 
 
 def _product_cases() -> Iterator[OpCase]:
-    for activation in _ACTIVATIONS:
+    for activation in ACTIVATIONS:
         for kind in ("plain", "far out"):
             yield OpCase(
                 "bias_gelu",
@@ -99,7 +97,7 @@ def _product_cases() -> Iterator[OpCase]:
             lambda t, upcast: reference.bias_gelu(t["x"], t["bias"], upcast=upcast),
             gradient,
         )
-    for fused in (None, *_ACTIVATIONS):
+    for fused in (None, *ACTIVATIONS):
         yield OpCase(
             "linear_activation",
             fused or "no activation",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.errors import NotSupportedError
 from pyaccel.verify.op_case import OpCase, Tensors
 from pyaccel.verify.op_cases import cases
 from pyaccel.verify.policy import same_bits
@@ -30,14 +31,14 @@ def check_ops(
     for case in cases():
         try:
             yield check_op(case, dtype, backend, device, dtype_name)
-        except dispatch.NotSupportedError as error:
+        except NotSupportedError as error:
             notes.append(f"{dtype_name}, {backend}: not checked: {case.op}: {case.kind}: {error}")
 
 
 def check_op(case: OpCase, dtype: torch.dtype, backend: str, device: torch.device, dtype_name: str) -> Check:
     """One case: its output or the gradient that is worst, by the policy.
 
-    Raises :class:`pyaccel.dispatch.NotSupportedError` where the backend can't serve it.
+    Raises :class:`pyaccel.errors.NotSupportedError` where the backend can't serve it.
     """
     names: dict[str, Any] = {
         "kind": "op",
@@ -58,7 +59,7 @@ def check_op(case: OpCase, dtype: torch.dtype, backend: str, device: torch.devic
             if gradient is None:
                 return _check_bits(case, inputs, names)
             result, again = (_run(case.call, inputs, gradient) for _ in range(2))
-    except dispatch.NotSupportedError:
+    except NotSupportedError:
         raise
     except Exception as error:  # whatever an op raises on valid input is the finding
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
 """What a model computes inside of its layers, stock and accelerated, at the same places: the sites.
 
 The stock model is hooked at its submodules; hooks on an accelerated one would send it to its stock modules, so there
-the public ops are listened to in the namespace that the models call them from. Both give, for each layer that runs,
-site -> values of real tokens, in the order in which they come about.
+the public ops are observed (:func:`pyaccel.dispatch.observe`). Both give, for each layer that runs, site -> values of
+real tokens, in the order in which they come about.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyaccel import dispatch, ops
+from pyaccel import dispatch
 from pyaccel.packing import PackedLayout, unpack
 
 QKV, CONTEXT, ATTENTION_OUTPUT, INTERMEDIATE, OUTPUT = (
@@ -96,53 +96,12 @@ def trace_stock(views: list[Any], mask: Tensor) -> Iterator[Trace]:
             handle.remove()
 
 
-_LISTENED = (
-    "linear_activation",
-    "scaled_dot_product_attention",
-    "varlen_attention",
-    "linear_residual_layernorm",
-    "residual_layernorm",
-    "feed_forward",
-)
-
-
 @contextmanager
 def trace_accelerated(mask: Tensor) -> Iterator[Trace]:
-    """Record the layers of whatever accelerated model runs inside, in eager mode.
-
-    Not for use beside other threads that run accelerated models.
-    """
-    from pyaccel.hf import fast_path
-
+    """Record the layers of whatever accelerated model this thread runs inside, in eager mode."""
     trace = Trace()
-    recorder = _Recorder(trace, mask)
-    before = {name: getattr(ops, name) for name in _LISTENED}
-    layout = fast_path.layout
-
-    def listening_layout(*args: Any, **kwargs: Any) -> PackedLayout:
-        tokens = layout(*args, **kwargs)
-        trace.layouts.append(tokens)
-        return tokens
-
-    def listening(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            out = before[name](*args, **kwargs)
-            recorder.heard(name, out)
-            return out
-
-        return call
-
-    try:
-        for name in _LISTENED:
-            setattr(ops, name, listening(name))
-        fast_path.layout = listening_layout
-        # Where nobody asks who serves, a layer goes past the public ops.
-        with dispatch.record():
-            yield trace
-    finally:
-        for name, function in before.items():
-            setattr(ops, name, function)
-        fast_path.layout = layout
+    with dispatch.observe(_Recorder(trace, mask).heard):
+        yield trace
 
 
 class _Recorder:
@@ -154,6 +113,9 @@ class _Recorder:
 
     def heard(self, name: str, out: Any) -> None:
         layers = self.trace.layers
+        if name == "layout":
+            self.trace.layouts.append(out)
+            return
         if name == "linear_activation" and (not layers or OUTPUT in layers[-1]):
             layers.append({})
             self.trace.ops.append({})
@@ -173,7 +135,7 @@ class _Recorder:
             self._keep(CONTEXT, name, out.transpose(1, 2).flatten(-2))
         elif name == "feed_forward":  # its second output is a sum that the stock layer doesn't have
             self._keep(ATTENTION_OUTPUT, name, out[0])
-        else:
+        elif name in ("residual_layernorm", "linear_residual_layernorm"):
             self._keep(OUTPUT if ATTENTION_OUTPUT in done else ATTENTION_OUTPUT, name, out)
 
     def _keep(self, site: str, op: str, value: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from pyaccel.benchmarks import registry, run, table
 from pyaccel.benchmarks.cases import attention, bert
 from pyaccel.benchmarks.cases.attention_shapes import Shape, sentences, squad
-from pyaccel.benchmarks.method import LEAST_ROUNDS, interval, measure, time_in_turn
+from pyaccel.benchmarks.method import measure
 from tests.assertions import assert_equivalent
 
 CPU = torch.device("cpu")
@@ -231,12 +230,6 @@ def test_the_floor_is_what_the_machine_was_measured_to_need() -> None:
     assert rows["neither"].matmul_teraflops_per_second is None
 
 
-def test_one_that_fails_takes_no_further_turn() -> None:
-    taken, failed = time_in_turn({"fine": lambda: None, "fails": lambda: 1 / 0}, 3, CPU)
-    assert [len(times) for times in taken.values()] == [3]
-    assert isinstance(failed["fails"], ZeroDivisionError)
-
-
 def test_shapes_count_the_work_of_real_tokens() -> None:
     shape = Shape(heads=2, head_dim=8, seq=5, lengths=(3, 5), backward=False)
     assert shape.flops(5 * shape.tokens) == 4 * 2 * 8 * (5 * 3 + 5 * 5)
@@ -288,25 +281,3 @@ def test_mixed_batches_of_a_bert_are_padded_as_they_say() -> None:
     assert masks(8, "full").all()
     longest = masks(32, "sentences, longest")
     assert longest.shape[1] == longest.sum(1).max() < 128
-
-
-def test_intervals_are_those_of_order_statistics() -> None:
-    """Of 20 values the 6th and the 15th (Hahn and Meeker 1991, table A.15a), of few the range."""
-    assert interval([float(i) for i in range(20, 0, -1)]) == (6.0, 15.0)
-    assert interval([float(i) for i in range(10)]) == (1.0, 8.0)
-    assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-    assert interval([1.0]) == (1.0, 1.0)
-
-
-def test_a_time_limit_leaves_enough_rounds() -> None:
-    taken, _ = time_in_turn({"fine": lambda: time.sleep(0.01)}, 50, CPU, seconds=0.0)
-    assert len(taken["fine"]) == LEAST_ROUNDS
-
-
-def test_the_order_changes_and_all_take_turns() -> None:
-    order: list[str] = []
-    contenders = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    time_in_turn(contenders, 6, CPU)
-    turns = ["".join(order[i : i + 6 : 2]) for i in range(0, len(order), 6)]  # two calls a turn
-    assert {"".join(sorted(turn)) for turn in turns} == {"abc"}
-    assert len(set(turns)) > 2

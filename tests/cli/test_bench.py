@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pyaccel.benchmarks import readme, registry, report, run, table
 from pyaccel.benchmarks.method import Row
 from pyaccel.cli import app
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 
 CPU = torch.device("cpu")
 CASE = ["residual_layernorm", "--against", "^eager$", "--device", "cpu", "--dtype", "fp32"]
@@ -134,7 +134,7 @@ def test_a_list_measures_nothing(tmp_path: Path) -> None:
 )
 def test_bad_command_lines(options: list[str], message: str) -> None:
     done = bench(*options)
-    assert isinstance(done.exception, BadInputError), done.output
+    assert isinstance(done.exception, UserInputError), done.output
     assert message in str(done.exception)
 
 
@@ -143,7 +143,7 @@ def test_without_matplotlib_it_says_so_before_it_measures(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = bench(*CASE, "--out", tmp_path / "none")
-    assert isinstance(done.exception, BadInputError)
+    assert isinstance(done.exception, UserInputError)
     assert "pip install 'pyaccel-bert[bench]'" in str(done.exception)
     assert not (tmp_path / "none").exists()
 
@@ -172,7 +172,7 @@ def test_tables_with_nothing_in_common_are_refused(tmp_path: Path) -> None:
     table.append([row("pyaccel", 2.0)], before)
     table.append([row("pyaccel", 2.0, size="9x9")], after)
     done = bench("--compare", before, after)
-    assert isinstance(done.exception, BadInputError)
+    assert isinstance(done.exception, UserInputError)
     assert "no size and variant of ours in common" in str(done.exception)
     after.write_text("case,size\ngelu,8x8\n")
     done = bench("--compare", before, after)

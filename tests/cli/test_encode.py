@@ -20,12 +20,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pyaccel import dispatch
-from pyaccel.cli import app, encode_job
-from pyaccel.cli.encode_job import Identity, Job, Share, read_texts
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import demo_checkpoint, real_passages
-from pyaccel.hf.encode import TextEncoder, batches, max_tokens
+from pyaccel import dispatch, triton_support
+from pyaccel.checkpoints import demo_checkpoint
+from pyaccel.cli import app
+from pyaccel.encode import job as encode_job
+from pyaccel.encode.batching import batches
+from pyaccel.encode.encoder import TextEncoder, max_tokens
+from pyaccel.encode.identity import Identity, Share
+from pyaccel.encode.job import Job
+from pyaccel.encode.texts import read_texts, real_passages
+from pyaccel.errors import UserInputError
 
 TEXTS = [
     "the value of a object .",
@@ -52,7 +56,7 @@ def run(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
 
 def in_this_process(*arguments: object) -> None:
     """As :func:`run`, where it doesn't matter that it ends: a process takes longer to import than to encode."""
-    with dispatch.use_backend("torch") if dispatch.interpreting() else nullcontext():
+    with dispatch.use_backend("torch") if triton_support.interpreting() else nullcontext():
         done = CliRunner().invoke(app, ["encode", *map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
 
@@ -200,7 +204,7 @@ def test_bad_input(tiny_bert: Path, texts: Path, tmp_path: Path) -> None:
         ((texts, *model, "--out", out, "--pooling", "max"), "unknown pooling 'max'"),
         ((texts, "--model", tmp_path, "--out", out), "has no config.json"),
     ):
-        with pytest.raises(BadInputError, match=re.escape(words)):
+        with pytest.raises(UserInputError, match=re.escape(words)):
             CliRunner().invoke(app, ["encode", *map(str, arguments)], catch_exceptions=False)
     assert not out.exists()
     done = run(tmp_path / "none.txt", *model, "--out", out)
@@ -228,7 +232,7 @@ def test_killed_and_started_again(tiny_bert: Path, texts: Path, tmp_path: Path) 
     kept = len(list(parts.glob("*.npy")))
     assert 20 <= kept < 250
     assert not out.exists()
-    with pytest.raises(BadInputError) as other:
+    with pytest.raises(UserInputError) as other:
         in_this_process(*job, "--out", out, "--pooling", "cls")
     assert "parts made from other settings (pooling mean, now cls): use the same ones" in str(other.value)
     done = run(*job, "--out", out)
@@ -334,7 +338,7 @@ def test_a_process_that_comes_when_all_is_done(tmp_path: Path) -> None:
     assert not list(late.todo(iter("abc")))
     late.finish()
     assert np.load(out).shape == (3, 2)
-    with pytest.raises(BadInputError, match="for one process"):
+    with pytest.raises(UserInputError, match="for one process"):
         Job(out, 3, identity, Share(0, 2), overwrite=True)
     again = Job(out, 3, identity, Share(), overwrite=True)
     assert again.texts_todo() == 3

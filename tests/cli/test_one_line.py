@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from pyaccel.cli import console
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 from tests.cli.conftest import Run
 
 
@@ -138,7 +138,7 @@ OUTPUTS = {
     "verify json": ("verify", "--json"),
     "verify junit": ("verify", "--junit"),
     "encode": ("encode", "texts.txt", "--model", "model", "--out"),
-    "bench --cost": ("bench", "--cost", "--plot"),
+    "cost": ("cost", "--model", "minilm", "--plot"),
 }
 
 
@@ -198,7 +198,7 @@ def test_the_figures_are_printed_before_they_are_written(
 # --- models ---
 
 
-@pytest.mark.parametrize("command", ["demo", "encode", "quantize", "verify", "bench"])
+@pytest.mark.parametrize("command", ["demo", "encode", "quantize", "verify", "cost"])
 def test_a_model_that_can_not_be_loaded(
     command: str, run: Run, folder: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_model_that_can_not_be_loaded(
         "encode": (texts, "--model", folder, "--out", tmp_path / "o.npy"),
         "quantize": (folder, "--out", tmp_path / "int8"),
         "verify": (folder, "--no-compile"),
-        "bench": ("--cost", "--model", folder),
+        "cost": ("--model", folder),
     }[command]
     config = (folder / "config.json").read_bytes()
     for content in (
@@ -222,7 +222,7 @@ def test_a_model_that_can_not_be_loaded(
         assert str(folder) in run(command, *given).line
     (folder / "config.json").unlink()
     assert "config.json" in run(command, *given).line
-    if command != "bench":
+    if command != "cost":
         (folder / "config.json").write_bytes(config)
         weights = (folder / "model.safetensors").read_bytes()
         for damaged in (b"", weights[: len(weights) // 2], b"\xff" * 64):
@@ -284,7 +284,7 @@ def test_known_errors_are_lines_and_others_are_not() -> None:
             "not enough memory",
         ),
     ):
-        with pytest.raises(BadInputError, match=words):
+        with pytest.raises(UserInputError, match=words):
             raising(error)()
     for bug in (
         RuntimeError("shapes"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pyaccel
-from pyaccel.cli.inputs import demo_checkpoint
+from pyaccel.checkpoints import demo_checkpoint
 from pyaccel.models.bert import BertModel
 from pyaccel.nn import Int8Linear
 from tests.cli.conftest import Run

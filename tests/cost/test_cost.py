@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from typer.testing import CliRunner
 
-from pyaccel import dispatch, ops
+from pyaccel import dispatch, ops, triton_support
 from pyaccel.cli import app
 from pyaccel.cost.layer import FUSED, INT8, OURS, STOCK, LayerSize, layer_costs
 from pyaccel.cost.recorder import Cost, Recorder, Step
@@ -162,7 +162,7 @@ def test_bad_options_are_named(arguments: list[str], words: str) -> None:
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    monkeypatch.setattr(triton_support, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         layer_costs(LayerSize())
 

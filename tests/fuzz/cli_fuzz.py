@@ -52,7 +52,7 @@ def folder() -> Path:
     for name in (
         "pyaccel.cli",
         "pyaccel.hf.swap",
-        "pyaccel.hf.encode",
+        "pyaccel.encode.encoder",
         "pyaccel.benchmarks.run",
         "safetensors.torch",
     ):
@@ -307,6 +307,15 @@ def inspect(draw: Draw, work: Path) -> list[str]:
 
 
 def cost(draw: Draw, work: Path) -> list[str]:
+    if draw.chance(0.5):
+        return [
+            "cost", "--model", "model" if draw.chance(0.3) else a_model(draw, work),
+            *some(draw, 0.5, "--batch", number(draw)), *some(draw, 0.7, "--seq-len", number(draw)),
+            *some(draw, 0.3, "--lengths", draw.pick("full", "squad", "sentences", "x", "")),
+            *some(draw, 0.2, "--training"), *some(draw, 0.3, "--backend", draw.pick("auto", "torch", "reference", "x")),
+            *some(draw, 0.2, "--by-op"), *some(draw, 0.2, "--json"),
+            *some(draw, 0.2, "--plot", output(draw, work, ".svg", ".png")),
+        ]  # fmt: skip
     return [
         "cost", *some(draw, 0.3, "--batch", number(draw)), *some(draw, 0.3, "--seq-len", number(draw)),
         "--hidden-size", draw.pick("16", "24") if draw.chance(0.7) else draw.pick(*NUMBERS),
@@ -318,7 +327,7 @@ def cost(draw: Draw, work: Path) -> list[str]:
 
 
 def bench(draw: Draw, work: Path) -> list[str]:
-    how = draw.pick("list", "compare", "cost", "cost", "nothing", "odd")
+    how = draw.pick("list", "compare", "nothing", "odd")
     if how == "list":
         return ["bench", "--list", *some(draw, 0.5, draw.pick("ops", "layers", "nonsense", "")),
                 *some(draw, 0.3, "--sizes", draw.pick(*REGEXES)),
@@ -332,15 +341,6 @@ def bench(draw: Draw, work: Path) -> list[str]:
             (work / name).write_bytes(content)
             names.append(name if draw.chance(0.8) else draw.pick("missing.csv", "model", ".", ""))
         return ["bench", "--compare", *names, *some(draw, 0.4, "--fail-if-slower", draw.pick(*NUMBERS))]
-    if how == "cost":
-        return [
-            "bench", "--cost", "--model", "model" if draw.chance(0.3) else a_model(draw, work),
-            *some(draw, 0.5, "--batch", number(draw)), *some(draw, 0.7, "--seq-len", number(draw)),
-            *some(draw, 0.3, "--lengths", draw.pick("full", "squad", "sentences", "x", "")),
-            *some(draw, 0.2, "--training"), *some(draw, 0.3, "--backend", draw.pick("auto", "torch", "reference", "x")),
-            *some(draw, 0.2, "--by-op"), *some(draw, 0.2, "--json"),
-            *some(draw, 0.2, "--plot", output(draw, work, ".svg", ".png")),
-        ]  # fmt: skip
     if how == "nothing":
         return ["bench", draw.pick("ops", "layers", "models", "train"), "--quick", "--sizes", "nothing matches this",
                 "--out", output(draw, work, "")]  # fmt: skip

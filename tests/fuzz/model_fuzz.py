@@ -449,7 +449,7 @@ class ModelCase:
         state, params = copy.deepcopy(model.state_dict()), shared(parameters_of(model))
         try:
             pyaccel.accelerate(model, **case.options)
-        except pyaccel.NotSupportedError as error:
+        except pyaccel.errors.NotSupportedError as error:
             return [] if case.options["backend"] == "triton" else [f"accelerate: {error}"]
         found = [f"after accelerate {what}" for what in state_wrong(state, model.state_dict())]
         if case.action:

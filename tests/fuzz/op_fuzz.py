@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyaccel
 from pyaccel import ops
-from pyaccel.dispatch import NotSupportedError
+from pyaccel.errors import NotSupportedError
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.verify.policy import MAX_EPS, MAX_RATIO, judge, judge_by_several, same_bits
 from tests.fuzz import Tried

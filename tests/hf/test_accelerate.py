@@ -29,6 +29,7 @@ from transformers.models.bert import modeling_bert
 
 import pyaccel
 from pyaccel import dispatch
+from pyaccel.errors import NotSupportedError
 from pyaccel.hf.fast_path import bert_BertEncoder as BertEncoder
 from pyaccel.hf.fast_path import bert_BertLayer as BertLayer
 from tests.assertions import assert_bits_equal, assert_close_to_truth
@@ -604,7 +605,7 @@ def test_a_backend_that_cannot_serve_raises_before_anything_changes(monkeypatch:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     model = tiny()
     kinds = classes(model)
-    with pytest.raises(dispatch.NotSupportedError, match="'triton' was asked for"):
+    with pytest.raises(NotSupportedError, match="'triton' was asked for"):
         pyaccel.accelerate(model, backend="triton")
     assert classes(model) == kinds
     assert model.config._attn_implementation == "sdpa"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 import pyaccel
-from pyaccel import dispatch, quantization, tuned
+from pyaccel import dispatch, quantization, triton_support, tuned
 from pyaccel.models import evaluation
 from pyaccel.models.evaluation import StraightLayer
 from pyaccel.ops.linear import onednn
@@ -29,7 +29,7 @@ LAYERS = 3
 @pytest.fixture(autouse=True)
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many layers took the straight line; as on a machine whose kernels are not interpreted."""
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
     counted: Counter[str] = Counter()
     run = StraightLayer.__call__
 

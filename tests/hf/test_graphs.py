@@ -22,7 +22,9 @@ from transformers import BertForQuestionAnswering, BertModel
 
 import pyaccel
 from pyaccel import dispatch
+from pyaccel.errors import NotSupportedError
 from pyaccel.hf import graphs
+from pyaccel.ops import common
 from tests.assertions import assert_bits_equal, assert_equivalent
 from tests.conftest import COMPILED
 from tests.hf.models import DTYPES, MASKS, VOCAB, Truth, batch_of, of_family, read, tiny
@@ -31,12 +33,12 @@ LAYERS = 3
 
 
 def traced(run: Callable[[], Tensor], pool: Any, device: torch.device) -> tuple[Tensor, Callable[[], object]]:
-    on_host = dispatch.on_host
-    dispatch.on_host = lambda x: False  # as on a GPU; make_fx refuses whatever looks at values all the same
+    on_host = common.on_host
+    common.on_host = lambda x: False  # as on a GPU; make_fx refuses whatever looks at values all the same
     try:
         graph = make_fx(run)()
     finally:
-        dispatch.on_host = on_host
+        common.on_host = on_host
     out = run()
     return out, lambda: out.copy_(graph())
 
@@ -390,7 +392,7 @@ def test_what_cannot_be_captured_is_said(device: torch.device) -> None:
 def test_without_a_gpu_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model: Any = tiny()
-    with pytest.raises(dispatch.NotSupportedError, match="needs a CUDA or ROCm device"):
+    with pytest.raises(NotSupportedError, match="needs a CUDA or ROCm device"):
         pyaccel.accelerate(model, cuda_graphs=True)
     assert type(model.encoder) is type(BertModel(model.config).encoder)
 

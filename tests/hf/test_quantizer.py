@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import pyaccel
+from pyaccel import checkpoints
 from pyaccel.hf import PyaccelInt8Config
 from pyaccel.models import bert as our_bert
 from pyaccel.nn import Int8Linear
@@ -188,9 +189,7 @@ def test_another_family(tmp_path: Path) -> None:
 
 
 def test_the_real_checkpoint(tmp_path: Path) -> None:
-    from pyaccel.cli.inputs import load_model
-
-    _, stock, _ = load_model(None, torch.device("cpu"))
+    stock, _, _ = checkpoints.load(None, attn_implementation="sdpa", dtype=torch.float32)
     stock.save_pretrained(tmp_path / "float")
     model = AutoModel.from_pretrained(tmp_path / "float", quantization_config=PyaccelInt8Config())
     model.save_pretrained(tmp_path / "int8")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel
 
 import pyaccel
-from pyaccel import dispatch
+from pyaccel import triton_support
 from tests.assertions import assert_bits_equal
 from tests.hf.models import batch_of, of_family, tiny
 
@@ -23,7 +23,7 @@ from tests.hf.models import batch_of, of_family, tiny
 @pytest.fixture(autouse=True)
 def _native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine whose kernels are not interpreted."""
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
 
 
 def storages(tensors: Iterable[Tensor | None]) -> list[int]:

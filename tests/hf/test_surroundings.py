@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 import pyaccel
-from pyaccel import dispatch
+from pyaccel import triton_support
 from pyaccel.hf.attention import attention_forward
 from pyaccel.hf.surroundings import inside, is_patched
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
@@ -33,7 +33,7 @@ PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 @pytest.fixture(autouse=True)
 def _native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine whose kernels are not interpreted."""
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
 
 
 def pooled(model: Any, embeds: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertModel, Trainer, TrainingArguments
 
 import pyaccel
-from pyaccel.cli.inputs import demo_checkpoint
+from pyaccel.checkpoints import demo_checkpoint
 from pyaccel.nn import Int8Linear
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent, assert_same_curve
 from tests.hf.models import batch_of, tiny

@@ -10,7 +10,7 @@ TRITON = "pyaccel/ops/attention/triton.py"
 TESTS = [
     "tests/ops/test_attention_edges.py",
     "tests/ops/test_attention_transforms.py",
-    "tests/test_on_host.py",
+    "tests/ops/test_on_host.py",
     "tests/ops/test_attention_varlen.py",
 ]
 
@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant("in a graph: NaN of a query hides", SDPA, "_showing(out, query) if may_hide and not reads else out", "out"),
     Mutant("reference: scores of fp16 overflow", REFERENCE, "narrow = wide if dtype == torch.float16 else dtype", "narrow = dtype"),
     Mutant("products: fp16 is served where it was measured", "pyaccel/ops/attention/matmul.py", "if query.dtype not in _EVALUATION or dropout_p == 1.0", "if dropout_p == 1.0"),
-    Mutant("a trace keeps what a mask held", "pyaccel/dispatch.py", "    if torch._C._is_tracing() or torch._C._are", "    if torch._C._are"),
+    Mutant("a trace keeps what a mask held", "pyaccel/ops/common.py", "    if torch._C._is_tracing() or torch._C._are", "    if torch._C._are"),
     Mutant("forward mode: the kernels drop the derivative", TRITON, "    _refuse_forward_mode(*arguments[:4])\n", ""),
     Mutant("packing: offsets of a full batch on the default device", "pyaccel/packing.py", "indices = torch.arange(batch_size * seq_len, device=device)", "indices = torch.arange(batch_size * seq_len)"),
 ]  # fmt: skip

@@ -50,9 +50,9 @@ MUTANTS = [
     ),
     Mutant(
         "oneDNN: ReLU in the product",
-        "pyaccel/ops/linear/onednn.py",
-        '"relu": ("none", "")',
-        '"relu": ("relu", "")',
+        "pyaccel/activations.py",
+        '("none", ""),  # oneDNN',
+        '("relu", ""),  # oneDNN',
     ),
     Mutant(
         "quantize: the given scale comes back",

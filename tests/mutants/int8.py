@@ -34,7 +34,7 @@ MUTANTS = [
     Mutant("int8_linear: the weight's gradient without the offset", OP, "x = x + offset.unsqueeze(-1)", "x = x + 0 * offset.unsqueeze(-1)"),
     Mutant("int8_linear: the weight's gradient without the scales", OP, "else dequantize(codes, scale)\n", "else codes.float()\n"),
     Mutant("int8_linear: the input's gradient without the scales", OP, "dx = grad @ dequantize(w_codes, w_scale).to(compute)", "dx = grad @ w_codes.to(compute)"),
-    Mutant("int8_linear: the activation's derivative left out", OP, "grad = _activation_grad(grad.float(), pre, options.activation).to(compute)", "grad = grad + 0 * pre.to(compute)"),
+    Mutant("int8_linear: the activation's derivative left out", OP, "grad = activations.ACTIVATIONS[options.activation].gradient(grad.float(), pre).to(compute)", "grad = grad + 0 * pre.to(compute)"),
     Mutant("int8_linear: the pre-activation made again without its offset", OP, "pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)", "pre = int8_matmul(codes, w_codes, scale, w_scale, bias)"),
     Mutant("int8_linear: a gradient where a static scale has clamped", OP, "        if options.static:\n            dx =", "        if False:\n            dx ="),
     Mutant("int8_linear: the bias's gradient in 16 bits", OP, "by_row.sum(0, dtype=torch.float32)", "by_row.sum(0)"),

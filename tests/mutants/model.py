@@ -24,7 +24,7 @@ MUTANTS = [
     Mutant("model: rows sorted, their tokens not", PACKING, "indices = order[row] * seq_len + column", "indices = row * seq_len + column"),
     Mutant("model: a kept padding slot is a key too", PACKING, "key_indices=keys.flatten()[indices].nonzero().flatten() if only_queries else None", "key_indices=None"),
     Mutant("model: gamma and beta swapped", LAYER, "        residual,\n        norm.weight,\n        norm.bias,\n        eps=norm.eps,\n        dropout_p=dropout.p,\n        training=dropout.training,\n    )\n\n\ndef packed_attention", "        residual,\n        norm.bias,\n        norm.weight,\n        eps=norm.eps,\n        dropout_p=dropout.p,\n        training=dropout.training,\n    )\n\n\ndef packed_attention"),
-    Mutant("model: tanh GELU for erf's", LAYER, '"transformers.activations.GELUActivation": "gelu"', '"transformers.activations.GELUActivation": "gelu_tanh"'),
+    Mutant("model: tanh GELU for erf's", "pyaccel/activations.py", "_CLASSES = {name: activation for", '_CLASSES = {name: "gelu_tanh" for'),
     Mutant("model: the bias of the last product is lost in training", LAYER, "        x_bias=last.dense.bias,\n", ""),
     Mutant("model: the residual of the feed-forward network is that of attention", LAYER, "    return ops.residual_layernorm(\n        out,\n        hidden,\n", "    return ops.residual_layernorm(\n        out,\n        residual,\n"),
     Mutant("model: key and value swapped", LAYER, "projections = (attention_self.query, attention_self.key, attention_self.value)\n    scales", "projections = (attention_self.query, attention_self.value, attention_self.key)\n    scales"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import dispatch, triton_support
 from pyaccel.ops.attention.api import scaled_dot_product_attention
 from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.dropout import dropout_key
@@ -272,7 +272,7 @@ MASKS: dict[str, Mask] = {
 LENGTHS = [(1, 37), (16, 16), (17, 33), (33, 17), (64, 64)]
 LENGTHS += (
     [(40, 97), (96, 96), (97, 40)]
-    if dispatch.interpreting()
+    if triton_support.interpreting()
     else [(65, 130), (128, 128), (130, 65), (70, 300)]
 )
 PACKED_LENGTHS = [
@@ -281,7 +281,7 @@ PACKED_LENGTHS = [
     ([5, 12, 0, 40], [33, 30, 6, 0]),
     ([2, 1, 20], [2, 1, 20]),
 ]
-if dispatch.interpreting():
+if triton_support.interpreting():
     PACKED_LENGTHS += [([96], [96]), ([40, 70], [40, 70]), ([65, 2, 9], [97, 20, 12]), ([0, 40], [3, 130])]
 else:
     PACKED_LENGTHS += [

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, triton_support, tuned
+from pyaccel.errors import InvalidArgumentError, NotSupportedError
 from pyaccel.ops.attention import api as module
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention.api import attention_probs, scaled_dot_product_attention
@@ -222,27 +223,27 @@ def test_the_error_is_both_ours_and_pytorchs(base: type[Exception], device: torc
 def test_the_kernels_reasons_come_with_the_arguments() -> None:
     query = torch.zeros(1, 1, 2, 5, 300, dtype=torch.float64)
     key = torch.zeros(1, 1, 2, 5, 300, dtype=torch.float64, device="meta")
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.InvalidArgumentError) as info:
+    with dispatch.use_backend("triton"), pytest.raises(InvalidArgumentError) as info:
         scaled_dot_product_attention(query, key, key, torch.zeros(3), 1.5)
     for reason in (
         "not float64", "up to 256, not 300", "on one device, got cpu, meta, meta", "got (1, 1, 2, 5, 300)",
         "attn_mask (3,) can't be broadcast", "dropout_p must be between 0 and 1, got 1.5",
     ):  # fmt: skip
         assert str(info.value).count(reason) == 1
-    with pytest.raises(dispatch.InvalidArgumentError) as info:
+    with pytest.raises(InvalidArgumentError) as info:
         scaled_dot_product_attention(query, key, key, torch.zeros(3), 1.5)
     assert "the kernels take" not in str(info.value)
     # Where the arguments make sense and only the backend can't, that is what is said.
     wide = torch.zeros(1, 1, 2, 300, dtype=torch.float64)
     with (
         dispatch.use_backend("triton"),
-        pytest.raises(dispatch.NotSupportedError, match=r"not float64.*not 300"),
+        pytest.raises(NotSupportedError, match=r"not float64.*not 300"),
     ):
         scaled_dot_product_attention(wide, wide, wide)
     cu = torch.tensor([0, 2], dtype=torch.int32)
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.InvalidArgumentError, match="not float64"):
+    with dispatch.use_backend("triton"), pytest.raises(InvalidArgumentError, match="not float64"):
         varlen_attention(wide, wide[0], wide[0], cu, cu, 2, 2)
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.InvalidArgumentError, match="not float64"):
+    with dispatch.use_backend("triton"), pytest.raises(InvalidArgumentError, match="not float64"):
         attention_probs(wide, wide, torch.zeros(1, 1, 3))
 
 
@@ -307,6 +308,6 @@ def test_on_a_gpu_triton_serves_but_not_where_it_would_spill() -> None:
         for dtype, dim in ((torch.bfloat16, 128), (torch.float32, 64), (torch.float32, 80)):
             q = torch.empty(2, 4, 16, dim, dtype=dtype, device="cuda")
             scaled_dot_product_attention(q, q, q)
-    if dispatch.has_triton():
+    if triton_support.has_triton():
         assert [choice.backend for choice in choices] == ["triton", "triton", "torch"]
     assert "at a head dimension of 80 the kernels spill" in choices[-1].reason

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.ops import common
 from pyaccel.ops.attention import varlen as torch_backend
 from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.reference import attention as reference
@@ -162,7 +163,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
         return [reason for reason in found if "fp16 and bf16" not in reason]
 
     monkeypatch.setattr(varlen, "varlen_attn", fake)
-    monkeypatch.setattr(dispatch, "on_host", lambda x: False)
+    monkeypatch.setattr(common, "on_host", lambda x: False)
     monkeypatch.setattr(torch_backend, "_has_flash_kernels", lambda device: True)
     monkeypatch.setattr(torch_backend, "_parameters", torch_backend._varlen_attn_parameters())
     monkeypatch.setattr(torch_backend, "varlen_attn_reasons", on_cuda)

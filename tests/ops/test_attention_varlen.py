@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, tuned
+from pyaccel.ops import common
 from pyaccel.ops.attention import sdpa as sdpa_backend
 from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.dropout import dropout_key
@@ -29,7 +30,7 @@ H, D = 4, 16
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Triton, and both torch implementations: in groups on the host, and padded on the device, which runs here too."""
     if request.param == "device":
-        monkeypatch.setattr(dispatch, "on_host", lambda x: False)
+        monkeypatch.setattr(common, "on_host", lambda x: False)
     with dispatch.use_backend("triton" if request.param == "triton" else "torch"):
         yield request.param
 

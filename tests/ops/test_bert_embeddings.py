@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.errors import NotSupportedError
 from pyaccel.ops import bert_embeddings as public
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings.triton import forward_op
@@ -465,10 +466,10 @@ def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
 
 def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -> None:
     ids, word = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.randn(4, 32, device=device)
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.NotSupportedError, match="not float64"):
+    with dispatch.use_backend("triton"), pytest.raises(NotSupportedError, match="not float64"):
         ops.bert_embeddings(ids, word.double(), None, None, None, None)
     wide = torch.randn(1, 16385, device=device)
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.NotSupportedError, match="up to 16384"):
+    with dispatch.use_backend("triton"), pytest.raises(NotSupportedError, match="up to 16384"):
         ops.bert_embeddings(ids, wide, None, None, None, None)
     with dispatch.record() as choices:
         ops.bert_embeddings(ids, word.double(), None, None, None, None)

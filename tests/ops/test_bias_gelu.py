@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.errors import NotSupportedError
 from pyaccel.kernels.common import reduce as column_sum
 from pyaccel.ops import bias_gelu as public
 from pyaccel.ops.bias_act.api import ACTIVATIONS
@@ -344,10 +345,10 @@ def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
 
 def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -> None:
     x = torch.randn(4, 32, device=device, dtype=torch.float64)
-    with pytest.raises(dispatch.NotSupportedError, match="not float64"):
+    with pytest.raises(NotSupportedError, match="not float64"):
         call(x)
     wide = torch.randn(1, 16385, device=device)
-    with pytest.raises(dispatch.NotSupportedError, match="int8 output takes rows of up to 16384"):
+    with pytest.raises(NotSupportedError, match="int8 output takes rows of up to 16384"):
         call(wide, quantize_output=True)
     assert call(wide).shape == wide.shape
     with dispatch.record() as choices:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.errors import NotSupportedError
 from pyaccel.ops.int8 import cpu as on_cpu
 from pyaccel.ops.int8.matmul import _accumulate, _pad_for_cublas, int8_matmul
 from pyaccel.ops.int8.quantize import (
@@ -287,7 +288,7 @@ def test_weight_only_product(
     b, b_scale = quantize_per_channel(weight)
     bias = torch.randn(n_out, device=device)
     if backend == "triton" and dtype == F32:
-        with dispatch.use_backend(backend), pytest.raises(dispatch.NotSupportedError, match="16-bit"):
+        with dispatch.use_backend(backend), pytest.raises(NotSupportedError, match="16-bit"):
             int8_weight_only_matmul(x, b, b_scale, bias)
         return
     with dispatch.use_backend(backend):
@@ -351,13 +352,13 @@ def test_triton_says_what_it_does_not_take(device: torch.device) -> None:
     wide = torch.ones(2, 16385, device=device)
     long, one = torch.ones(8193, 16, dtype=torch.int8, device=device), torch.ones((), device=device)
     with dispatch.use_backend("triton"):
-        with pytest.raises(dispatch.NotSupportedError, match="float64"):
+        with pytest.raises(NotSupportedError, match="float64"):
             int8_matmul(*inputs, bias=torch.ones(8, dtype=torch.float64, device=device))
-        with pytest.raises(dispatch.NotSupportedError, match="a dimension of the weight is 0"):
+        with pytest.raises(NotSupportedError, match="a dimension of the weight is 0"):
             int8_matmul(inputs[0], inputs[1][:0], inputs[2], inputs[3][:0])
-        with pytest.raises(dispatch.NotSupportedError, match="more than 8192 elements"):
+        with pytest.raises(NotSupportedError, match="more than 8192 elements"):
             int8_matmul(inputs[0], long, inputs[2], one, quantize_output=True)
-        with pytest.raises(dispatch.NotSupportedError, match="1 to 16384 elements, not 16385"):
+        with pytest.raises(NotSupportedError, match="1 to 16384 elements, not 16385"):
             quantize_per_token(wide)
     with dispatch.record() as choices:
         quantize_per_token(wide)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyaccel import dispatch, ops
+from pyaccel import dispatch, ops, triton_support
+from pyaccel.errors import NotSupportedError
 from pyaccel.kernels.bias_act import kernels as bias_gelu
 from pyaccel.kernels.common import reduce as column_sum
 from pyaccel.kernels.linear import kernels as kernel
@@ -352,7 +353,7 @@ def test_tf32_is_taken_where_torch_allows_it(device: torch.device, monkeypatch: 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_meta_tensors_have_the_shapes_of_real_ones(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For whoever counts a model's cost without running it."""
-    monkeypatch.setattr(dispatch, "triton_reasons", lambda *tensors: [])
+    monkeypatch.setattr(triton_support, "unsupported_reasons", lambda *tensors: [])
     leaves = [t.to(BF16).requires_grad_() for t in inputs(4, 16, 8, torch.device("meta"))]
     out = call(*leaves, backend=backend)
     out.sum().backward()
@@ -364,7 +365,7 @@ def test_what_cannot_be_served_is_refused_with_every_reason(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, bias = inputs(3, 16, 8, device)
-    with pytest.raises(dispatch.NotSupportedError, match="not float64"):
+    with pytest.raises(NotSupportedError, match="not float64"):
         call(x.double(), weight.double(), bias)
     with pytest.raises(
         ValueError, match=r"x is torch.bfloat16 and weight torch.float32: cast.*unknown activation"
@@ -372,7 +373,7 @@ def test_what_cannot_be_served_is_refused_with_every_reason(
         call(x.to(BF16), weight, bias, "swish")
     if device.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "0")
-        with pytest.raises(dispatch.NotSupportedError, match="on the CPU"):
+        with pytest.raises(NotSupportedError, match="on the CPU"):
             call(x, weight, bias)
 
 

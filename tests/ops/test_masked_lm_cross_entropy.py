@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyaccel import dispatch, ops, reference
+from pyaccel import dispatch, ops, reference, triton_support
+from pyaccel.errors import NotSupportedError
 from pyaccel.ops.mlm_loss import chunked as registered
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
 from tests.pairwise import pairwise
@@ -472,7 +473,7 @@ def test_a_double_backward_says_what_to_do(reduction: str, device: torch.device)
 def test_a_label_outside_the_vocabulary_is_an_error_at_once_on_a_cpu(backend: str) -> None:
     tensors, labels = inputs((6, 30, 4), F32, torch.device("cpu"))
     labels = labels.clamp(min=0)
-    if not dispatch.interpreting() and backend == "triton":
+    if not triton_support.interpreting() and backend == "triton":
         backend = "reference"
     for wrong in (30, -1, -101):
         labels[2] = wrong
@@ -522,5 +523,5 @@ def test_the_backend_is_torch_on_a_cpu_and_the_one_asked_for_is_used_or_refused(
         call(*(t.to(device) for t in tensors), labels.to(device))
     assert [choice.backend for choice in choices] == ["torch", "torch", "reference", "triton"]
     assert choices[0].reason == "on the CPU"
-    with pytest.raises(dispatch.NotSupportedError, match=r"the kernels take float32.*not float64"):
+    with pytest.raises(NotSupportedError, match=r"the kernels take float32.*not float64"):
         call(*(t.to(device).double() for t in tensors), labels.to(device))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.errors import NotSupportedError
 from pyaccel.ops import residual_layernorm as public
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layernorm.triton import forward_op
@@ -495,12 +496,12 @@ def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
 
 def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -> None:
     x = torch.randn(4, 32, device=device, dtype=torch.float64)
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.NotSupportedError, match="not float64"):
+    with dispatch.use_backend("triton"), pytest.raises(NotSupportedError, match="not float64"):
         ops.residual_layernorm(x, x, None, None)
     wide = torch.randn(1, 16385, device=device)
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.NotSupportedError, match="up to 16384"):
+    with dispatch.use_backend("triton"), pytest.raises(NotSupportedError, match="up to 16384"):
         ops.residual_layernorm(wide, None, None, None)
-    with dispatch.use_backend("triton"), pytest.raises(dispatch.NotSupportedError, match="up to 8192"):
+    with dispatch.use_backend("triton"), pytest.raises(NotSupportedError, match="up to 8192"):
         ops.residual_layernorm(wide[:, :8193], None, None, None, quantize_output=True)
     ops.residual_layernorm(wide, None, None, None, quantize_output=True)
     with dispatch.record() as choices:

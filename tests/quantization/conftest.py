@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
-from pyaccel.cli.inputs import load_model, real_passages
+from pyaccel import checkpoints, dispatch
+from pyaccel.encode.texts import real_passages
 
 Batch = dict[str, Tensor]
 
@@ -24,7 +24,9 @@ class Real:
     """
 
     def __init__(self) -> None:
-        self.tokenizer, self.stock, _ = load_model(None, torch.device("cpu"))
+        self.stock, self.tokenizer, _ = checkpoints.load(
+            None, attn_implementation="sdpa", dtype=torch.float32
+        )
 
         def count(texts: list[str]) -> list[int]:
             return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]

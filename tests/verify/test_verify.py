@@ -16,11 +16,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import pyaccel
-from pyaccel import ops
+from pyaccel import ops, triton_support
+from pyaccel.checkpoints import demo_checkpoint
 from pyaccel.cli import app
-from pyaccel.cli.errors import BadInputError
-from pyaccel.cli.inputs import demo_checkpoint
 from pyaccel.cli.verify import example_labels
+from pyaccel.errors import UserInputError
 from pyaccel.hf import fast_path
 from pyaccel.nn import encoder_layer
 from pyaccel.packing import layout
@@ -94,7 +94,7 @@ def test_an_unharmed_model_is_right(kind: str, dtype: str, backends: list[str]) 
 
 
 def test_without_triton(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyaccel.dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
     torch.manual_seed(0)
     report = verify(tiny(num_hidden_layers=1), batch, compiled=False)
     assert report.right, str(report)
@@ -174,7 +174,7 @@ def test_every_op_on_every_backend(backend: str, dtype: torch.dtype) -> None:
             continue  # minutes of the interpreter; the ops' own tests do these
         try:
             check = check_op(case, dtype, backend, CPU, str(dtype))
-        except pyaccel.dispatch.NotSupportedError:
+        except pyaccel.errors.NotSupportedError:
             refused.add(case.op)
             continue
         assert check.status == "right", str(check)
@@ -182,7 +182,7 @@ def test_every_op_on_every_backend(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_what_a_backend_cannot_serve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyaccel.dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
     notes: list[str] = []
     assert list(check_ops(torch.float32, "triton", CPU, "fp32", notes)) == []
     assert len(notes) == len(cases())
@@ -499,7 +499,7 @@ def test_bad_command_lines(options: list[str], message: str, monkeypatch: pytest
     done = CliRunner().invoke(
         app, ["verify", "--no-compile", "--batch-size", "2", "--max-length", "8", *options]
     )
-    assert isinstance(done.exception, BadInputError), done.output
+    assert isinstance(done.exception, UserInputError), done.output
     assert message in str(done.exception)
 
 

@@ -8,7 +8,7 @@ What masks mean is written once, in :mod:`pyaccel.reference.attention`, what arg
 * They trace under ``torch.compile(fullgraph=True)``. What reads values on the host (the offsets of a packed
   batch, whether a mask masks anything) is done on CPUs in eager mode only, where it costs no device sync.
 * Triton serves fp16, bf16 and fp32 and head dims of up to 256 on GPUs; on a CPU torch is preferred.
-* Bad arguments raise :class:`pyaccel.dispatch.InvalidArgumentError` (a ``ValueError`` and a ``RuntimeError``) that
+* Bad arguments raise :class:`pyaccel.errors.InvalidArgumentError` (a ``ValueError`` and a ``RuntimeError``) that
   names every reason at once, those of the Triton kernels too where they were asked for.
 """
 
@@ -19,7 +19,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel.ops import common
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention.checks import Window
@@ -105,8 +105,8 @@ def scaled_dot_product_attention(
         query, key and value have none of.
 
     Raises:
-        pyaccel.dispatch.InvalidArgumentError: naming everything that is wrong with the arguments.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.InvalidArgumentError: naming everything that is wrong with the arguments.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
 
     The torch backend is ``F.scaled_dot_product_attention``; on a CPU in eager mode it draws PyTorch's own dropout
     mask, not that of the other backends. With dropout elsewhere, or where the LSE is asked for, it is two matrix
@@ -124,7 +124,7 @@ def scaled_dot_product_attention(
     attn_mask, is_causal, window_size = arguments.without_causal_bias(attn_mask, is_causal, window_size)
     backend = choose(op, query, key, value, seqlen=query.shape[2])
     # On a CPU in eager mode the torch backend drops by PyTorch's mask: ours takes it three times the attention.
-    drops_itself = backend == "torch" and dispatch.on_host(query) and not return_lse
+    drops_itself = backend == "torch" and common.on_host(query) and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     result: Tensor | tuple[Tensor, Tensor]
     if backend == "triton":

@@ -7,7 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel.errors import NotSupportedError
+from pyaccel.ops import common
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention import varlen as torch_backend
@@ -108,7 +109,7 @@ def varlen_attention(
     if reasons:
         refuse(op, reasons, query, key, value)
     backend = choose(op, query, key, value, seqlen=max_seqlen_q, dropout_p=dropout_p)
-    on_host = dispatch.on_host(query)
+    on_host = common.on_host(query)
     drops_itself = backend == "torch" and on_host and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
     if backend == "torch" and not on_host:
@@ -129,7 +130,7 @@ def varlen_attention(
         )
     no_values = query.is_meta or (not torch.compiler.is_compiling() and torch._C._is_tracing())
     if backend == "reference" and no_values:
-        raise dispatch.NotSupportedError(
+        raise NotSupportedError(
             "pyaccel.ops.varlen_attention: the reference backend reads cu_seqlens, which meta tensors don't hold and a "
             "trace would keep. Use another one here: pyaccel.use_backend('auto', ops=['varlen_attention'])."
         )

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 # Bound once: whoever puts our function in the place of torch.nn.functional's must not find it calling itself.
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
-from pyaccel import dispatch
+from pyaccel.ops import common
 from pyaccel.reference import attention as reference
 
 # PyTorch's flash kernel for CPUs takes a row of NaN scores for one without keys wherever the maximum is taken of less
@@ -21,7 +21,7 @@ _VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 def may_hold(condition: Tensor) -> bool:
     """False only where it is known, at next to no cost, that ``condition`` holds nowhere."""
-    return not dispatch.on_host(condition) or bool(condition.any())
+    return not common.on_host(condition) or bool(condition.any())
 
 
 def forward_mode() -> bool:
@@ -65,7 +65,7 @@ def sdpa(
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         length = key.shape[2]
         may_hide = may_hide and (type(length) is not int or length < _VECTOR)
-        reads = may_hide and dispatch.on_host(query)
+        reads = may_hide and common.on_host(query)
         if reads and not (_finite(query) and _finite(key)):
             allowed, _ = reference.combine_masks(query, key, None, None, is_causal, None)
             return _defined(query, key, value, allowed, None, scale)
@@ -77,7 +77,7 @@ def sdpa(
         gqa = False
     # PyTorch multiplies what is masked by 0, which makes NaN of NaN and inf; and what its backends make of a
     # row without keys differs. So unread keys are cleared, and an unread query sees all and is cleared later.
-    reads = dispatch.on_host(query)
+    reads = common.on_host(query)
     idle_rows, idle_keys = reference.unread(allowed)
     has_idle_rows = may_hold(idle_rows)
     # What is finite can't leak anything.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyaccel import dispatch
+from pyaccel import triton_support
 from pyaccel.kernels.common.limits import MAX_HEAD_DIM
 from pyaccel.ops.attention.custom_ops import backward_op, forward_op, probs_op
 from pyaccel.ops.attention.sdpa import forward_mode
@@ -24,7 +24,7 @@ Window = tuple[int, int]
 
 def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     """Why the kernels can't serve a call with these tensors; empty if they can."""
-    reasons = dispatch.triton_reasons(query, key, value)
+    reasons = triton_support.unsupported_reasons(query, key, value)
     dims = sorted({t.shape[-1] for t in (query, value) if t.dim() and t.shape[-1] > MAX_HEAD_DIM})
     if dims:
         reasons.append(f"the kernels take head dimensions of up to {MAX_HEAD_DIM}, not {dims[-1]}")

@@ -12,12 +12,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
+from pyaccel import dispatch, reference, triton_support, tuned
+from pyaccel.activations import ACTIVATIONS
 from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.reference.layernorm import add_bias
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 def not_supported_reasons(
@@ -106,7 +105,7 @@ def bias_gelu(
 
     Raises:
         ValueError: naming every argument that makes no sense; ``quantize_output`` where a gradient is needed.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid(OP, not_supported_reasons(x, bias, activation, quantize_output=quantize_output))
     backend = _choose(x, bias, quantize_output).backend
@@ -125,7 +124,7 @@ def bias_gelu(
 
 
 def _choose(x: Tensor, bias: Tensor | None, quantize_output: bool) -> dispatch.Choice:
-    triton = dispatch.triton_reasons(x, bias)
+    triton = triton_support.unsupported_reasons(x, bias)
     if quantize_output and x.shape[-1] > MAX_ROW:
         triton.append(f"the kernel for int8 output takes rows of up to {MAX_ROW}, not {x.shape[-1]}")
     if x.device.type == "cpu":

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
+from pyaccel import dispatch, reference, triton_support, tuned
 from pyaccel.kernels.common.limits import MAX_ROW
+from pyaccel.ops import common
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings import triton as triton_backend
@@ -69,7 +70,7 @@ def bert_embeddings(
         ValueError: naming every argument that makes no sense.
         IndexError: an id that is not a row of its table, on the CPU. On a GPU, which isn't waited for, and in a
             compiled graph it is an assertion that says the same but for the id.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid(
         OP,
@@ -94,7 +95,7 @@ def bert_embeddings(
     tables = (word_weight, position_weight, token_type_weight)
     packed = cu_seqlens if position_ids is None and position_weight is not None else None
     choice = _choose(input_ids.numel(), *tables, weight, bias)
-    at_once = dispatch.on_host(word_weight) and dispatch.on_host(input_ids)
+    at_once = common.on_host(word_weight) and common.on_host(input_ids)
     if choice.backend != "triton" or at_once:
         given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
         if packed is not None:
@@ -139,7 +140,7 @@ def bert_embeddings(
 
 
 def _choose(rows: int, word_weight: Tensor, *others: Tensor | None) -> dispatch.Choice:
-    triton = dispatch.triton_reasons(word_weight, *others)
+    triton = triton_support.unsupported_reasons(word_weight, *others)
     if word_weight.shape[1] > MAX_ROW:
         triton.append(f"the kernels take hidden sizes of up to {MAX_ROW}, not {word_weight.shape[1]}")
     served: dict[str, list[str]] = {"triton": triton, "torch": [], "reference": []}

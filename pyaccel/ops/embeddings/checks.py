@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel.ops import common
 from pyaccel.ops.dropout import dropout_reasons
 
 OP = "bert_embeddings"
@@ -148,7 +148,7 @@ def assert_later(right: Tensor, message: str) -> None:
     transformed = torch._C._are_functorch_transforms_active()
     while torch._C._functorch.is_functorch_wrapped_tensor(right):
         right = torch._C._functorch.get_unwrapped(right)
-    if not (dispatch.on_host(right) or (transformed and right.is_cpu)):
+    if not (common.on_host(right) or (transformed and right.is_cpu)):
         torch._assert_async(right.all(), message)
     elif not right.all():
         raise IndexError(message)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import activations, dispatch
 from pyaccel.ops.common import autocast_dtype, differentiable_once, rows
 from pyaccel.ops.int8.matmul import int8_matmul
 from pyaccel.ops.int8.quantize import (
@@ -69,7 +69,7 @@ def int8_linear(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     reasons = not_supported_reasons(x, weight, bias, activation, weight_scale, input_scale, smooth_scale)
     if weight_only and (input_scale is not None or smooth_scale is not None):
@@ -261,7 +261,7 @@ def _backward(
         else:
             assert scale is not None
             pre = int8_matmul(codes, w_codes, scale, w_scale, bias, a_offset=offset)
-        grad = _activation_grad(grad.float(), pre, options.activation).to(compute)
+        grad = activations.ACTIVATIONS[options.activation].gradient(grad.float(), pre).to(compute)
     dx, dweight, dbias = (grad.new_empty(0) for _ in range(3))
     # Products of what the codes stand for: fp16 holds neither sums of codes nor small gradients times scales.
     if wants_x:
@@ -295,14 +295,3 @@ def _int8_grad_input(grad: Tensor, w_codes: Tensor, w_scale: Tensor) -> Tensor:
     back, back_scale = quantize_per_channel(dequantize(w_codes, w_scale).mT)
     codes, scale = quantize_per_token(grad)
     return int8_matmul(codes, back, scale, back_scale, out_dtype=grad.dtype)
-
-
-def _activation_grad(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
-    aten = torch.ops.aten
-    if activation == "gelu":
-        return aten.gelu_backward(grad, pre)
-    if activation == "gelu_tanh":
-        return aten.gelu_backward(grad, pre, approximate="tanh")
-    if activation == "relu":
-        return aten.threshold_backward(grad, pre, 0)
-    return aten.silu_backward(grad, pre)

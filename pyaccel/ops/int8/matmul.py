@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, triton_support, tuned
+from pyaccel.ops import common
 from pyaccel.ops.common import rows, without_autocast
 from pyaccel.ops.int8 import cpu as on_cpu
 from pyaccel.ops.int8 import triton as on_gpu
@@ -89,7 +90,7 @@ def int8_matmul(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
 
     Triton does all of it in one launch; in two, with the sums between them, where few rows make it split the inner
     dimension, and where the output is quantised again, for which a program must see a whole row. The torch backend
@@ -107,7 +108,7 @@ def int8_matmul(
         b, a_scale, b_scale, bias, residual, quantize_output=quantize_output
     )
     measured: tuple[str | None, str] = (None, "")
-    if not dispatch.interpreting():  # the interpreter is nobody's measured machine
+    if not triton_support.interpreting():  # the interpreter is nobody's measured machine
         size = (math.prod(a.shape[:-1]), a.shape[-1], b.shape[0])
         measured = tuned.preferred("int8_matmul", a.device, out_dtype, size, ("triton", "torch"))
     choice = dispatch.choose(
@@ -125,7 +126,7 @@ def int8_matmul(
                 a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output,
                 a_offset=a_offset, upcast=False,
             )  # fmt: skip
-        if dispatch.on_host(a) and dispatch.on_host(b):
+        if common.on_host(a) and common.on_host(b):
             return on_cpu.int8_matmul(
                 a, b, a_scale, b_scale, bias, activation, residual, out_dtype, quantize_output, a_offset
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
+from pyaccel.ops import common
 from pyaccel.ops.int8 import cpu as on_cpu
 from pyaccel.ops.int8 import triton as on_gpu
 from pyaccel.reference import int8 as reference
@@ -124,7 +125,7 @@ def _choose(op: str, triton_reasons: list[str]) -> str:
 
 
 def _in_blocks(x: Tensor) -> bool:
-    return x.dtype != torch.float64 and dispatch.on_host(x)
+    return x.dtype != torch.float64 and common.on_host(x)
 
 
 def _factor_reasons(x: Tensor, factor: Tensor | None) -> list[str]:

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, tuned
+from pyaccel import triton_support, tuned
 from pyaccel.kernels.common.limits import MAX_QUANTIZED_ROW, MAX_ROW
 from pyaccel.ops.common import custom_op, rows
 
 
 def rows_reasons(x: Tensor, factor: Tensor | None = None) -> list[str]:
     """Why the kernels can't quantise these rows here; empty if they can."""
-    reasons = dispatch.triton_reasons(x, factor)
+    reasons = triton_support.unsupported_reasons(x, factor)
     if not 1 <= x.shape[-1] <= MAX_ROW:
         reasons.append(f"the kernels take rows of 1 to {MAX_ROW} elements, not {x.shape[-1]}")
     return reasons
@@ -27,7 +27,7 @@ def rows_reasons(x: Tensor, factor: Tensor | None = None) -> list[str]:
 
 def tensor_reasons(x: Tensor, factor: Tensor | None = None) -> list[str]:
     """Why the kernels can't quantise x by a given scale here; empty if they can."""
-    reasons = dispatch.triton_reasons(x, factor)
+    reasons = triton_support.unsupported_reasons(x, factor)
     if x.dim() == 0 or x.shape[-1] == 0:
         reasons.append("there are no rows")
     return reasons
@@ -43,7 +43,7 @@ def matmul_reasons(
     quantize_output: bool,
 ) -> list[str]:
     """Why the kernels can't serve this product here; empty if they can."""
-    reasons = dispatch.triton_reasons(a_scale, b_scale, bias, residual)
+    reasons = triton_support.unsupported_reasons(a_scale, b_scale, bias, residual)
     n_out, n_in = b.shape
     if not n_out or not n_in:
         reasons.append("a dimension of the weight is 0")
@@ -56,7 +56,7 @@ def matmul_reasons(
 
 def weight_only_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """Why the kernel can't serve this product of 16-bit activations here; empty if it can."""
-    reasons = dispatch.triton_reasons(x, bias)
+    reasons = triton_support.unsupported_reasons(x, bias)
     if x.dtype == torch.float32:
         reasons.append("the weight-only kernel takes 16-bit activations, not float32")
     if 0 in weight.shape:

@@ -39,7 +39,7 @@ def int8_weight_only_matmul(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
 
     Triton reads the weight as it is, for 16-bit activations of up to 128 rows unless it is asked for by name: few rows
     are bound by the weight's bytes. The torch backend makes codes floating and calls ``F.linear``, which rounds the

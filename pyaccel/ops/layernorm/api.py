@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
+from pyaccel import dispatch, reference, triton_support, tuned
 from pyaccel.kernels.common.limits import MAX_QUANTIZED_ROW, MAX_ROW
 from pyaccel.ops.layernorm.checks import OP, not_supported_reasons, output_dtype
 from pyaccel.ops.layernorm.eager import reference_backend, torch_backend
@@ -96,7 +96,7 @@ def residual_layernorm(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     reasons = not_supported_reasons(x, residual, weight, bias, eps=eps, dropout_p=dropout_p, x_bias=x_bias)
     if not (return_output or return_sum or quantize_output):
@@ -124,7 +124,7 @@ def residual_layernorm(
 
 
 def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> dispatch.Choice:
-    triton = dispatch.triton_reasons(x, *others)
+    triton = triton_support.unsupported_reasons(x, *others)
     if x.shape[-1] > MAX_ROW:
         triton.append(f"the kernels take rows of up to {MAX_ROW}, not {x.shape[-1]}")
     if quantize_output and x.shape[-1] > MAX_QUANTIZED_ROW:

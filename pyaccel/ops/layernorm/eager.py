@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference
+from pyaccel import reference
+from pyaccel.ops import common
 from pyaccel.ops.common import own_gradient, runs_now
 from pyaccel.ops.dropout import dropout_key, keep_mask_on_host
 from pyaccel.reference.layernorm import add_bias, normalize
@@ -14,7 +15,7 @@ from pyaccel.reference.layernorm import add_bias, normalize
 
 def _drops_on_host(x: Tensor, residual: Tensor) -> bool:
     """Whether dropout and sum can be one pass, by a mask that takes less time than PyTorch's."""
-    return x.dtype == residual.dtype and dispatch.on_host(x) and runs_now(x, residual)
+    return x.dtype == residual.dtype and common.on_host(x) and runs_now(x, residual)
 
 
 def torch_backend(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch
+from pyaccel import activations, dispatch, triton_support
 from pyaccel.ops.bias_act.api import bias_gelu
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.layernorm.api import residual_layernorm
@@ -21,7 +21,7 @@ from pyaccel.ops.layernorm.checks import not_supported_reasons as layernorm_reas
 from pyaccel.ops.linear import onednn
 from pyaccel.ops.linear import triton as triton_backend
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = (None, *activations.ACTIVATIONS)
 
 
 def _linear_reasons(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
@@ -77,7 +77,7 @@ def linear_activation(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid("linear_activation", not_supported_reasons(x, weight, bias, activation))
     way = choose_way(x, weight, bias, activation)
@@ -105,7 +105,7 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     why = row if measured in dispatch.BACKENDS else _why_torch(x, declined, by_bias_gelu=by_bias_gelu)
     choice = dispatch.choose(
         "linear_activation",
-        {"triton": dispatch.triton_reasons(x, weight, bias), "torch": [], "reference": []},
+        {"triton": triton_support.unsupported_reasons(x, weight, bias), "torch": [], "reference": []},
         "triton" if measured == "triton" else "torch",
         f"{why} ({row})" if measured == "onednn" and not declined else why,
     )
@@ -131,7 +131,7 @@ def _bias_gelu_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         onednn.on_gpu(x)
         and weight.shape[0] > 0
         and dispatch.requested("bias_gelu") in ("auto", "triton")
-        and not dispatch.triton_reasons(x, weight, bias)
+        and not triton_support.unsupported_reasons(x, weight, bias)
     )
 
 

@@ -159,7 +159,7 @@ def feed_forward(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve a part.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve a part.
     """
     reasons = not_supported_reasons(
         x, residual, ln_weight, ln_bias, eps=eps, dropout_p=dropout_p, x_bias=x_bias

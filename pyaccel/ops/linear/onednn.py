@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import reference, tuned
+from pyaccel import activations, reference, tuned
 from pyaccel.ops.common import runs_now
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("none", ""),  # oneDNN's is max(0, x), which makes 0 of NaN: applied to the product instead
+    **{name: each.onednn for name, each in activations.ACTIVATIONS.items() if each.onednn is not None},
 }
 
 

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, tuned
+from pyaccel import dispatch, reference, triton_support, tuned
+from pyaccel.ops import common
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.mlm_loss.chunked import OP, PerTokenFunction, SumFunction, cast, check_labels
 from pyaccel.reference.mlm_loss import items
@@ -116,7 +117,7 @@ def masked_lm_cross_entropy(
 
     Raises:
         ValueError: naming every argument that makes no sense.
-        pyaccel.dispatch.NotSupportedError: the backend asked for can't serve this call.
+        pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid(
         OP,
@@ -134,7 +135,7 @@ def masked_lm_cross_entropy(
     real = labels != ignore_index
     dtype = autocast_dtype(hidden.device)
     if choice.backend == "reference":
-        if dispatch.on_host(labels) or not (labels.is_cpu or torch.compiler.is_compiling()):
+        if common.on_host(labels) or not (labels.is_cpu or torch.compiler.is_compiling()):
             check_labels(labels, real, weight.shape[0])
         given = cast(hidden, weight, bias, dtype)
         return reference.masked_lm_cross_entropy(
@@ -160,7 +161,11 @@ def masked_lm_cross_entropy(
 
 
 def _choose(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dispatch.Choice:
-    reasons = {"triton": dispatch.triton_reasons(hidden, weight, bias), "torch": [], "reference": []}
+    reasons = {
+        "triton": triton_support.unsupported_reasons(hidden, weight, bias),
+        "torch": [],
+        "reference": [],
+    }
     if hidden.device.type == "cpu":
         return dispatch.choose(OP, reasons, "torch", "on the CPU")
     size = (math.prod(hidden.shape[:-1]), hidden.shape[-1], weight.shape[0])

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyaccel.cli import encode_files, encode_job
-from pyaccel.cli.encode_job import Identity, Job, Share
-from pyaccel.cli.errors import BadInputError
+from pyaccel.encode import files as encode_files
+from pyaccel.encode import job as encode_job
+from pyaccel.encode.identity import Identity, Share
+from pyaccel.encode.job import Job
+from pyaccel.errors import UserInputError
 
 LINES = [f"text {i}" for i in range(10)]
 SETTINGS = {"pooling": "mean", "threads": 2}
@@ -97,7 +99,7 @@ def test_a_part_that_is_damaged_before_the_end_is_not_written(
     job = job_of(out)
     encode(job)
     damage(job.folder / "00000001.npy")
-    with pytest.raises(BadInputError, match=r"00000001\.npy was damaged, and is removed: start again"):
+    with pytest.raises(UserInputError, match=r"00000001\.npy was damaged, and is removed: start again"):
         job.finish()
     assert not out.exists()
     assert not list(job.folder.glob("whole*"))
@@ -130,14 +132,14 @@ def test_a_part_of_another_job_is_computed_again(tmp_path: Path) -> None:
 def test_another_job_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     out = tmp_path / "o.npy"
     encode(job_of(out), parts=1)
-    with pytest.raises(BadInputError) as caught:
+    with pytest.raises(UserInputError) as caught:
         job_of(out, **changes)
     assert words in str(caught.value)
     assert "--overwrite" in str(caught.value)
     job = job_of(out)
     assert encode(job) == [1, 2]
     job.finish()
-    with pytest.raises(BadInputError, match="exists already, made from other"):
+    with pytest.raises(UserInputError, match="exists already, made from other"):
         job_of(out, **changes)
     assert encode(job_of(out, overwrite=True, **changes))
 
@@ -155,14 +157,14 @@ def test_a_finished_job_knows_that_it_is(tmp_path: Path) -> None:
     for change in (flipped, lambda file: file.write_bytes(b""), of_numpy):
         kept = out.read_bytes()
         change(out)
-        with pytest.raises(BadInputError, match="was changed after it was finished"):
+        with pytest.raises(UserInputError, match="was changed after it was finished"):
             job_of(out)
         out.write_bytes(kept)
     (tmp_path / "o.npy.job.json").write_text("{")
-    with pytest.raises(BadInputError, match="is damaged: start over with --overwrite"):
+    with pytest.raises(UserInputError, match="is damaged: start over with --overwrite"):
         job_of(out)
     (tmp_path / "o.npy.job.json").unlink()
-    with pytest.raises(BadInputError, match="exists already: give another file"):
+    with pytest.raises(UserInputError, match="exists already: give another file"):
         job_of(out)
     out.unlink()
     assert encode(job_of(out)) == [0, 1, 2]
@@ -184,7 +186,7 @@ def test_an_output_that_is_made_again_is_there_until_it_is_replaced(tmp_path: Pa
 def test_a_damaged_job_file_is_named(tmp_path: Path, content: str) -> None:
     job = job_of(tmp_path / "o.npy")
     (job.folder / "job.json").write_text(content)
-    with pytest.raises(BadInputError, match="--overwrite"):
+    with pytest.raises(UserInputError, match="--overwrite"):
         job_of(tmp_path / "o.npy")
 
 
@@ -193,7 +195,7 @@ def test_a_damaged_job_file_is_named(tmp_path: Path, content: str) -> None:
 def test_a_folder_of_the_user_is_not_removed(tmp_path: Path, name: str, overwrite: bool) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").write_text("years")
-    with pytest.raises(BadInputError, match=r"holds thesis\.tex, which is no part of a job"):
+    with pytest.raises(UserInputError, match=r"holds thesis\.tex, which is no part of a job"):
         job_of(tmp_path / "o.npy", overwrite=overwrite)
     assert (tmp_path / name / "thesis.tex").read_text() == "years"
 
@@ -231,7 +233,7 @@ def test_a_full_disk_leaves_nothing_half_and_can_be_resumed(
                     encode(job)
                     job.finish(iter(LINES) if suffix == ".parquet" else None)
                     break
-                except (BadInputError, OSError) as error:
+                except (UserInputError, OSError) as error:
                     assert "No space left on device" in str(error)  # noqa: PT017
             failures += 1
             assert not [f for f in tmp_path.rglob("*") if f.suffix[1:].isdigit() and f.stem != "lock"]
@@ -252,7 +254,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     encode(job)
     monkeypatch.setattr(encode_job, "_write_header", full)
     with pytest.raises(
-        BadInputError, match=r"could not be written \(No space left on device\): what is done so far"
+        UserInputError, match=r"could not be written \(No space left on device\): what is done so far"
     ):
         job.finish()
     assert not list(job.folder.glob("whole*"))
@@ -263,17 +265,17 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_process_that_sees_another_file_says_so(tmp_path: Path) -> None:
     encode(job_of(tmp_path / "o.npy", Share(0, 2)))
-    with pytest.raises(BadInputError, match="process 1 would add to parts that were made from other texts"):
+    with pytest.raises(UserInputError, match="process 1 would add to parts that were made from other texts"):
         job_of(tmp_path / "o.npy", Share(1, 2), texts="another file's")
 
 
 def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode_job, "PATIENCE_SECONDS", 0.0)
-    with pytest.raises(BadInputError, match="for the first process"):
+    with pytest.raises(UserInputError, match="for the first process"):
         job_of(tmp_path / "o.npy", Share(1, 2))
     first = job_of(tmp_path / "o.npy", Share(0, 2))
     assert encode(first) == [0, 2]
-    with pytest.raises(BadInputError, match="for the other processes' parts"):
+    with pytest.raises(UserInputError, match="for the other processes' parts"):
         first.finish()
     second = job_of(tmp_path / "o.npy", Share(1, 2))
     assert encode(second) == [1]
@@ -297,13 +299,13 @@ def test_a_share_that_is_none(given: dict[str, str], monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(BadInputError, match="RANK"):
+    with pytest.raises(UserInputError, match="RANK"):
         Share.from_environment()
 
 
 def test_fewer_texts_than_were_counted_are_an_error(tmp_path: Path) -> None:
     job = job_of(tmp_path / "o.npy")
-    with pytest.raises(BadInputError, match="there are 6 texts where 10 were counted"):
+    with pytest.raises(UserInputError, match="there are 6 texts where 10 were counted"):
         list(job.todo(iter(LINES[:6])))
     with pytest.raises(ValueError, match="must have 4 rows"):
         job.save(0, np.zeros((3, 2), np.float32))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyaccel.dispatch import on_host
+from pyaccel.ops.common import on_host
 
 
 def exported(ask: Callable[[Tensor], Tensor]) -> None:

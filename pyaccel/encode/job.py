@@ -25,11 +25,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pyaccel.cli.console import check_writable, file_error
-from pyaccel.cli.encode_files import read_json, sync, write, write_parquet
-from pyaccel.cli.encode_identity import WINDOW, Identity, Share, fingerprint, hash_file, stamps
-from pyaccel.cli.encode_texts import read_texts
-from pyaccel.cli.errors import BadInputError
+from pyaccel.encode.files import read_json, sync, write, write_parquet
+from pyaccel.encode.identity import Identity, Share, hash_file
+from pyaccel.errors import UserInputError, file_error
 
 try:
     import fcntl
@@ -39,19 +37,6 @@ except ImportError:  # not on Windows, where two runs of one job are not told ap
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = [
-    "FORMATS",
-    "WINDOW",
-    "Identity",
-    "Job",
-    "Share",
-    "check_output",
-    "fingerprint",
-    "read_texts",
-    "stamps",
-]
-
-FORMATS = (".npy", ".parquet")
 # A part's last bytes: a mark, and the checksum in hexadecimal.
 MARK, DIGEST_SIZE = b"\npyaccel part ", 16
 TRAILER = len(MARK) + 2 * DIGEST_SIZE
@@ -59,16 +44,6 @@ TRAILER = len(MARK) + 2 * DIGEST_SIZE
 OWN_FILES = re.compile(r"(job\.json|record\.json|lock|\d{8}\.npy|whole)(\.\d+)?")
 # After so long without a new part, the others are taken to have ended.
 PATIENCE_SECONDS = 3600.0
-
-
-def check_output(out: Path, source: Path | None = None) -> None:
-    """Raises BadInputError for an output that can't be written, before a model is loaded."""
-    if out.suffix.lower() not in FORMATS:
-        raise BadInputError(f"{out}: the output is a {' or '.join(FORMATS)} file")
-    if source is not None and out.exists() and source.exists() and out.samefile(source):
-        raise BadInputError(f"{out} is the file that the texts are in: give another one with --out")
-    if out.is_dir() or not out.exists():  # one that is there is replaced, or found to be this job's
-        check_writable(out, "--out")
 
 
 class Job:
@@ -83,10 +58,12 @@ class Job:
     ) -> None:
         """Take up what is there of the same job, of ``count`` texts.
 
-        Raises BadInputError for an output that is there already, or parts that are another job's.
+        Raises UserInputError for an output that is there already, or parts that are another job's.
         """
         if overwrite and share.processes > 1:  # the others might take up what the first is about to remove
-            raise BadInputError(f"--overwrite is for one process: remove {out} and {out.name}.parts yourself")
+            raise UserInputError(
+                f"--overwrite is for one process: remove {out} and {out.name}.parts yourself"
+            )
         self.out, self.share, self.count, self.window = out, share, count, identity.window
         self.folder = out.with_name(f"{out.name}.parts")
         self.finished = out.with_name(f"{out.name}.parts.finished")
@@ -125,7 +102,7 @@ class Job:
     def _check_own(self, folder: Path) -> None:
         """A folder of this name that is the user's is not touched."""
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise BadInputError(
+            raise UserInputError(
                 f"{folder} is in the way: parts are kept there; remove it, or give another --out"
             )
         foreign = (
@@ -134,7 +111,7 @@ class Job:
             else []
         )
         if foreign:
-            raise BadInputError(
+            raise UserInputError(
                 f"{folder} holds {foreign[0]}, which is no part of a job: remove it, or give another --out"
             )
 
@@ -155,20 +132,20 @@ class Job:
             elif before != value:
                 different.append(f"{name} ({before}, now {value})" if name in ("column", "window") else name)
         if different:
-            raise BadInputError(
+            raise UserInputError(
                 f"{what} made from other {', '.join(different)}: use the same ones, or start over with --overwrite"
             )
 
     def _compare_output(self) -> None:
         """The output must be this job's, unchanged."""
         if not self.record.is_file():
-            raise BadInputError(f"{self.out} exists already: give another file, or --overwrite")
+            raise UserInputError(f"{self.out} exists already: give another file, or --overwrite")
         there = read_json(self.record)
         self._compare(there, f"{self.out} exists already,")
         state = hashlib.blake2b(digest_size=DIGEST_SIZE)
         hash_file(self.out, state)
         if there.get("output") != {"bytes": self.out.stat().st_size, "blake2b": state.hexdigest()}:
-            raise BadInputError(f"{self.out} was changed after it was finished: start over with --overwrite")
+            raise UserInputError(f"{self.out} was changed after it was finished: start over with --overwrite")
 
     def _wait_for_the_first(self) -> None:
         file = self.folder / "job.json"
@@ -214,7 +191,7 @@ class Job:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise BadInputError(f"another process is working on {self.out} already") from None
+            raise UserInputError(f"another process is working on {self.out} already") from None
         except OSError:  # a file system without locks
             pass
 
@@ -256,12 +233,12 @@ class Job:
     def todo(self, texts: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
         """Windows that this process has to encode: index and texts.
 
-        Raises BadInputError where there are fewer texts than were counted.
+        Raises UserInputError where there are fewer texts than were counted.
         """
         for index in range(self.n_windows):
             window = list(islice(texts, self.window))
             if len(window) != self._rows(index):
-                raise BadInputError(
+                raise UserInputError(
                     f"there are {index * self.window + len(window)} texts where {self.count} were counted: the file "
                     "was changed while it was read; start again when it is complete"
                 )
@@ -285,7 +262,7 @@ class Job:
 
         ``texts`` are written beside the embeddings, into a parquet file.
 
-        Raises BadInputError where it can't be written, or a part was changed: nothing is left of a failed try.
+        Raises UserInputError where it can't be written, or a part was changed: nothing is left of a failed try.
         """
         if self.share.rank or self._is_finished():
             return
@@ -338,7 +315,7 @@ class _Parts:
             if values is None:
                 part = self.job._part(index)
                 part.unlink(missing_ok=True)
-                raise BadInputError(
+                raise UserInputError(
                     f"{part} was damaged, and is removed: start again, it will be computed again"
                 )
             yield values
@@ -355,7 +332,7 @@ class _Explained:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            raise BadInputError(
+            raise UserInputError(
                 f"{self.out} could not be written ({file_error(error)}): what is done so far is kept; make room, then "
                 "start again with the same arguments"
             ) from error
@@ -369,7 +346,7 @@ class _Patience:
 
     def wait(self) -> None:
         if time.monotonic() > self.until:
-            raise BadInputError(
+            raise UserInputError(
                 f"waited {PATIENCE_SECONDS / 60:.0f} minutes for {self.what}: start all of them again"
             )
         time.sleep(0.2)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyaccel.cli.encode_texts import Stamp
-from pyaccel.cli.errors import BadInputError
+from pyaccel.encode.texts import Stamp
+from pyaccel.errors import UserInputError
 
 WINDOW = 4096
 
@@ -30,10 +30,10 @@ class Share:
             rank, processes, local = (None if value is None else int(value) for value in given.values())
         except ValueError:
             said = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise BadInputError(f"{said}: expected whole numbers, as torchrun sets them") from None
+            raise UserInputError(f"{said}: expected whole numbers, as torchrun sets them") from None
         share = cls(rank or 0, 1 if processes is None else processes, local or 0)
         if not 0 <= share.rank < share.processes or share.local_rank < 0:
-            raise BadInputError(f"RANK={share.rank} is not one of WORLD_SIZE={share.processes} processes")
+            raise UserInputError(f"RANK={share.rank} is not one of WORLD_SIZE={share.processes} processes")
         return share
 
 

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyaccel.cli.encode_texts import pyarrow
-from pyaccel.cli.errors import BadInputError
+from pyaccel.encode.texts import pyarrow
+from pyaccel.errors import UserInputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise BadInputError(f"{file} is damaged: start over with --overwrite")
+        raise UserInputError(f"{file} is damaged: start over with --overwrite")
     return values
 
 

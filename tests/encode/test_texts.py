@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pyaccel.cli.encode_texts import Texts, read_lines, read_texts
-from pyaccel.cli.errors import BadInputError
+from pyaccel.encode.texts import Texts, read_lines, read_texts
+from pyaccel.errors import UserInputError
 
 ODD = "a\rb\x0bc\x0cd\x1ce\x85f\u2028g\u2029h"  # str.splitlines would make nine of it
 
@@ -124,7 +124,7 @@ def test_an_empty_line_is_a_row_of_one_column(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_named(tmp_path: Path, name: str, data: bytes | str, words: str) -> None:
-    with pytest.raises(BadInputError) as caught:
+    with pytest.raises(UserInputError) as caught:
         texts_of(tmp_path, name, data)
     assert words in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
@@ -134,10 +134,10 @@ def test_what_is_no_text_is_named(tmp_path: Path, name: str, data: bytes | str, 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for read in (lambda file: read_texts(file, "text"), read_lines, lambda file: Texts(file, "text", 4)):
-        with pytest.raises(BadInputError, match="there is no file"):
+        with pytest.raises(UserInputError, match="there is no file"):
             read(tmp_path / "none.txt")
         for name in (".", "pipe"):
-            with pytest.raises(BadInputError, match="not a regular file"):
+            with pytest.raises(UserInputError, match="not a regular file"):
                 read(tmp_path / name)
 
 
@@ -164,9 +164,9 @@ def test_parquet(tmp_path: Path) -> None:
         ("'text' is a column of int64", arrow.array([1])),
         ("'text' is a column of null", arrow.array([None])),
     ):
-        with pytest.raises(BadInputError, match=words):
+        with pytest.raises(UserInputError, match=words):
             read(text=column)
-    with pytest.raises(BadInputError, match="has no column 'body' but text"):
+    with pytest.raises(UserInputError, match="has no column 'body' but text"):
         read("body", text=arrow.array(texts))
     parquet.write_table(arrow.table({"text": texts * 1000}), file)
     whole = file.read_bytes()
@@ -181,7 +181,7 @@ def test_parquet(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         try:
             assert list(read_texts(file, "text")) == texts * 1000
-        except BadInputError as error:
+        except UserInputError as error:
             assert "can't be read as parquet" in str(error)  # noqa: PT017
 
 
@@ -251,7 +251,7 @@ def test_a_change_is_noticed_before_a_text_is_used(
     if change is CHANGES["rewritten in its old time"] and after:
         return
     with pytest.raises(
-        BadInputError, match=r"was changed while it was read|is gone|not a regular file|there is no file"
+        UserInputError, match=r"was changed while it was read|is gone|not a regular file|there is no file"
     ):
         run()
     assert read == texts[: len(read)]

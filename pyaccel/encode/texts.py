@@ -18,13 +18,15 @@ import csv
 import hashlib
 import json
 import os
+import pydoc_data.topics
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyaccel.cli.errors import BadInputError
+from pyaccel.errors import UserInputError
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
 STRINGS = ("is_string", "is_large_string", "is_string_view")  # pyarrow's tests of a column's type
@@ -35,7 +37,7 @@ UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 def read_texts(file: Path, column: str) -> Iterator[str]:
     """The texts of a file, one by one.
 
-    Raises BadInputError for a file that can't be read, or at a text that is none.
+    Raises UserInputError for a file that can't be read, or at a text that is none.
     """
     _check_file(file)
     kind = file.suffix.lower()
@@ -59,10 +61,10 @@ def read_lines(file: Path) -> Iterator[str]:
 def _check_file(file: Path) -> None:
     if not file.is_file():
         if file.exists():
-            raise BadInputError(f"{file} is not a regular file: give a file of texts, which is read twice")
-        raise BadInputError(f"there is no file {file}: give texts as .txt, .jsonl, .csv, .tsv or .parquet")
+            raise UserInputError(f"{file} is not a regular file: give a file of texts, which is read twice")
+        raise UserInputError(f"there is no file {file}: give texts as .txt, .jsonl, .csv, .tsv or .parquet")
     if file.suffix.lower() in PACKED:
-        raise BadInputError(f"{file} is compressed: unpack it first")
+        raise UserInputError(f"{file} is compressed: unpack it first")
 
 
 def _without_end(line: str) -> str:
@@ -75,7 +77,7 @@ def _lines(file: Path) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             if number == 1:
                 if line.startswith(UTF16_MARKS):
-                    raise BadInputError(
+                    raise UserInputError(
                         f"{file} is UTF-16, not UTF-8 text: iconv -f UTF-16 -t UTF-8 converts it"
                     )
                 line = line.removeprefix(UTF8_MARK)
@@ -83,9 +85,9 @@ def _lines(file: Path) -> Iterator[str]:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 where = f"{error.reason} at byte {error.start} of the line"
-                raise BadInputError(f"{file}, line {number}: not UTF-8 text ({where})") from None
+                raise UserInputError(f"{file}, line {number}: not UTF-8 text ({where})") from None
             if "\0" in text:
-                raise BadInputError(f"{file}, line {number}: a NUL byte, so this is no UTF-8 text")
+                raise UserInputError(f"{file}, line {number}: a NUL byte, so this is no UTF-8 text")
             yield text
 
 
@@ -102,17 +104,17 @@ def _of_json(line: str, where: str, column: str) -> str:
 
 def _field(value: Any, where: str, column: str) -> str:
     if not isinstance(value, dict) or column not in value:
-        raise BadInputError(f"{where}: not a JSON object with {column!r} in it: see --column")
+        raise UserInputError(f"{where}: not a JSON object with {column!r} in it: see --column")
     return _checked(value[column], where, column)
 
 
 def _checked(text: Any, where: str, column: str) -> str:
     if not isinstance(text, str):
-        raise BadInputError(f"{where}: {column!r} is a {type(text).__name__}, not a text")
+        raise UserInputError(f"{where}: {column!r} is a {type(text).__name__}, not a text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadInputError(
+        raise UserInputError(
             f"{where}: {column!r} holds half of a surrogate pair, which is no character"
         ) from None
     return text
@@ -127,7 +129,7 @@ def _of_array(file: Path, column: str) -> Iterator[str]:
     try:
         values = json.loads("".join(_lines(file)))
     except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{file} is not valid JSON: {error}") from None
+        raise UserInputError(f"{file} is not valid JSON: {error}") from None
     for number, value in enumerate(values, 1):
         where = f"{file}, item {number}"
         yield _checked(value, where, column) if isinstance(value, str) else _field(value, where, column)
@@ -149,13 +151,13 @@ def _of_csv(file: Path, delimiter: str, column: str) -> Iterator[str]:
                 line, ended = ended + 1, rows.line_num
                 row = row or ([""] if len(names) == 1 else [])
                 if len(row) != len(names):
-                    raise BadInputError(
+                    raise UserInputError(
                         f"{file}, line {line}: {len(row)} fields, but the header has {len(names)}: quote fields that "
                         "hold the delimiter, a quotation mark or a line's end"
                     )
                 yield row[index].replace(HELD, "\r")
         except csv.Error as error:
-            raise BadInputError(
+            raise UserInputError(
                 f"{file}: the row that begins in line {ended + 1} can't be read ({error}): a field that begins with a "
                 "quotation mark must end with one, and quotation marks inside are doubled"
             ) from None
@@ -173,7 +175,7 @@ def _place(names: list[str], column: str, file: Path) -> int:
     if names.count(column) != 1:
         found = ", ".join(names) or "none"
         what = "no column" if column not in names else "more than one column"
-        raise BadInputError(f"{file} has {what} {column!r} but {found}: see --column")
+        raise UserInputError(f"{file} has {what} {column!r} but {found}: see --column")
     return names.index(column)
 
 
@@ -193,7 +195,7 @@ def pyarrow(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise BadInputError("parquet needs pyarrow: pip install pyarrow, or write a .npy file") from None
+        raise UserInputError("parquet needs pyarrow: pip install pyarrow, or write a .npy file") from None
 
 
 def _of_parquet(file: Path, column: str) -> Iterator[str]:
@@ -206,17 +208,43 @@ def _of_parquet(file: Path, column: str) -> Iterator[str]:
             kind = schema.field(column).type
             values = kind.value_type if arrow.types.is_dictionary(kind) else kind
             if not any(getattr(arrow.types, name)(values) for name in STRINGS):
-                raise BadInputError(f"{file}: {column!r} is a column of {kind}, not of strings")
+                raise UserInputError(f"{file}: {column!r} is a column of {kind}, not of strings")
             for batch in source.iter_batches(columns=[column]):
                 found = batch.schema.get_field_index(column)
                 for text in batch.column(found).to_pylist():
                     number += 1
                     if text is None:
-                        raise BadInputError(f"{file}, row {number}: {column!r} is null, not a text")
+                        raise UserInputError(f"{file}, row {number}: {column!r} is null, not a text")
                     yield text
     except (OSError, ValueError, arrow.ArrowException) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadInputError(f"{file} can't be read as parquet: {lines[0]}") from None
+        raise UserInputError(f"{file} can't be read as parquet: {lines[0]}") from None
+
+
+# --- passages ---
+
+
+def read_passages(file: Path) -> list[str]:
+    """The lines of a UTF-8 text file that aren't blank, without the blanks around them."""
+    passages = [line for line in map(str.strip, read_lines(file)) if line]
+    if not passages:
+        raise UserInputError(f"{file} is empty: give a text file with one passage a line")
+    return passages
+
+
+def real_passages(
+    count_tokens: Callable[[list[str]], list[int]], count: int = 256, low: int = 5, high: int = 256
+) -> list[str]:
+    """``count`` paragraphs of ``low`` to ``high`` tokens from Python's language reference, spread evenly over it.
+
+    The text is ``pydoc_data.topics`` in the standard library: real English, as it comes, on any machine.
+    """
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    paragraphs = list(dict.fromkeys(" ".join(p.split()) for p in re.split(r"\n\s*\n", text)))
+    lengths = count_tokens(paragraphs)
+    fitting = [p for p, n in zip(paragraphs, lengths, strict=True) if low <= n <= high]
+    return [fitting[i * len(fitting) // count] for i in range(count)]
 
 
 # --- twice ---
@@ -234,7 +262,7 @@ class Stamp(NamedTuple):
         try:
             found = os.stat(file)
         except OSError as error:
-            raise BadInputError(f"{file} is gone: {error.strerror}") from None
+            raise UserInputError(f"{file} is gone: {error.strerror}") from None
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
@@ -272,12 +300,12 @@ class Texts:
             yield _digest(texts), texts
 
     def check(self) -> None:
-        """Raises BadInputError if the file was changed, replaced or removed since it was first read."""
+        """Raises UserInputError if the file was changed, replaced or removed since it was first read."""
         if Stamp.of(self.file) != self._stamp:
             raise self._changed()
 
-    def _changed(self) -> BadInputError:
-        return BadInputError(
+    def _changed(self) -> UserInputError:
+        return UserInputError(
             f"{self.file} was changed while it was read: start again when it is complete (nothing was written of what "
             "it holds now)"
         )

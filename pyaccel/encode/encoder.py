@@ -1,15 +1,15 @@
 """Texts in, sentence embeddings out: a Hugging Face encoder, accelerated, over length-sorted batches of many tokens.
 
-    encoder = TextEncoder.from_pretrained("path/to/all-MiniLM-L6-v2")
+    encoder = pyaccel.TextEncoder.from_pretrained("path/to/all-MiniLM-L6-v2")
     embeddings = encoder.encode(texts)          # fp32 [len(texts), hidden_size], in the order of the texts
 
-Pooling, normalisation and the longest input are those of a sentence-transformers folder where it is one.
+Pooling, normalization and the longest input are those of a sentence-transformers folder where it is one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import checkpoints
+from pyaccel.encode.batching import batches, mean_pool, padded
 from pyaccel.hf.report import Report
 from pyaccel.hf.swap import accelerate
 
@@ -40,7 +41,7 @@ class TextEncoder:
         normalize: whether embeddings are divided by their L2 norm.
         max_length: tokens of a text beyond it are cut off.
         batch_tokens: about so many tokens are run at a time.
-        lower_case: whether texts are lowered before they are tokenised.
+        lower_case: whether texts are lowered before they are tokenized.
         report: what pyaccel accelerated, and how its calls went.
         texts, tokens, truncated: how many were encoded so far, and how many texts were cut.
     """
@@ -72,16 +73,15 @@ class TextEncoder:
         """Load a Hugging Face or sentence-transformers folder (or hub id), accelerated.
 
         What is None comes from the folder: a sentence-transformers folder says all of it; another one gets mean
-        pooling, no normalisation, and as many tokens as its model has positions for.
+        pooling, no normalization, and as many tokens as its model has positions for.
 
         Raises:
             pyaccel.checkpoints.CheckpointError: a ValueError: the folder can't be loaded, or it is a
                 sentence-transformers folder with modules or a pooling that this doesn't compute.
             ValueError: ``max_length`` is more than the model takes.
         """
-        model, tokenizer, found = checkpoints.load(folder, dtype=dtype)
+        model, tokenizer, found = checkpoints.load(folder, device=device, dtype=dtype)
         saved = _sentence_transformers(found)
-        model.to(device)
         report = accelerate(model, strict=False, prepack=True)
         longest = min(tokenizer.model_max_length, max_tokens(model))
         asked = max_length or saved.get("max_length") or longest
@@ -105,17 +105,12 @@ class TextEncoder:
         The same texts in the same order give the same bits. ``done`` is called with the number of texts of each batch
         that is through.
         """
-        ids = self._tokenise(texts)
+        ids = self._tokenize(texts)
         found: Tensor | None = None
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             for batch in batches([len(each) for each in ids], self.batch_tokens):
-                length = max(1, len(ids[batch[0]]))  # the longest
-                input_ids = torch.full((len(batch), length), self.tokenizer.pad_token_id or 0)
-                for row, index in enumerate(batch):
-                    input_ids[row, : len(ids[index])] = torch.tensor(ids[index])
-                lengths = torch.tensor([len(ids[index]) for index in batch])
-                mask = torch.arange(length) < lengths.unsqueeze(1)
+                input_ids, mask = padded([ids[index] for index in batch], self.tokenizer.pad_token_id or 0)
                 embeddings = self._embed(input_ids.to(device), mask.to(device)).cpu()
                 if found is None:
                     found = embeddings.new_empty(len(texts), embeddings.shape[1])
@@ -128,13 +123,10 @@ class TextEncoder:
 
     def _embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         states = self.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state.float()
-        if self.pooling == "cls":
-            pooled = states[:, 0]
-        else:
-            pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        pooled = states[:, 0] if self.pooling == "cls" else mean_pool(states, mask)
         return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
-    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = []
         for start in range(0, len(texts), TEXTS_AT_ONCE):
             part = texts[start : start + TEXTS_AT_ONCE]
@@ -153,23 +145,6 @@ class TextEncoder:
         return [text.lower() if self.lower_case else text for text in texts]
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by falling length, as many at a time as have ``batch_tokens`` tokens together, but at least one.
-
-    Neighbours have about the same length; the longest come first, so a batch that doesn't fit fails at once.
-    """
-    batch: list[int] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and tokens + lengths[index] > batch_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(index)
-        tokens += lengths[index]
-    if batch:
-        yield batch
-
-
 def max_tokens(model: Any) -> int:
     """How many tokens the model takes: of RoBERTa's positions, and its like's, the first are padding's."""
     for name, table in model.named_modules():
@@ -179,7 +154,7 @@ def max_tokens(model: Any) -> int:
 
 
 def _sentence_transformers(folder: Path) -> dict[str, Any]:
-    """Pooling, normalisation, length and case of a sentence-transformers folder; empty for another one."""
+    """Pooling, normalization, length and case of a sentence-transformers folder; empty for another one."""
     file = folder / "modules.json"
     if not file.is_file():
         return {}

@@ -1,0 +1,1 @@
+"""Texts in, embeddings out: an accelerated encoder, batches without padding, jobs that resume."""
