@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pyaccel import checkpoints
+from pyaccel.hf.patching import accelerate
 from pyaccel.hf.report import Report
-from pyaccel.hf.swap import accelerate
 
 Pooling = Literal["mean", "cls"]
 

@@ -112,12 +112,12 @@ def trace_accelerated(mask: Tensor) -> Iterator[Trace]:
 
     Not for use beside other threads that run accelerated models.
     """
-    from pyaccel.hf import fast_path
+    from pyaccel.hf.executors import packed
 
     trace = Trace()
     recorder = _Recorder(trace, mask)
     before = {name: getattr(ops, name) for name in _LISTENED}
-    layout = fast_path.layout
+    layout = packed.layout
 
     def listening_layout(*args: Any, **kwargs: Any) -> PackedLayout:
         tokens = layout(*args, **kwargs)
@@ -135,14 +135,14 @@ def trace_accelerated(mask: Tensor) -> Iterator[Trace]:
     try:
         for name in _LISTENED:
             setattr(ops, name, listening(name))
-        fast_path.layout = listening_layout
+        packed.layout = listening_layout
         # Where nobody asks who serves, a layer goes past the public ops.
         with dispatch.record():
             yield trace
     finally:
         for name, function in before.items():
             setattr(ops, name, function)
-        fast_path.layout = layout
+        packed.layout = layout
 
 
 class _Recorder:
