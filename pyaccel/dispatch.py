@@ -201,7 +201,7 @@ def is_recording() -> bool:
 
 def nobody_asks(ops: Iterable[str]) -> bool:
     """Whether, on a CPU, each of these ops is served as by default, and nobody records by whom."""
-    if triton_support.interpreting() or is_recording():
+    if is_recording() or triton_support.interpreting():
         return False
     if not _requested and not _scopes.get():
         return True

@@ -209,33 +209,36 @@ def _full(batch_size: int, seq_len: int, device: torch.device) -> PackedLayout:
     """The layout of a batch without padding: there is nothing to look for."""
     offsets = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
     indices = torch.arange(batch_size * seq_len, device=device)
-    return _of_own_keys(indices, offsets, seq_len if batch_size else 0, batch_size, seq_len)
+    longest = seq_len if batch_size else 0
+    return _of_own_keys(indices, offsets, longest, batch_size, seq_len, [seq_len] * batch_size)
 
 
 def _on_host(keys: Tensor, sort_by_length: bool) -> PackedLayout:
     """The layout of a bool mask on the CPU whose queries are its keys, by as few torch calls as will do."""
     batch_size, seq_len = keys.shape
     lengths = keys.sum(1).tolist()
-    order = list(range(batch_size))
-    if sort_by_length:
-        order.sort(key=lengths.__getitem__)
-    if order == sorted(order):
+    order = sorted(range(batch_size), key=lengths.__getitem__) if sort_by_length else list(range(batch_size))
+    if order == list(range(batch_size)):
         indices = keys.flatten().nonzero().flatten()
     else:
         by_length = torch.tensor(order, device=keys.device)
         row, column = keys[by_length].nonzero(as_tuple=True)
         indices = by_length[row] * seq_len + column
-    offsets = torch.tensor(
-        [0, *itertools.accumulate(lengths[row] for row in order)], dtype=torch.int32, device=keys.device
-    )
-    return _of_own_keys(indices, offsets, max(lengths, default=0), batch_size, seq_len)
+        lengths = list(map(lengths.__getitem__, order))
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=keys.device)
+    return _of_own_keys(indices, offsets, max(lengths, default=0), batch_size, seq_len, lengths)
 
 
 def _of_own_keys(
-    indices: Tensor, offsets: Tensor, longest: int, batch_size: int, seq_len: int
+    indices: Tensor,
+    offsets: Tensor,
+    longest: int,
+    batch_size: int,
+    seq_len: int,
+    lengths: list[int] | None = None,
 ) -> PackedLayout:
-    """The layout of a buffer in which every token is a query and a key."""
-    return PackedLayout(
+    """The layout of a buffer in which every token is a query and a key; ``lengths`` where the host knows them."""
+    made = PackedLayout(
         indices=indices,
         cu_seqlens=offsets,
         max_seqlen=longest,
@@ -245,6 +248,9 @@ def _of_own_keys(
         cu_seqlens_k=offsets,
         max_seqlen_k=longest,
     )
+    if lengths is not None:
+        made.__dict__["lengths"] = lengths  # where the cached property keeps it
+    return made
 
 
 def _cumulated(lengths: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ FOLDER = Path(__file__).parent / "kernels" / "tuned"
 
 # Farther from every size that was measured (by the product of the ratios), nothing is said.
 FARTHEST = 16.0
+_INT = {int}
 NOISE = 1.05
 
 
@@ -145,9 +146,18 @@ def preferred(
 
     (None, "") where nothing near was measured, and in a traced graph, which serves many sizes.
     """
-    if torch.compiler.is_compiling() or any(type(n) is not int for n in size) or _ignored.get():
+    if torch.compiler.is_compiling() or not _INT.issuperset(map(type, size)) or _ignored.get():
         return None, ""
     return _preferred(op, device, dtype, size, ways)
+
+
+def preferred_each(
+    op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[tuple[int, ...]], ways: tuple[str, ...]
+) -> list[str | None]:
+    """The implementation of each size that :func:`preferred` names, outside of traced graphs."""
+    if _ignored.get():
+        return [None] * len(sizes)
+    return [_preferred(op, device, dtype, size, ways)[0] for size in sizes]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,7 +24,7 @@ from torch import Tensor
 import pyaccel
 from pyaccel.benchmarks.registry import Case, Variant, graphed
 from pyaccel.cost.model import bert_config, length_mix
-from pyaccel.hf.graphs import graphable
+from pyaccel.hf.executors.cuda_graph import graphable
 
 Outputs = tuple[Tensor, ...]
 SEQ = {"full": 128, "sentences": 128, "sentences, longest": 128, "squad": 384}

@@ -186,7 +186,7 @@ def _say(console: Console, encoder: Any, count: int, seconds: float, out: Path, 
     if encoder.truncated:
         console.print(f"{encoder.truncated} were cut off at {encoder.max_length} tokens", soft_wrap=True)
     report = encoder.report
-    if report is not None and (not report.swapped or report.fallbacks or report.not_packed):
+    if report is not None and (not report.swapped or report.refused["padded"] or report.refused["packed"]):
         console.print(str(report), soft_wrap=True)
     if not share.rank:
         console.print(f"{out}: {count} embeddings", soft_wrap=True)

@@ -194,7 +194,8 @@ def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[
 
 
 def _layer(layer: Any, tokens: PackedLayout | None) -> Callable[[Tensor], Tensor]:
-    from pyaccel.hf.fast_path import family_of, run_layer
+    from pyaccel.hf.executors.padded import run_layer
+    from pyaccel.hf.families import family_of
 
     family = family_of(layer)
     assert family is not None

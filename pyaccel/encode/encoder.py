@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pyaccel import checkpoints
 from pyaccel.encode.batching import batches, mean_pool, padded
+from pyaccel.hf.patching import accelerate
 from pyaccel.hf.report import Report
-from pyaccel.hf.swap import accelerate
 
 Pooling = Literal["mean", "cls"]
 

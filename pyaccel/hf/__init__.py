@@ -29,7 +29,7 @@ def accelerate(
     backend: str = "auto",
     strict: bool = True,
     prepack: bool = False,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | str = "auto",
     skip_logits: bool = False,
 ) -> Report:
     """Make a Hugging Face model of the BERT family faster, in place, at the same answers; :func:`restore` undoes it.
@@ -49,7 +49,7 @@ def accelerate(
 
     The fast path serves evaluation and training, in any dtype and under autocast, with gradient checkpointing and LoRA
     adapters. Dropout acts as in the stock model, by other random numbers. A cache, ``output_attentions``, 4-D masks,
-    replaced or hooked submodules ... go to the stock modules; ``Report.fallbacks`` counts how often and why.
+    replaced or hooked submodules ... go to the stock modules; ``Report.refused`` counts how often and why.
 
     Models that share one config object share its attention implementation: the other model stays right,
     and runs its stock modules with pyaccel's attention. ``copy.deepcopy`` a teacher, or give it its own
@@ -70,16 +70,18 @@ def accelerate(
         strict: whether having nothing to swap is an error.
         prepack: on a CPU, in evaluation in fp32 or bf16, keep the weights a second time, in the order in which oneDNN
             multiplies: for models that serve. A layer takes two thirds to four fifths of the time for 25 tokens, a
-            few percent less for thousands. They are made anew when a weight lies elsewhere or torch has counted a
-            change in it: an optimizer's step, ``load_state_dict``, any operation in place. What is written through
-            ``weight.data`` torch doesn't count, and it is not seen: don't ask for this where somebody does that. The
-            report counts the calls that ran on them. Not with ``int8`` or ``packing=False``.
+            few percent less for thousands. The copies are rebuilt when a weight is reallocated or modified in place
+            (an optimizer's step, ``load_state_dict``). Torch doesn't count what is written through ``weight.data``, so
+            such a change is missed: don't use both. The report counts the calls that ran on the copies. Not with
+            ``int8`` or ``packing=False``.
         cuda_graphs: on a GPU, in evaluation without gradient (``torch.inference_mode()``), run all layers of a small
-            batch (up to 4096 positions, padding too) in one launch. Graphs are captured at the first batch of a
-            size, which takes a second; sizes are rounded up to 1, 2, 3, 4, 6, 8, 12 ..., and up to 64 graphs are kept
-            for each encoder. The padding is not dropped in them, only cleared at the end. Weights may be changed in
-            place; what moves is captured anew. Larger batches, autocast and training go their usual ways, and
-            ``Report.not_graphed`` counts them.
+            batch (up to 4096 positions, padding too) in one launch. Sizes are rounded up to 1, 2, 3, 4, 6, 8, 12 ...,
+            and up to 64 graphs are kept for each encoder. The padding is not dropped in them, only cleared at the end.
+            Weights may be changed in place; graphs are captured again where one is reallocated. Larger batches,
+            autocast and training use the other executors, and ``Report.refused`` counts them. ``"auto"`` captures a
+            size when it comes up for the second time, because a capture takes about a second, and after a warning
+            does without graphs where one can't be captured. True captures a size at its first batch, and a capture
+            that fails is an error.
         skip_logits: for pre-training with ``...ForMaskedLM`` and BERT's, ERNIE's and ALBERT's ``...ForPreTraining``: a
             training call that is given labels computes the loss over the masked tokens alone
             (:func:`pyaccel.ops.masked_lm_cross_entropy`), and the output's ``logits`` (``prediction_logits``) are None.
@@ -87,7 +89,7 @@ def accelerate(
             Evaluation, and calls without labels, give logits as ever. So do calls that can't do without: a changed
             forward or loss, hooks on the head, a decoder that isn't a plain Linear, ``torch.compile``, ``export``,
             function transforms, and ``forward`` called directly, past the model's hooks.
-            ``Report.logits_skipped`` and ``Report.not_skipped`` count them.
+            ``Report.served`` and ``Report.refused`` count them as ``"masked_lm_loss"``.
 
     An error, or Ctrl-C, leaves the model as it was.
 
@@ -102,7 +104,7 @@ def accelerate(
         pyaccel.errors.NotSupportedError: ``backend`` can't serve this model here; it names every reason. Or
             ``cuda_graphs`` without a GPU.
     """
-    return _swap().accelerate(
+    return _patching().accelerate(
         model,
         packing=packing,
         int8=int8,
@@ -119,7 +121,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises ValueError when nothing in ``model`` is accelerated.
     """
-    return _swap().restore(model)
+    return _patching().restore(model)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -129,7 +131,10 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises ValueError when nothing in ``model`` is accelerated.
     """
-    return _swap().explain(model)
+    _patching()
+    from pyaccel.hf.explanation import explain as explained
+
+    return explained(model)
 
 
 def register() -> None:
@@ -138,16 +143,16 @@ def register() -> None:
     Attention and mask function are registered together. Without this, or ``accelerate``, transformers loads the codes
     of an int8 folder as if they were weights, with a warning.
     """
-    _swap().register()
+    _patching().register()
 
 
-def _swap() -> Any:
+def _patching() -> Any:
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("pyaccel.hf needs Hugging Face transformers: pip install pyaccel-bert[hf]")
-    from pyaccel.hf import quantizer, swap
+    from pyaccel.hf import patching, quantizer
 
     assert quantizer  # registers int8 folders as it is imported
-    return swap
+    return patching
 
 
 def __getattr__(name: str) -> Any:
@@ -156,13 +161,16 @@ def __getattr__(name: str) -> Any:
 
         return getattr(report, name)
     if name == "PyaccelInt8Config":
-        _swap()
+        _patching()
         from pyaccel.hf import quantizer
 
         return quantizer.PyaccelInt8Config
     if name.rpartition("_")[2][:1].isupper():  # a class that a pickle names, such as bert_BertLayer
-        _swap()
-        from pyaccel.hf import fast_path
+        _patching()
+        from pyaccel.hf import mlm_head, modules, state
 
-        return getattr(fast_path, name)
+        for module in (state, mlm_head):
+            if name in module.PICKLED:
+                return module.PICKLED[name]
+        return getattr(modules, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,13 +26,8 @@ from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from pyaccel import ops
-from pyaccel.hf.surroundings import inside
-
-NAME = "pyaccel"
-# The same for a model that was made with eager attention: where gradients are recorded it is that one, which can be
-# differentiated twice.
-EAGER = "pyaccel_eager"
-NAMES = (NAME, EAGER)
+from pyaccel.hf.eligibility import inside
+from pyaccel.hf.families import EAGER, NAME
 
 # What some models pass and this attention doesn't compute; ignoring one would give wrong numbers.
 _REFUSED = ("softcap", "position_bias", "s_aux", "cache", "block_table")
@@ -96,7 +91,7 @@ def attention_forward(
 
     In training it is transformers' own SDPA attention, so that dropout draws the numbers that it draws in
     the stock model; inside a function transform, a trace or another's mode too (see
-    :mod:`pyaccel.hf.surroundings`), which must find what the stock model does.
+    :mod:`pyaccel.hf.eligibility`), which must find what the stock model does.
 
     Raises ValueError for what it doesn't compute, such as softcapping, and for masks of other shapes: nothing is
     ignored.

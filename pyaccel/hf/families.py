@@ -1,8 +1,9 @@
 """The transformers models with a fast path: which modules they are made of, and how each family names its parts.
 
-A fast path is written once (:mod:`pyaccel.hf.fast_path`), for the names of BERT. Most families have BERT's modules
-under another prefix; :class:`Family` says which they are. DistilBERT and ALBERT compute the same with other modules:
-their ``view`` shows a layer's parts under BERT's names.
+The layer's math is written once (:mod:`pyaccel.nn.encoder_layer`), for the names of BERT. Most families have BERT's
+modules under another prefix; :class:`Family` says which they are. DistilBERT and ALBERT compute the same with other
+modules: their ``view`` shows a layer's modules under BERT's names. What is known of other packages' modules (peft,
+FSDP2) is here too.
 
 No model file of transformers is imported before a model of its family is there.
 """
@@ -11,26 +12,30 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
+from pyaccel.nn import Int8Linear, ObservedLinear
+
+# Attention implementations: ours, and ours for a model that was made with eager attention: where gradients are recorded
+# it is that one, which can be differentiated twice.
+NAME = "pyaccel"
+EAGER = "pyaccel_eager"
+NAMES = (NAME, EAGER)
+
 LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "LayerNorm": nn.LayerNorm, "Dropout": nn.Dropout}
 
 
-def _layers_of_bert(encoder: Any) -> Iterator[Any]:
-    yield from encoder.layer
+def _layers_of_bert(encoder: Any) -> list[Any]:
+    return list(encoder.layer)
 
 
 def _as_it_is(layer: Any) -> Any:
     return layer
-
-
-def _hidden_states(encoder: Any, hidden_states: Any) -> Any:
-    return hidden_states
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +51,7 @@ class Family:
         output: the class of transformers.modeling_outputs that the encoder returns.
         layers: the encoder's layers in the order in which they run; a shared one comes up again.
         view: a layer with its parts under BERT's names.
-        enter: what the encoder does to its input before the first layer.
+        enter: what the encoder does to its input before the first layer; None: nothing.
     """
 
     title: str
@@ -57,9 +62,9 @@ class Family:
     parts: dict[str, str] = field(repr=False)
     activation: str = "intermediate.intermediate_act_fn"
     output: str = "BaseModelOutputWithPastAndCrossAttentions"
-    layers: Callable[[Any], Iterator[Any]] = _layers_of_bert
+    layers: Callable[[Any], list[Any]] = _layers_of_bert
     view: Callable[[Any], Any] = _as_it_is
-    enter: Callable[[Any, Any], Any] = _hidden_states
+    enter: Callable[[Any, Any], Any] | None = None
 
     @property
     def file(self) -> str:
@@ -214,10 +219,10 @@ def _view_of_albert(layer: Any) -> SimpleNamespace:
     )
 
 
-def _layers_of_albert(encoder: Any) -> Iterator[Any]:
+def _layers_of_albert(encoder: Any) -> list[Any]:
     groups, count = encoder.albert_layer_groups, encoder.config.num_hidden_layers
-    for index in range(count):
-        yield from groups[int(index / (count / encoder.config.num_hidden_groups))].albert_layers
+    order = (int(index / (count / encoder.config.num_hidden_groups)) for index in range(count))
+    return [layer for index in order for layer in groups[index].albert_layers]
 
 
 def _enter_albert(encoder: Any, hidden_states: Any) -> Any:
@@ -265,3 +270,63 @@ FAMILIES: tuple[Family, ...] = (
     _ALBERT,
 )
 BY_FILE = {family.file: family for family in FAMILIES}
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family whose encoder or layer this is, by a stock class, one of ours or one derived from either."""
+    for kind in type(module).__mro__:
+        family = BY_FILE.get(kind.__module__)
+        if family is not None and kind.__name__ in (family.encoder, family.layer):
+            return family
+    return None
+
+
+def is_encoder(module: Any) -> bool:
+    family = family_of(module)
+    return family is not None and isinstance(module, stock(family).encoder)
+
+
+def is_layer(family: Family, layer: nn.Module) -> bool:
+    """Whether it is the family's own layer, stock or ours, or ours as FSDP2 makes it one of its own."""
+    if is_sharded(layer):  # called with packed hidden states, which a stock layer doesn't know
+        return getattr(type(layer).__mro__[2], "_pyaccel_family", None) is family
+    kind = type(layer)
+    return kind.__name__ == family.layer and (
+        kind.__module__ == family.file or getattr(kind, "_pyaccel_family", None) is family
+    )
+
+
+def layers_of(family: Family, module: Any) -> list[Any]:
+    """The layers of an encoder, or the layer that ``module`` is."""
+    return family.layers(module) if is_encoder(module) else [module]
+
+
+# ---- modules of other packages ----
+
+# Called in the place of an nn.Linear, whose rows they treat one by one: a LoRA adapter and the layer it is around.
+_OPAQUE = ("peft.tuners.lora.layer.Linear",)
+_FSDP_MODULES = ("torch.distributed.fsdp.FSDPModule",)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether a module in a Linear's place is called, and not looked into."""
+    return _name(type(module)) in _OPAQUE
+
+
+def has_opaque(layer: nn.Module) -> bool:
+    """Whether something in it is called, and not looked into, or does more than compute."""
+    return any(is_opaque(module) or type(module) is ObservedLinear for module in layer.modules())
+
+
+def is_sharded(layer: nn.Module) -> bool:
+    """Whether FSDP2 keeps its parameters: it puts them in their places before each call, by hooks of its own."""
+    return _name(type(layer).__mro__[1]) in _FSDP_MODULES
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """Its class, where what `encoder_layer` runs in the place of an nn.Linear counts as one."""
+    return nn.Linear if type(module) in (Int8Linear, ObservedLinear) or is_opaque(module) else type(module)

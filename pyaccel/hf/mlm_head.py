@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from pyaccel import ops
+from pyaccel.hf.eligibility import has_foreign_global_hooks, is_foreign_hook
 from pyaccel.hf.families import BY_FILE
-from pyaccel.hf.guard import _may_matter as may_matter
-from pyaccel.hf.guard import global_hooks_matter
+from pyaccel.hf.plan import scope
 from pyaccel.ops.common import autocast_dtype
 
 # The label of a second loss, and the output it is of, for heads that add one to the masked tokens'.
@@ -60,7 +60,7 @@ class Linear(nn.Linear):
         step = None if torch.compiler.is_compiling() else _step.get()
         if step is None or step.decoder is not self:
             return super().forward(input)
-        with step.acceleration.use_backend():
+        with scope(step.acceleration):
             loss = ops.masked_lm_cross_entropy(
                 input,
                 self.weight,
@@ -90,7 +90,7 @@ class TakeLabels:
         given = _given(head, args, kwargs)
         report = self.acceleration.report
         if reason := _why_not(head, given):
-            report.not_skipped[reason] += 1
+            report.refused["masked_lm_loss"][reason] += 1
             return None
         loss_kwargs = kwargs if _loss_of(_kind(head)) == "loss_function" else {}
         second, _ = _SECOND.get(_name(head), ("", ""))
@@ -105,7 +105,7 @@ class TakeLabels:
                 acceleration=self.acceleration,
             )
         )
-        report.logits_skipped += 1
+        report.served["masked_lm_loss"] += 1
         at = _parameters(_kind(head)).index("labels")
         if at < len(args):
             return (*args[:at], None, *args[at + 1 :]), kwargs
@@ -129,6 +129,12 @@ class GiveLoss:
             loss = loss + F.cross_entropy(scores.view(-1, 2), step.second_label.view(-1))
         # A new output, because the order of its fields is that of a tuple made of it.
         return (loss, *output) if is_tuple else type(output)(**{"loss": loss, **output})
+
+
+# What pickles say: names that stay wherever this file goes.
+PICKLED = {f"mlm_{kind.__name__}": kind for kind in (Linear, TakeLabels, GiveLoss)}
+for _qualified, _pickled in PICKLED.items():
+    _pickled.__module__, _pickled.__qualname__ = "pyaccel.hf", _qualified
 
 
 def heads_of(model: nn.Module) -> list[tuple[str, Any]]:
@@ -162,7 +168,7 @@ def is_attached(head: Any) -> bool:
     return any(isinstance(hook, TakeLabels) for hook in head._forward_pre_hooks.values())
 
 
-def unfit(head: Any) -> str | None:
+def ineligible_reason(head: Any) -> str | None:
     """Why no call of ``head`` can skip its logits, whatever it is called with; None if some can."""
     decoder = head.get_output_embeddings()
     if type(decoder) not in (nn.Linear, Linear):
@@ -181,7 +187,7 @@ def _why_not(head: Any, given: dict[str, Any]) -> str | None:
         return "no labels were given"
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return "the call is traced or under a function transform"
-    if reason := unfit(head):
+    if reason := ineligible_reason(head):
         return reason
     decoder = head.get_output_embeddings()
     if type(decoder) is not Linear:
@@ -216,7 +222,7 @@ def _watched(head: Any, decoder: nn.Module) -> str | None:
         return "the model has a pre-forward hook after pyaccel's"
     if after and not isinstance(after[0], GiveLoss) and any(isinstance(h, GiveLoss) for h in after):
         return "the model has a forward hook before pyaccel's"
-    if head._backward_hooks or head._backward_pre_hooks or global_hooks_matter():
+    if head._backward_hooks or head._backward_pre_hooks or has_foreign_global_hooks():
         return "the model has backward hooks, or all modules have hooks"
     if not _is_stock(head):
         return "the model's forward is not transformers' own"
@@ -226,7 +232,7 @@ def _watched(head: Any, decoder: nn.Module) -> str | None:
         if part is not decoder and not type(part).__module__.startswith("transformers."):
             return f"{name} is a {type(part).__module__}.{type(part).__qualname__}"
         hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        if any(may_matter(hook) for kind in hooks for hook in kind.values()):
+        if any(is_foreign_hook(hook) for kind in hooks for hook in kind.values()):
             return f"{name} has hooks"
         if getattr(part, "parametrizations", None):
             return f"{name} is parametrized"
@@ -234,7 +240,7 @@ def _watched(head: Any, decoder: nn.Module) -> str | None:
 
 
 def _counts(hook: Any) -> bool:
-    return isinstance(hook, TakeLabels | GiveLoss) or may_matter(hook)
+    return isinstance(hook, TakeLabels | GiveLoss) or is_foreign_hook(hook)
 
 
 def _path_to(head: nn.Module, decoder: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 
+def _by_reason() -> dict[str, Counter[str]]:
+    return defaultdict(Counter)
+
+
 @dataclass
 class Report:
-    """What was swapped in a model and what not, and how often the fast path served since.
+    """What was swapped in a model and what not, and which executors served its calls since.
 
-    Calls are counted per layer: one forward pass of a 6-layer model is 6 calls.
+    Executors are "packed" (all layers without padding), "onednn" (those on a CPU without gradient; with `prepack`
+    "onednn, prepacked"), "cuda_graph", "padded" (one layer) and "masked_lm_loss" (a head, where `skip_logits` asks for
+    it).
 
     Attributes:
         swapped: name of each swapped module -> its class.
         not_swapped: name of each module that was left alone -> why.
         attention: name of each model that got pyaccel's attention alone -> its class.
         packing, backend, prepack, cuda_graphs, skip_logits: as given to `accelerate`.
-        fast: calls that the fast path served, by kind: "packed" (no padding), "padded" and "by a graph".
-        fallbacks: calls that went to the stock layer, by reason.
-        prepacked: of those calls, the ones that ran on weights in oneDNN's order.
+        served: calls that did not run the stock modules, by executor, counted per layer: one forward pass of a 6-layer
+            model is 6 calls.
+        refused: executor -> reason -> how many calls it could not serve: passes of an encoder, or calls of a layer.
         captured: CUDA graphs that were captured.
-        not_graphed: forward passes that no CUDA graph could serve, by reason, where they were asked for.
-        logits_skipped: training passes whose masked-language-model head computed the loss of masked tokens alone.
-        not_skipped: training passes that computed all logits, by reason, where `skip_logits` was asked for.
-        not_packed: forward passes that could not drop their padding and ran layer by layer, by reason.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -34,26 +36,22 @@ class Report:
     packing: bool = True
     backend: str = "auto"
     prepack: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = "auto"
     skip_logits: bool = False
-    fast: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    not_packed: Counter[str] = field(default_factory=Counter)
-    not_graphed: Counter[str] = field(default_factory=Counter)
-    not_skipped: Counter[str] = field(default_factory=Counter)
-    logits_skipped: int = 0
-    prepacked: int = 0
+    served: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, Counter[str]] = field(default_factory=_by_reason)
     captured: int = 0
 
     def reset(self) -> None:
         """Set all counts to 0."""
-        for counts in (self.fast, self.fallbacks, self.not_packed, self.not_graphed, self.not_skipped):
-            counts.clear()
-        self.prepacked = self.captured = self.logits_skipped = 0
+        self.served.clear()
+        self.refused.clear()
+        self.captured = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain dicts, strings and numbers, for JSON."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["refused"] = {name: dict(reasons) for name, reasons in self.refused.items() if reasons}
         return {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
 
     def __str__(self) -> str:
@@ -63,29 +61,14 @@ class Report:
         lines = [f"accelerated: {what} ({how}; backend {self.backend})"]
         lines += [f"  attention alone: {name or kind} ({kind})" for name, kind in self.attention.items()]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.not_swapped.items()]
-        calls = self.fast.total() + self.fallbacks.total()
-        fast = ", ".join(f"{count} {kind}" for kind, count in self.fast.items()) or "0"
-        lines.append(f"layer calls: {calls}; on the fast path: {fast}")
-        if self.prepack:
-            lines.append(f"  {self.prepacked} of them on weights in oneDNN's order")
-        if self.cuda_graphs:
+        served = ", ".join(f"{count} {name}" for name, count in self.served.items()) or "0"
+        lines.append(f"layer calls served by: {served}")
+        if self.captured:
             lines.append(f"  {self.captured} CUDA graphs captured")
-        if self.skip_logits:
-            lines.append(f"  {self.logits_skipped} training passes skipped the logits")
         lines += [
-            f"  {count} training passes computed all logits: {reason}"
-            for reason, count in self.not_skipped.most_common()
-        ]
-        lines += [
-            f"  {count} ran the stock layer: {reason}" for reason, count in self.fallbacks.most_common()
-        ]
-        lines += [
-            f"  {count} forward passes kept their padding: {reason}"
-            for reason, count in self.not_packed.most_common()
-        ]
-        lines += [
-            f"  {count} forward passes by no CUDA graph: {reason}"
-            for reason, count in self.not_graphed.most_common()
+            f"  not by {name}: {count}: {reason}"
+            for name, reasons in self.refused.items()
+            for reason, count in reasons.most_common()
         ]
         return "\n".join(lines)
 

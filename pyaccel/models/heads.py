@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel import ops
+from pyaccel.activations import activation_name
 from pyaccel.models import checkpoint, files
 from pyaccel.models.bert import BertConfig, BertModel, BertModelOutput, activation
 from pyaccel.nn import ResidualLayerNorm
-from pyaccel.nn.encoder_layer import activation_name, project
+from pyaccel.nn.encoder_layer import project
 
 __all__ = [
     "BertForMaskedLM",

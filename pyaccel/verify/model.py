@@ -163,11 +163,13 @@ class _Verification:
             yield from self._inside(model, mode)
             yield from self._outside(model, mode)
             yield from self._dropout(model, mode)
-            for reason, count in calls.fallbacks.items():  # right, and yet not what was to be verified
+            for reason, count in calls.refused[
+                "padded"
+            ].items():  # right, and yet not what was to be verified
                 self.notes.append(
                     f"{self.truth.dtype}, {self.backend}, {mode}: {count} layer calls ran the stock layer: {reason}"
                 )
-            for reason in calls.not_packed if mode == "packed" else ():
+            for reason in calls.refused["packed"] if mode == "packed" else ():
                 self.notes.append(f"{self.truth.dtype}, {self.backend}: padding was kept: {reason}")
         if compiled and self.backend != "reference":
             yield from self._compiled()

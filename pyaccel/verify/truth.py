@@ -99,7 +99,7 @@ class Truth:
 
 def views_of(model: nn.Module) -> list[Any]:
     """The layers of the families that pyaccel knows, under BERT's names."""
-    from pyaccel.hf.fast_path import family_of, is_encoder
+    from pyaccel.hf.families import family_of, is_encoder
 
     return [
         family.view(layer)

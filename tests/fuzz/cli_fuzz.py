@@ -51,7 +51,7 @@ def folder() -> Path:
     torch.set_num_threads(1)  # a fork has no threads but its own
     for name in (
         "pyaccel.cli",
-        "pyaccel.hf.swap",
+        "pyaccel.hf.patching",
         "pyaccel.encode.encoder",
         "pyaccel.benchmarks.run",
         "safetensors.torch",

@@ -30,8 +30,8 @@ from transformers.models.bert import modeling_bert
 import pyaccel
 from pyaccel import dispatch
 from pyaccel.errors import NotSupportedError
-from pyaccel.hf.fast_path import bert_BertEncoder as BertEncoder
-from pyaccel.hf.fast_path import bert_BertLayer as BertLayer
+from pyaccel.hf.modules import bert_BertEncoder as BertEncoder
+from pyaccel.hf.modules import bert_BertLayer as BertLayer
 from tests.assertions import assert_bits_equal, assert_close_to_truth
 from tests.hf.models import DTYPES, MASKS, Truth, batch_of, checkpoint, mask_of, read, tiny, tiny_config
 
@@ -56,9 +56,9 @@ def test_packed_equals_stock(dtype: torch.dtype, kind: str) -> None:
     out = stock.check(model, batch, ["last_hidden_state"], where=computed)
     stock.check(model, batch, ["pooler_output"])
     assert not out.last_hidden_state[~computed].any(), "padding must be zero, not something that may be NaN"
-    assert report.fast == {"packed": 6}
-    assert not report.fallbacks
-    assert not report.not_packed
+    assert report.served == {"packed": 6}
+    assert not report.refused["padded"]
+    assert not report.refused["packed"]
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -68,8 +68,8 @@ def test_padded_equals_stock_in_the_padding_too(dtype: torch.dtype, kind: str) -
     stock = Truth(model)
     report = pyaccel.accelerate(model, packing=False)
     stock.check(model, batch, OUTPUTS)
-    assert report.fast == {"padded": 3}
-    assert not report.fallbacks
+    assert report.served == {"padded": 3}
+    assert not report.refused["padded"]
 
 
 def test_without_a_mask() -> None:
@@ -78,7 +78,7 @@ def test_without_a_mask() -> None:
     stock = Truth(model)
     report = pyaccel.accelerate(model)
     stock.check(model, batch, OUTPUTS)
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -108,7 +108,7 @@ def test_activations(activation: str) -> None:
     stock = Truth(model)
     report = pyaccel.accelerate(model)
     stock.check(model, batch, ["pooler_output"])
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
 
 
 def test_an_activation_that_is_a_function() -> None:
@@ -119,7 +119,7 @@ def test_an_activation_that_is_a_function() -> None:
     stock = Truth(model)
     report = pyaccel.accelerate(model)
     stock.check(model, batch, ["pooler_output"])
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -134,7 +134,7 @@ def test_real_checkpoint(dtype: torch.dtype, packing: bool) -> None:
     stock.check(model, batch, ["last_hidden_state"], where=where)
     stock.check(model, batch, ["pooler_output"])
     assert len(report.swapped) == 7
-    assert not report.fallbacks
+    assert not report.refused["padded"]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -204,11 +204,11 @@ def test_hidden_states(dtype: torch.dtype) -> None:
     report = pyaccel.accelerate(model)
     out = stock.check(model, {**batch, "output_hidden_states": True}, ["hidden_states", "last_hidden_state"])
     assert len(out.hidden_states) == 4
-    assert report.fast == {"padded": 3}
-    assert report.not_packed == {"hidden states or attentions are captured": 1}
+    assert report.served == {"padded": 3}
+    assert report.refused["packed"] == {"hidden states or attentions are captured": 1}
     # The hooks that transformers leaves behind don't turn the fast path off.
     stock.check(model, batch, ["pooler_output"])
-    assert report.fast["packed"] == 6 - 3
+    assert report.served["packed"] == 6 - 3
     # Single ones, which transformers 5.23 takes; before, they are all of them.
     some = model(**batch, output_hidden_states=[1, -1]).hidden_states
     expected = stock.naive(**batch, output_hidden_states=[1, -1]).hidden_states
@@ -221,7 +221,7 @@ def test_hidden_states_hooks_from_before() -> None:
     stock = Truth(model)
     report = pyaccel.accelerate(model)
     stock.check(model, batch, ["pooler_output"])
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
     stock.check(model, {**batch, "output_hidden_states": True}, ["hidden_states"])
     model.config.output_hidden_states = True
     assert len(model(**batch).hidden_states) == 4
@@ -235,7 +235,7 @@ def test_attentions(kind: str) -> None:
     both = {**batch, "output_attentions": True, "output_hidden_states": True}
     out = stock.check(model, both, ["attentions", "hidden_states", "last_hidden_state"])
     assert [tuple(a.shape) for a in out.attentions] == [(5, 4, 12, 12)] * 3
-    assert report.fallbacks == {"output_attentions": 3}
+    assert report.refused["padded"] == {"output_attentions": 3}
 
 
 def test_config_that_asks_for_attentions_is_left_alone() -> None:
@@ -275,7 +275,7 @@ def test_gradients_in_evaluation(kind: str, packing: bool) -> None:
     stock = Truth(model)
     report = pyaccel.accelerate(model, packing=packing)
     ours, truth, naive = gradients(model), gradients(stock.truth), gradients(stock.naive)
-    assert report.fast.total() == 3
+    assert report.served.total() == 3
     for name in naive:
         assert ours[name] is not None, name
         assert ours[name].any(), name
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_changes_no_bit(packing: bool) -> None:
         torch.manual_seed(5)
         ours(**batch).loss.backward()
         assert len(calls) == (1 + 3 if checkpointing else 1)
-        assert not report.fallbacks
+        assert not report.refused["padded"]
         grads.append([p.grad for p in ours.parameters()])
     for first, second in zip(*grads, strict=True):
         assert_bits_equal(first, second)
@@ -343,7 +343,7 @@ def test_weights_that_change_are_seen_at_once() -> None:
     check(model)
     model.to(torch.bfloat16)
     check(model)
-    assert model._modules["encoder"]._pyaccel.acceleration.report.fallbacks == {}
+    assert model._modules["encoder"]._pyaccel.acceleration.report.refused["padded"] == {}
 
 
 # ---- in place, and undone ----
@@ -432,8 +432,8 @@ def test_a_deepcopy_stays_accelerated() -> None:
     assert type(twin.encoder) is BertEncoder
     assert twin.config is not model.config
     stock.check(twin, batch, ["pooler_output"])
-    assert report.fast == {"packed": 3}, "a copy counts for itself"
-    assert pyaccel.explain(twin).report.fast == {"packed": 6}
+    assert report.served == {"packed": 3}, "a copy counts for itself"
+    assert pyaccel.explain(twin).report.served == {"packed": 6}
     twin.encoder.layer[0].output.dense.weight.data.zero_()
     stock.check(model, batch, ["pooler_output"])
     pyaccel.restore(twin)
@@ -467,7 +467,7 @@ def test_pickle_into_a_new_process(tmp_path: Path) -> None:
         "assert model.encoder.__class__.__module__ == 'pyaccel.hf'\n"
         "from tests.assertions import assert_equivalent\n"
         "assert_equivalent(model(**batch).pooler_output, expected)\n"
-        "assert model.encoder._pyaccel.acceleration.report.fast['packed'] == 6\n"
+        "assert model.encoder._pyaccel.acceleration.report.served['packed'] == 6\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True, cwd=ROOT)
 
@@ -522,11 +522,11 @@ def test_report() -> None:
     model(**batch, output_attentions=True)
     text = str(report)
     assert "1 BertEncoder, 3 BertLayer" in text
-    assert "layer calls: 9; on the fast path: 6 packed" in text
-    assert "3 ran the stock layer: output_attentions" in text
-    assert json.loads(json.dumps(report.as_dict()))["fallbacks"] == {"output_attentions": 3}
+    assert "layer calls served by: 6 packed" in text
+    assert "not by padded: 3: output_attentions" in text
+    assert json.loads(json.dumps(report.as_dict()))["refused"]["padded"] == {"output_attentions": 3}
     report.reset()
-    assert report.fast.total() == report.fallbacks.total() == report.not_packed.total() == 0
+    assert report.served.total() == report.refused["padded"].total() == report.refused["packed"].total() == 0
 
 
 def test_parts_that_cannot_be_swapped_are_reported() -> None:
@@ -552,7 +552,7 @@ def test_parts_that_cannot_be_swapped_are_reported() -> None:
     assert len(report.swapped) == 4
     assert not report.not_swapped
     stock.check(model, batch, ["pooler_output"])
-    assert report.fast == {"padded": 2, "packed": 3}
+    assert report.served == {"padded": 2, "packed": 3}
 
 
 def test_twice() -> None:
@@ -564,7 +564,7 @@ def test_twice() -> None:
     with pytest.raises(
         RuntimeError,
         match=r"accelerated already \(packing=True, int8=None, backend='auto', prepack=False, "
-        r"cuda_graphs=False, skip_logits=False\).*restore",
+        r"cuda_graphs='auto', skip_logits=False\).*restore",
     ):
         pyaccel.accelerate(model, packing=False)
 
@@ -625,7 +625,7 @@ def test_explain() -> None:
     assert set(explanation.backends) == set(explanation.reasons)
     assert {"linear_activation", "residual_layernorm"} <= set(explanation.backends)
     assert (explanation.dtype, explanation.device) == ("float32", "cpu")
-    assert explanation.report.fast == {"packed": 3}, "the dry run doesn't count"
+    assert explanation.report.served == {"packed": 3}, "the dry run doesn't count"
     assert "float32 on cpu" in str(explanation)
     assert "varlen_attention" in str(explanation)
     json.dumps(explanation.as_dict())

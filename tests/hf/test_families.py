@@ -178,10 +178,10 @@ def test_as_stock(family: str, head: str, kind: str) -> None:
                     ours[name], right[name], plain[name], name=f"{name}, training={training}"
                 )
         assert_close_to_truth(*(gradients(each, right) for each in (ours, right, plain)), name="gradients")
-    assert not report.fallbacks
+    assert not report.refused["padded"]
     how = "padded" if head == "ForQuestionAnswering" else "packed"  # its loss is over padding too
-    assert report.fast == {how: 2 * LAYERS.get(family, 3)}
-    assert bool(report.not_packed) == (how == "padded")
+    assert report.served == {how: 2 * LAYERS.get(family, 3)}
+    assert bool(report.refused["packed"]) == (how == "padded")
     pyaccel.restore(model)
     again = results(model, batch, head)
     assert all(torch.equal(again[name], plain[name]) for name in plain)
@@ -200,8 +200,8 @@ def test_padded(family: str, kind: str) -> None:
     with torch.no_grad():
         outputs = [m(**batch).last_hidden_state for m in (model, truth, naive)]
     assert_close_to_truth(*outputs)
-    assert report.fast == {"padded": LAYERS.get(family, 3)}
-    assert not report.fallbacks
+    assert report.served == {"padded": LAYERS.get(family, 3)}
+    assert not report.refused["padded"]
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_dropout_has_the_stock_distribution(family: str, where: str, packing: bo
     assert_same_distribution(
         *(lambda m=m: m(**batch).last_hidden_state[:, 0] for m in (model, naive)), runs=300
     )
-    assert not report.fallbacks
-    assert not report.not_packed
+    assert not report.refused["padded"]
+    assert not report.refused["packed"]
 
 
 @pytest.mark.parametrize("family", list(TINY))
@@ -323,7 +323,7 @@ def table() -> list[str]:
             calls["residual_layernorm"] == 2 * layers,
             calls["linear_activation"]
             == 4 * layers,  # query, key, value, and the feed-forward network's first
-            report.fast == {"packed": layers},
+            report.served == {"packed": layers},
         )
         lines.append(f"| {family.title} | " + " | ".join("fused" if each else "" for each in done[:-1])
                      + (" | yes |" if done[-1] else " | |"))  # fmt: skip

@@ -92,7 +92,7 @@ def test_by_default_the_head_is_not_touched() -> None:
     assert not ours._forward_pre_hooks
     out = assert_same_step(ours, stock, labelled(), skipped=False)
     assert type(out.logits) is Tensor
-    assert report_of(ours).logits_skipped == 0
+    assert report_of(ours).served["masked_lm_loss"] == 0
 
 
 # ---- the same loss and gradients ----
@@ -167,8 +167,8 @@ def test_every_head(name: str) -> None:
     stock = of_head(name)
     ours, batch = accelerated(stock), labelled_for(name)
     out = assert_same_step(ours, stock, batch)
-    assert report_of(ours).logits_skipped == 1
-    assert not report_of(ours).not_skipped
+    assert report_of(ours).served["masked_lm_loss"] == 1
+    assert not report_of(ours).refused["masked_lm_loss"]
     expected = stock(**batch)
     if name in SECOND:
         key = "sop_logits" if name.startswith("Albert") else "seq_relationship_logits"
@@ -188,7 +188,7 @@ def test_a_head_of_two_losses_with_one_label_has_none(name: str) -> None:
     out = ours(**batch)
     assert out.loss is None
     torch.testing.assert_close(out.prediction_logits, stock(**batch).prediction_logits, rtol=1e-4, atol=1e-5)
-    (reason,) = report_of(ours).not_skipped
+    (reason,) = report_of(ours).refused["masked_lm_loss"]
     assert SECOND[name] in reason
 
 
@@ -264,7 +264,7 @@ def test_evaluation_and_calls_without_labels_or_gradients() -> None:
     torch.testing.assert_close(
         ours.eval()(**batch).logits, stock.eval()(**batch).logits, rtol=1e-4, atol=1e-5
     )
-    assert not report_of(ours).not_skipped, "evaluation isn't counted"
+    assert not report_of(ours).refused["masked_lm_loss"], "evaluation isn't counted"
     labels = batch.pop("labels")
     ours.train(), stock.train()
     grads = []
@@ -273,11 +273,11 @@ def test_evaluation_and_calls_without_labels_or_gradients() -> None:
         F.cross_entropy(m(**batch).logits.view(-1, VOCAB), labels.view(-1)).backward()
         grads.append(torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-    assert report_of(ours).not_skipped == {"no labels were given": 1}
+    assert report_of(ours).refused["masked_lm_loss"] == {"no labels were given": 1}
     assert "1 training passes computed all logits: no labels were given" in str(report_of(ours))
     assert report_of(ours).as_dict()["not_skipped"] == {"no labels were given": 1}
     report_of(ours).reset()
-    assert not report_of(ours).not_skipped
+    assert not report_of(ours).refused["masked_lm_loss"]
 
 
 def test_what_is_not_understood_fails_as_the_stock_model_does() -> None:
@@ -355,7 +355,7 @@ def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labe
             m.loss_function = lambda logits, labels, **_: logits.sum() + labels.sum()
         ours.float(), stock.float()
         assert_same_step(ours, stock, labelled(), skipped=False)
-        assert "model.loss_function was replaced" in report_of(ours).not_skipped
+        assert "model.loss_function was replaced" in report_of(ours).refused["masked_lm_loss"]
     finally:
         for cached in (mlm_head._loss_of, mlm_head._parameters):
             cached.cache_clear()
@@ -454,9 +454,9 @@ def test_who_would_notice_gets_all_logits(what: str) -> None:
     ours, stock = pair()
     change(ours)
     assert_same_step_by_values(ours, stock, skipped=not expected)
-    assert report_of(ours).logits_skipped == (0 if expected else 1)
+    assert report_of(ours).served["masked_lm_loss"] == (0 if expected else 1)
     if expected:
-        (reason,) = report_of(ours).not_skipped
+        (reason,) = report_of(ours).refused["masked_lm_loss"]
         assert expected in reason
 
 
@@ -516,7 +516,7 @@ def test_a_replaced_loss_of_distilbert() -> None:
     stock.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.1)
     ours = accelerated(stock)
     assert_same_step(ours, stock, labelled_for("DistilBert"), skipped=False)
-    assert report_of(ours).not_skipped == {"model.mlm_loss_fct was replaced": 1}
+    assert report_of(ours).refused["masked_lm_loss"] == {"model.mlm_loss_fct was replaced": 1}
 
 
 def test_models_without_a_head() -> None:
@@ -536,7 +536,7 @@ def test_a_vocabulary_that_grows() -> None:
     _replaced(ours)
     _replaced(stock)
     assert_same_step(ours, stock, labelled(), skipped=False)
-    assert any("decoder was replaced" in reason for reason in report_of(ours).not_skipped)
+    assert any("decoder was replaced" in reason for reason in report_of(ours).refused["masked_lm_loss"])
     pyaccel.accelerate(ours, packing=False, skip_logits=True)
     assert_same_step(ours, stock, labelled())
     pyaccel.restore(ours)
@@ -579,7 +579,7 @@ def test_restoring_copying_and_pickling() -> None:
     twin, copied = pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)
     for each in (twin, copied, ours):
         assert_same_step(each, stock, batch)
-        assert report_of(each).logits_skipped == 1
+        assert report_of(each).served["masked_lm_loss"] == 1
     pyaccel.restore(ours)
     assert type(ours.cls.predictions.decoder) is nn.Linear
     assert ours.cls.predictions.decoder.weight is ours.bert.embeddings.word_embeddings.weight
@@ -647,8 +647,8 @@ def test_function_transforms_get_all_logits() -> None:
         torch.func.grad(lambda x, m=m: m(inputs_embeds=x, **rest).loss)(embeds) for m in (ours.train(), stock)
     ]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-    assert report_of(ours).logits_skipped == 1
-    assert any("function transform" in reason for reason in report_of(ours).not_skipped)
+    assert report_of(ours).served["masked_lm_loss"] == 1
+    assert any("function transform" in reason for reason in report_of(ours).refused["masked_lm_loss"])
 
 
 def test_checkpointed_layers_and_a_checkpointed_model() -> None:

@@ -22,7 +22,7 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 import pyaccel
 from pyaccel import triton_support
 from pyaccel.hf.attention import attention_forward
-from pyaccel.hf.surroundings import inside, is_patched
+from pyaccel.hf.eligibility import inside, is_patched
 from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
 from tests.hf.models import Truth, batch_of, of_family, read, tiny
 
@@ -64,9 +64,9 @@ def test_a_function_transform(transform: str, options: dict[str, Any], called_be
     run = TRANSFORMS[transform]
     assert_equivalent(run(lambda x: pooled(model, x, each)), run(lambda x: pooled(stock, x, each)))
     assert model.encoder._pyaccel.structure is before, "a plan was made inside a transform"
-    assert report.fallbacks["inside a torch.func transform"] >= 3
+    assert report.refused["padded"]["inside a torch.func transform"] >= 3
     Truth(stock).check(model, batch, ["pooler_output"])
-    assert report.fast["packed"] == 3 + 3 * called_before
+    assert report.served["packed"] == 3 + 3 * called_before
 
 
 def test_other_parameters_are_used_and_not_kept() -> None:
@@ -127,10 +127,10 @@ def test_inside_another_s_mode_the_stock_modules_run(mode: type[Any], packing: b
     with torch.no_grad(), mode():
         found, expected = model(**batch).pooler_output, stock(**batch).pooler_output
     assert_equivalent(found, expected)
-    assert report.fallbacks == {f"inside a {mode.__name__}": 3}
+    assert report.refused["padded"] == {f"inside a {mode.__name__}": 3}
     assert model.encoder._pyaccel.structure is None
     Truth(stock).check(model, batch, ["pooler_output"])
-    assert report.fast.total() == 3
+    assert report.served.total() == 3
 
 
 def test_fake_tensors_leave_a_model_as_it_was() -> None:
@@ -153,7 +153,7 @@ def test_another_default_device(kind: str, options: dict[str, Any]) -> None:
         first = model(**batch).last_hidden_state
     with torch.no_grad():
         assert_bits_equal(model(**batch).last_hidden_state, first)
-    assert report.fast.total() == 6
+    assert report.served.total() == 6
 
 
 def harmless() -> list[AbstractContextManager[object]]:
@@ -247,7 +247,7 @@ def test_a_patched_forward_is_not_passed_by(
         if report.swapped:
             report.reset()
             assert_equivalent(model(**batch).pooler_output, plain)
-            assert report.fast == {"packed": 3}
+            assert report.served == {"packed": 3}
 
 
 # ---- options ----
@@ -323,7 +323,7 @@ def test_fewer_layers_by_the_config_alone() -> None:
         report.reset()
         model.config.num_hidden_layers = stock.config.num_hidden_layers = count
         Truth(stock).check(model, batch, ["last_hidden_state"], read(batch["attention_mask"]))
-        assert report.fast == {"packed": count}
+        assert report.served == {"packed": count}
 
 
 def test_a_forward_that_is_wrapped_survives_restore() -> None:
@@ -394,7 +394,7 @@ def test_heads_that_read_the_padding_keep_it() -> None:
         stock = copy.deepcopy(bert)
         pyaccel.restore(stock)
         Truth(stock).check(bert, batch_of("left"), ["last_hidden_state"])
-        assert set(report.not_packed) == {f"{type(model).__name__} reads every position, padding too"}
+        assert set(report.refused["packed"]) == {f"{type(model).__name__} reads every position, padding too"}
 
 
 # ---- eager attention ----
@@ -415,12 +415,12 @@ def test_gradients_of_a_model_made_with_eager_attention_have_gradients(training:
         assert (p.grad is None) == (other[1].grad is None), name
         if p.grad is not None and "key.bias" not in name:
             assert_equivalent(p.grad, other[1].grad, name=name)
-    assert list(report.fallbacks) == [
+    assert list(report.refused["padded"]) == [
         "the model was made with eager attention, whose gradients can be differentiated again"
     ]
     with torch.no_grad():
         model.eval()(**batch)
-    assert report.fast.total() == 3
+    assert report.served.total() == 3
     assert model.config._attn_implementation == "pyaccel_eager"
     pyaccel.restore(model)
     assert model.config._attn_implementation == "eager"

@@ -61,12 +61,12 @@ def test_lora_is_on_the_fast_path(packing: bool, first: str) -> None:
         grads.append(torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]))
     assert_close_to_truth(*outputs)
     assert_close_to_truth(*grads)
-    assert report.fast == {"packed" if packing else "padded": 3}
-    assert not report.fallbacks
+    assert report.served == {"packed" if packing else "padded": 3}
+    assert not report.refused["padded"]
     merged = ours.merge_and_unload().eval()
     both = (m.merge_and_unload().eval()(**batch).pooler_output for m in (truth, stock))
     assert_close_to_truth(merged(**batch).pooler_output, *both)
-    assert not report.fallbacks
+    assert not report.refused["padded"]
 
 
 def test_adapters_by_row_go_to_the_stock_layers() -> None:
@@ -80,7 +80,7 @@ def test_adapters_by_row_go_to_the_stock_layers() -> None:
     names = ["default", "other", "__base__", "other", "default"]
     outputs = [m(**batch, adapter_names=names).pooler_output for m in (ours, stock)]
     assert_equivalent(*outputs)
-    (reason,) = report.fallbacks
+    (reason,) = report.refused["padded"]
     assert reason.endswith("has hooks")
 
 
@@ -120,8 +120,8 @@ def test_trainer(tmp_path: Path) -> None:
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         finals.append(trainer.evaluate()["eval_loss"])
-    assert report.fast["packed"] > 0
-    assert not report.fallbacks
+    assert report.served["packed"] > 0
+    assert not report.refused["padded"]
     assert_same_curve(*losses)
     assert_same_curve(finals[:1], finals[1:])
     saved = tmp_path / "True" / "checkpoint-4"
@@ -182,9 +182,9 @@ def train(how, packing):
     for (name, p), q in zip(model.named_parameters(), stock.parameters()):
         p = p.full_tensor() if hasattr(p, "full_tensor") else p
         torch.testing.assert_close(p.detach(), q.detach(), msg=name)
-    assert not report.fallbacks, report
-    assert not report.not_packed, report
-    assert report.fast.keys() == {"packed" if packing else "padded"}, report
+    assert not report.refused["padded"], report
+    assert not report.refused["packed"], report
+    assert report.served.keys() == {"packed" if packing else "padded"}, report
     dist.barrier()
     print(f"{how} {packing}: the same", flush=True)
 
@@ -242,7 +242,7 @@ def test_int8_and_back(method: str) -> None:
         report = pyaccel.accelerate(model, int8=method)
         assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 36
         assert torch.cosine_similarity(model(**batch).pooler_output, expected).min() > 0.99
-        assert report.fast == {"packed": 6}
+        assert report.served == {"packed": 6}
         assert pyaccel.accelerate(model, int8=method) is report
         with pytest.raises(RuntimeError, match=f"int8='{method}'"):
             pyaccel.accelerate(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 HEAD = "pyaccel/hf/mlm_head.py"
-SWAP = "pyaccel/hf/swap.py"
+SWAP = "pyaccel/hf/patching.py"
 CHANGES = "pyaccel/quantization/changes.py"
 CONVERT = "pyaccel/quantization/convert.py"
 TESTS = ["tests/hf/test_mlm_head.py", "tests/hf/test_interrupted.py"]
@@ -17,10 +17,10 @@ MUTANTS = [
     Mutant("mlm head: the fields of an output in another order", HEAD, "type(output)(**{\"loss\": loss, **output})", "(output.__setitem__(\"loss\", loss), output)[1]"),
     Mutant("mlm head: an error leaves the labels to the next call", HEAD, "always_call=True, prepend=True", "prepend=True"),
     Mutant("mlm head: a number of items is ignored", HEAD, 'num_items=loss_kwargs.get("num_items_in_batch"),', "num_items=None,"),
-    Mutant("mlm head: hooks on the way to the decoder are passed by", HEAD, "if any(may_matter(hook) for kind in hooks for hook in kind.values()):", "if False:"),
+    Mutant("mlm head: hooks on the way to the decoder are passed by", HEAD, "if any(is_foreign_hook(hook) for kind in hooks for hook in kind.values()):", "if False:"),
     Mutant("mlm head: any forward is transformers' own", HEAD, "    if not _is_stock(head):\n", "    if False:\n"),
     Mutant("mlm head: any loss is the stock loss", HEAD, 'if _loss_of(_kind(head)) == "mlm_loss_fct" and not _is_plain(head.mlm_loss_fct):', "if False:"),
-    Mutant("mlm head: the backend asked for isn't the loss's", HEAD, "        with step.acceleration.use_backend():\n", "        if True:\n"),
+    Mutant("mlm head: the backend asked for isn't the loss's", HEAD, "        with scope(step.acceleration):\n", "        if True:\n"),
     Mutant("mlm head: hooks stay behind", SWAP, "    mlm_head.detach(model)\n", ""),
     Mutant("changes: noted after they are made", CHANGES, "        self._undo.append(undo)\n        change()\n", "        change()\n        self._undo.append(undo)\n"),
     Mutant("changes: Ctrl-C while they are undone ends that", CHANGES, "                continue\n", "                raise\n"),

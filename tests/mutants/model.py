@@ -6,16 +6,16 @@ from tests.mutants import Mutant
 
 PACKING = "pyaccel/packing.py"
 LAYER = "pyaccel/nn/encoder_layer.py"
-FAST_PATH = "pyaccel/hf/fast_path.py"
+PADDED = "pyaccel/hf/executors/padded.py"
 ELIGIBILITY = "pyaccel/hf/eligibility.py"
-GUARD = "pyaccel/hf/guard.py"
-EVALUATION = "pyaccel/models/evaluation.py"
+ONEDNN = "pyaccel/hf/executors/onednn.py"
+EAGER = "pyaccel/hf/executors/eager.py"
 TESTS = [
     "tests/test_packing.py",
-    "tests/hf/test_evaluation.py",
+    "tests/hf/test_onednn.py",
     "tests/verify/test_verify.py::test_an_unharmed_model_is_right",
     "tests/hf/test_accelerate.py",
-    "tests/hf/test_guard.py",
+    "tests/hf/test_eligibility.py",
     "tests/hf/test_families.py",
 ]
 
@@ -28,19 +28,24 @@ MUTANTS = [
     Mutant("model: the bias of the last product is lost in training", LAYER, "        x_bias=last.dense.bias,\n", ""),
     Mutant("model: the residual of the feed-forward network is that of attention", LAYER, "    return ops.residual_layernorm(\n        out,\n        hidden,\n", "    return ops.residual_layernorm(\n        out,\n        residual,\n"),
     Mutant("model: key and value swapped", LAYER, "projections = (attention_self.query, attention_self.key, attention_self.value)\n    scales", "projections = (attention_self.query, attention_self.value, attention_self.key)\n    scales"),
-    Mutant("model: attention drops in evaluation", FAST_PATH, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = heads.dropout.p"),
-    Mutant("model: attention never drops", FAST_PATH, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = 0.0"),
-    Mutant("model: the padding mask is dropped", FAST_PATH, "partial(padded_attention, mask, dropout_p)", "partial(padded_attention, None, dropout_p)"),
+    Mutant("model: attention drops in evaluation", PADDED, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = heads.dropout.p"),
+    Mutant("model: attention never drops", PADDED, "dropout_p = heads.dropout.p if heads.training else 0.0", "dropout_p = 0.0"),
+    Mutant("model: the padding mask is dropped", PADDED, "partial(_padded_attention, mask, dropout_p)", "partial(_padded_attention, None, dropout_p)"),
     Mutant("model: output_attentions is ignored", ELIGIBILITY, 'if given.get("output_attentions", config.output_attentions):', "if False:"),
-    Mutant("model: hooks of submodules are ignored", GUARD, 'return "has hooks"', "return None"),
-    Mutant("model: the straight line swaps key and value", EVALUATION, "for x in linears[:3])", "for x in (linears[0], linears[2], linears[1]))"),
-    Mutant("model: the straight line drops nothing in training", EVALUATION, "if any(dropout.training and dropout.p > 0.0 for dropout in others):", "if False:"),
-    Mutant("model: the straight line takes kept padding for keys", EVALUATION, "and tokens.key_indices is None", "and True"),
-    Mutant("model: the straight line keeps an epsilon", EVALUATION, "norm.bias, norm.eps)", "norm.bias, 1e-12)"),
+    Mutant("model: hooks of submodules are ignored", ELIGIBILITY, 'return "has hooks"', "return None"),
+    Mutant("model: oneDNN's layers swap key and value", ONEDNN, "for x in (query, key, value, first, inner, second)", "for x in (query, value, key, first, inner, second)"),
+    Mutant("model: oneDNN's layers drop nothing in training", ONEDNN, "            return \"dropout\"\n", "            pass\n"),
+    Mutant("model: oneDNN's layers take kept padding for keys", ONEDNN, "if tokens.key_indices is not None:", "if False:"),
+    Mutant("model: oneDNN's layers keep an epsilon", ONEDNN, "(norm.weight, norm.bias, norm.eps)", "(norm.weight, norm.bias, 1e-12)"),
     Mutant("model: tokens sorted on the host, rows not", PACKING, "indices = by_length[row] * seq_len + column", "indices = row * seq_len + column"),
-    Mutant("model: the straight line asks attention's dropout, not attention, whether to drop", EVALUATION, "if self.attention.training and first.p > 0.0:", "if first.training and first.p > 0.0:"),
-    Mutant("model: prepacked weights don't follow changes in place", EVALUATION, "(p.data_ptr(), p._version) for p", "(p.data_ptr(), 0) for p"),
-    Mutant("model: prepacked weights don't follow other memory", EVALUATION, "(p.data_ptr(), p._version) for p", "(0, p._version) for p"),
-    Mutant("model: memory of prepacked weights is given back", EVALUATION, "held=[p.detach() for p in self.parameters]", "held=[]"),
-    Mutant("model: prepacked weights are made each time", EVALUATION, "if copies is None or state != copies.state:", "if True:"),
+    Mutant("model: attention's dropout is asked, not attention, whether to drop", ELIGIBILITY, "(heads.training and heads.dropout.p > 0.0)", "(heads.dropout.training and heads.dropout.p > 0.0)"),
+    Mutant("model: prepacked weights don't follow changes in place", "pyaccel/hf/fingerprint.py", "[*map(_DATA_PTR, tensors), *map(_VERSION, tensors)]", "[*map(_DATA_PTR, tensors)]"),
+    Mutant("model: prepacked weights don't follow other memory", "pyaccel/hf/fingerprint.py", "[*map(_DATA_PTR, tensors), *map(_VERSION, tensors)]", "[*map(_VERSION, tensors)]"),
+    Mutant("model: memory of prepacked weights is given back", ONEDNN, "copies, present, [p.detach() for p in self._parameters]", "copies, present, []"),
+    Mutant("model: prepacked weights are made each time", ONEDNN, "if kept is not None and kept[1] == present:", "if False:"),
+    Mutant("model: layers without checks never drop in attention", EAGER, "dropout_p = view.attention.self.dropout.p if attention.training else 0.0", "dropout_p = 0.0"),
+    Mutant("model: layers without checks drop in evaluation", EAGER, "dropout_p = dropout.p if dropout.training else 0.0", "dropout_p = dropout.p"),
+    Mutant("model: layers without checks take kept padding for keys", EAGER, "if tokens.key_indices is not None else None", "if False else None"),
+    Mutant("model: layers without checks run under autocast", EAGER, 'if torch.is_autocast_enabled("cpu"):', "if False:"),
+    Mutant("model: layers without checks add the residual of attention twice", EAGER, "return _end(view.output, activated, hidden)", "return _end(view.output, activated, context)"),
 ]  # fmt: skip

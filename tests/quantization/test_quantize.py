@@ -31,8 +31,8 @@ def test_dynamic_int8_is_as_right_as_promised(real: Real) -> None:
     cosines = real.cosines(model)
     assert cosines.mean() >= 0.998
     assert cosines.min() >= 0.995
-    assert accelerated.fast == Counter(packed=6 * len(real.batches))  # by this project's own layers
-    assert not accelerated.fallbacks
+    assert accelerated.served == Counter(packed=6 * len(real.batches))  # by this project's own layers
+    assert not accelerated.refused["padded"]
     plain = quantized(real.model())
     # Not the same bits: where the last bit of a LayerNorm differs, a code may.
     assert torch.cosine_similarity(real.embeddings(plain), real.embeddings(model)).min() > 0.995
@@ -71,8 +71,8 @@ def test_weight_only_is_the_most_accurate(real: Real) -> None:
     assert quantize(model, "weight_only").bytes_after < 0.26 * quantize(real.model()).bytes_before
     cosines = real.cosines(model)
     assert cosines.min() >= 0.999  # the smoothed dynamic layers' is 0.9977
-    assert accelerated.fast == Counter(packed=6 * len(real.batches))
-    assert not accelerated.fallbacks
+    assert accelerated.served == Counter(packed=6 * len(real.batches))
+    assert not accelerated.refused["padded"]
     with pytest.raises(ValueError, match="leaves them as they are"):
         quantize(real.model(), "weight_only", smooth=True, calibration=real.batches[:1])
     with pytest.raises(ValueError, match="'dynamic' or 'weight_only'"):

@@ -21,7 +21,8 @@ from pyaccel.checkpoints import demo_checkpoint
 from pyaccel.cli import app
 from pyaccel.cli.verify import example_labels
 from pyaccel.errors import UserInputError
-from pyaccel.hf import fast_path
+from pyaccel.hf import plan
+from pyaccel.hf.executors import packed, padded
 from pyaccel.nn import encoder_layer
 from pyaccel.packing import layout
 from pyaccel.verify import VerifyReport, verify
@@ -119,7 +120,7 @@ def test_what_the_fast_path_does_not_serve_is_said(
     assert report.right, str(report)
     assert any("padding was kept: hidden states or attentions are captured" in note for note in report.notes)
     assert any(check.where == "hidden_states[1]" for check in report.checks)
-    monkeypatch.setattr(fast_path, "call_reason", lambda *args, **options: "it is Friday")
+    monkeypatch.setattr(plan, "call_reason", lambda *args, **options: "it is Friday")
     report = verify(tiny(num_hidden_layers=1), batch, **QUICK)
     assert report.right, str(report)
     assert not any(check.kind == "layer" for check in report.checks)
@@ -210,14 +211,14 @@ def swapped_gamma_and_beta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mask_shifted_in_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_path, "layout", lambda mask, **options: layout(mask.roll(1, 1), **options))
+    monkeypatch.setattr(packed, "layout", lambda mask, **options: layout(mask.roll(1, 1), **options))
 
 
 def mask_shifted_in_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fast_path.padded_attention
+    whole = padded._padded_attention
     monkeypatch.setattr(
-        fast_path,
-        "padded_attention",
+        padded,
+        "_padded_attention",
         lambda mask, *rest: whole(None if mask is None else mask.roll(1, 1), *rest),
     )
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyaccel import tuned
-from pyaccel.ops.attention.sdpa import forward_mode
 from pyaccel.ops.dropout import keep_mask_on_host
 
 # Lengths at which, where no table of this machine says it, products beat PyTorch's flash kernel (two cores with
@@ -50,8 +50,7 @@ def serve(query: Tensor, length: int, *, training: bool, dropout_p: float) -> tu
     heads, head_dim = query.shape[1:]
     if length > LONGEST:
         return False, f"longer than {LONGEST}, where products would take much memory"
-    if query.dtype not in _EVALUATION or dropout_p == 1.0 or forward_mode():
-        # Products of fp16 may overflow.
+    if not _takes(query.dtype, dropout_p):
         return False, "products take fp32 and bf16, a dropout_p below 1, and have no forward-mode derivative"
     if dropout_p > 0.0:
         return True, "with dropout PyTorch's way is products too, and a slower one"
@@ -61,6 +60,30 @@ def serve(query: Tensor, length: int, *, training: bool, dropout_p: float) -> tu
         return way == "matmul", row
     known = (_TRAINING if training else _EVALUATION).get(query.dtype, range(0))
     return length in known, "nothing near was measured on this machine: `pyaccel tune` does"
+
+
+def served(query: Tensor, lengths: set[int], *, training: bool, dropout_p: float) -> set[int]:
+    """Those of these lengths that products :func:`serve`."""
+    if not _takes(query.dtype, dropout_p):
+        return set()
+    lengths = {length for length in lengths if 0 < length <= LONGEST}
+    if dropout_p > 0.0 or not lengths:
+        return lengths
+    heads, head_dim = query.shape[1:]
+    op = "varlen_attention_training" if training else "varlen_attention"
+    sizes = [(length, heads, head_dim) for length in lengths]
+    names = tuned.preferred_each(op, _CPU, query.dtype, sizes, WAYS)
+    known = (_TRAINING if training else _EVALUATION).get(query.dtype, range(0))
+    found = set()
+    for length, name in zip(lengths, names, strict=True):
+        if length in known if name is None else name == "matmul":
+            found.add(length)
+    return found
+
+
+def _takes(dtype: torch.dtype, dropout_p: float) -> bool:
+    """Products of fp16 may overflow."""
+    return dtype in _EVALUATION and dropout_p < 1.0 and forward_ad._current_level < 0
 
 
 def evaluate(query: Tensor, key: Tensor, value: Tensor, scale: float | None, scratch: Tensor) -> Tensor:

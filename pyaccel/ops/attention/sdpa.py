@@ -16,7 +16,7 @@ from pyaccel.reference import attention as reference
 
 # PyTorch's flash kernel for CPUs takes a row of NaN scores for one without keys wherever the maximum is taken of less
 # than a vector of fp32 (pytorch#141128): in shorter sequences, and where a mask leaves the last few keys alone.
-_VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+FEW_KEYS = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def may_hold(condition: Tensor) -> bool:
@@ -64,7 +64,7 @@ def sdpa(
         if is_causal:  # keys that no query sees may hold anything
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         length = key.shape[2]
-        may_hide = may_hide and (type(length) is not int or length < _VECTOR)
+        may_hide = may_hide and (type(length) is not int or length < FEW_KEYS)
         reads = may_hide and common.on_host(query)
         if reads and not (_finite(query) and _finite(key)):
             allowed, _ = reference.combine_masks(query, key, None, None, is_causal, None)

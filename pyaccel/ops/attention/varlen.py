@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyaccel.ops.attention import matmul as products
-from pyaccel.ops.attention.sdpa import sdpa
+from pyaccel.ops.attention.sdpa import FEW_KEYS, sdpa, torch_sdpa
 from pyaccel.reference import attention as reference
 
 Window = tuple[int, int]
@@ -35,6 +36,70 @@ def why_on_host(query: Tensor, length: int, *, training: bool, dropout_p: float)
     return f"{'two products and a softmax' if by_products else 'SDPA'} by groups of equal lengths ({row})"
 
 
+class Group(NamedTuple):
+    """Neighboring sequences of equal lengths.
+
+    Attributes:
+        sequences: how many; ``len_q`` and ``len_k`` tokens each.
+        by: what serves it: "matmul", batched matrix products and a softmax; "torch", PyTorch's SDPA; "sdpa", that with
+            :func:`pyaccel.ops.attention.sdpa.sdpa` around it, which looks after masks and after NaN in few keys.
+    """
+
+    len_q: int
+    len_k: int
+    sequences: int
+    by: str
+
+
+class Groups(NamedTuple):
+    """How a packed batch is attended to on the host, chosen once for all calls of the same lengths.
+
+    Attributes:
+        rows_q, rows_k: tokens of each group; total_q, total_k: of all.
+        largest: scores of the longest sequence that matrix products serve, for one head.
+        attends: some query has a key.
+        training: gradients are recorded.
+    """
+
+    groups: list[Group]
+    rows_q: list[int]
+    rows_k: list[int]
+    total_q: int
+    total_k: int
+    largest: int
+    attends: bool
+    training: bool
+    dropout_p: float
+
+
+def groups_of(
+    query: Tensor,
+    lens_q: list[int],
+    lens_k: list[int],
+    *,
+    training: bool = False,
+    dropout_p: float = 0.0,
+    plain: bool = True,
+) -> Groups:
+    """``query`` stands for its dtype, heads and head_dim; ``plain`` is False with a mask or fewer kv_heads."""
+    found: list[Group] = []
+    rows_q, rows_k, largest, attends = [], [], 0, False
+    guarded = not plain or forward_ad._current_level >= 0
+    served = (
+        products.served(query, {*lens_q, *lens_k}, training=training, dropout_p=dropout_p) if plain else ()
+    )
+    for (len_q, len_k), run in itertools.groupby(zip(lens_q, lens_k, strict=True)):
+        by = "sdpa" if guarded or not len_q or (len_k < FEW_KEYS and dropout_p == 0.0) else "torch"
+        if len_q in served and len_k in served:
+            by, largest = "matmul", max(largest, len_q * len_k)
+        count = len(list(run))
+        found.append(Group(len_q, len_k, count, by))
+        rows_q.append(count * len_q)
+        rows_k.append(count * len_k)
+        attends = attends or (len_q > 0 and len_k > 0)
+    return Groups(found, rows_q, rows_k, sum(rows_q), sum(rows_k), largest, attends, training, dropout_p)
+
+
 def varlen_by_group(
     query: Tensor,
     key: Tensor,
@@ -46,57 +111,65 @@ def varlen_by_group(
     window_size: Window | None,
     dropout_p: float,
 ) -> Tensor:
-    """One call for each run of neighbouring sequences of equal lengths, on views; one copy, of the result."""
+    """One call for each run of neighboring sequences of equal lengths, on views; one copy, of the result."""
+    plain = not is_causal and window_size is None
+    groups = groups_of(
+        query,
+        lens_q,
+        lens_k,
+        training=records(query, key, value),
+        dropout_p=dropout_p,
+        plain=plain and query.shape[1] == key.shape[1],
+    )
+    return attend_by_group(query, key, value, groups, is_causal, scale, window_size)
+
+
+def attend_by_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Groups,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: Window | None = None,
+) -> Tensor:
+    """:func:`varlen_by_group` of groups that were chosen before."""
     heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[2]
-    pairs = zip(lens_q, lens_k, strict=True)
-    groups = [(len_q, len_k, len(list(run))) for (len_q, len_k), run in itertools.groupby(pairs)]
+    dropout_p, training = groups.dropout_p, groups.training
     # split, not a slice for each group: its backward is one concatenation, a slice's a full-size tensor.
-    rows_q, rows_k = ([group[i] * group[2] for group in groups] for i in (0, 1))
-    *queries, rest = _split(query, rows_q)
-    *keys, _ = _split(key, rows_k)
-    *values, _ = _split(value, rows_k)
-    by_products = set()
-    training = records(query, key, value)
-    if heads == kv_heads and not is_causal and window_size is None:
-        by_products = {
-            (len_q, len_k)
-            for len_q, len_k, _ in groups
-            if len_q and len_k
-            if all(
-                products.serve(query, length, training=training, dropout_p=dropout_p)[0]
-                for length in {len_q, len_k}
-            )
-        }
-    # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in anew.
-    largest = max((len_q * len_k for len_q, len_k in by_products), default=0)
-    scratch = None if training or dropout_p > 0.0 else query.new_empty(2, heads * largest)
-    parts = []
-    for (len_q, len_k, count), q, k, v in zip(groups, queries, keys, values, strict=True):
+    *queries, rest = query.split([*groups.rows_q, len(query) - groups.total_q])
+    *keys, _ = key.split([*groups.rows_k, len(key) - groups.total_k])
+    *values, _ = value.split([*groups.rows_k, len(value) - groups.total_k])
+    # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in again.
+    scratch = None if training or dropout_p > 0.0 else query.new_empty(2, heads * groups.largest)
+    out = []
+    for (len_q, len_k, count, by), q, k, v in zip(groups.groups, queries, keys, values, strict=True):
         if len_q == 0 or len_k == 0:
-            parts.append(reference.zero_output(q, value_dim))
-        elif (len_q, len_k) in by_products:
-            if scratch is None:
-                parts.append(products.attention(q, k, v, count, scale, dropout_p))
-            else:
-                sequences = zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True)
-                parts.extend(products.evaluate(*sequence, scale, scratch) for sequence in sequences)
-        else:
+            out.append(reference.zero_output(q, value_dim))
+        elif by != "matmul":
             q = q.view(count, len_q, heads, -1).transpose(1, 2)
             k = k.view(count, len_k, kv_heads, -1).transpose(1, 2)
             v = v.view(count, len_k, kv_heads, value_dim).transpose(1, 2)
-            if window_size is None:
-                out = sdpa(q, k, v, None, None, scale, is_causal=is_causal, dropout_p=dropout_p)
+            if by == "torch":
+                context = torch_sdpa(q, k, v, None, dropout_p, scale=scale)
+            elif window_size is None:
+                context = sdpa(q, k, v, None, None, scale, is_causal=is_causal, dropout_p=dropout_p)
             else:
                 masks = reference.combine_masks(q, k, None, None, is_causal, window_size)
-                out = sdpa(q, k, v, *masks, scale, dropout_p=dropout_p)
+                context = sdpa(q, k, v, *masks, scale, dropout_p=dropout_p)
             # The flash kernel lays its result out as [batch, seq, heads, head_dim], so this is a view.
-            parts.append(out.transpose(1, 2).reshape(count * len_q, heads, value_dim))
-    if rest.shape[0] or not parts:
-        parts.append(reference.zero_output(rest, value_dim))
-    out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if training and not any(len_q and len_k for len_q, len_k, _ in groups):
-        return _joined_to(out, key, value)
-    return out
+            out.append(context.transpose(1, 2).reshape(count * len_q, heads, value_dim))
+        elif scratch is None:
+            out.append(products.attention(q, k, v, count, scale, dropout_p))
+        else:
+            for sequence in zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True):
+                out.append(products.evaluate(*sequence, scale, scratch))
+    if rest.shape[0] or not out:
+        out.append(reference.zero_output(rest, value_dim))
+    joined = torch.cat(out) if len(out) > 1 else out[0]
+    if training and not groups.attends:
+        return _joined_to(joined, key, value)
+    return joined
 
 
 def _joined_to(out: Tensor, *tensors: Tensor) -> Tensor:
@@ -104,13 +177,6 @@ def _joined_to(out: Tensor, *tensors: Tensor) -> Tensor:
     for t in tensors:
         out = out + t[:0].sum().to(out.dtype)
     return out
-
-
-def _split(packed: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
-    """Runs of that many rows, and the rest."""
-    if rows == [packed.shape[0]]:  # one of all: next to nothing, and the most frequent for a small batch
-        return packed, packed[:0]
-    return packed.split([*rows, packed.shape[0] - sum(rows)])
 
 
 # --- the torch backend, packed, on other devices and in graphs ----------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from pyaccel import activations, reference, tuned
 from pyaccel.ops.common import runs_now
 
+NAMES = ("onednn", "plain")
 ACTIVATIONS: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
     **{name: each.onednn for name, each in activations.ACTIVATIONS.items() if each.onednn is not None},
@@ -110,9 +111,27 @@ def faster_way(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
     return by_torch if not weight.is_mkldnn and measured(x, weight)[0] == "plain" else by_onednn
 
 
-def evaluate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
-    """``activation(x @ weight.T + bias)`` in the faster way."""
-    return faster_way(x, weight)(x, weight, bias, activation)
+def fused(activation: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """:func:`by_onednn` of x, weight and bias without its questions.
+
+    All three must be contiguous, of one dtype of :func:`supported_dtypes` and on the CPU; a weight may be
+    :func:`prepacked`. ``activation`` is None, "gelu" or "gelu_tanh".
+    """
+    attribute, algorithm = ACTIVATIONS[activation]
+    return functools.partial(
+        torch.ops.mkldnn._linear_pointwise.default, attr=attribute, scalars=[], algorithm=algorithm
+    )
+
+
+def fused_residual() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """``x @ weight.T + bias + residual`` of x, residual, weight and bias: see :func:`fused`."""
+    return functools.partial(torch.ops.mkldnn._linear_pointwise.binary, attr="add")
+
+
+def measured_each(rows: int, weights: Sequence[Tensor]) -> list[str | None]:
+    """:func:`measured` of so many rows and each of these weights, which are of one dtype and on the CPU."""
+    sizes = [(rows, weight.shape[1], weight.shape[0]) for weight in weights]
+    return tuned.preferred_each("linear_activation", weights[0].device, weights[0].dtype, sizes, NAMES)
 
 
 def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,7 +143,7 @@ def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Te
 
 def measured(x: Tensor, weight: Tensor) -> tuple[str | None, str]:
     """The way that was fastest near this size on this machine, and the row that says so; see :mod:`pyaccel.tuned`."""
-    ways = ("triton", "torch") if on_gpu(x) else ("onednn", "plain")
+    ways = ("triton", "torch") if on_gpu(x) else NAMES
     size = (math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0])
     return tuned.preferred("linear_activation", x.device, x.dtype, size, ways)
 

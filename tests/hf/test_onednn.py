@@ -1,9 +1,10 @@
-"""The straight line of a layer on a CPU in evaluation: its answers, when it is taken, and that it can't go stale."""
+"""The layers by oneDNN on a CPU in evaluation: their answers, when they serve, and that they can't go stale."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,8 +17,8 @@ from transformers import BertModel
 
 import pyaccel
 from pyaccel import dispatch, quantization, triton_support, tuned
-from pyaccel.models import evaluation
-from pyaccel.models.evaluation import StraightLayer
+from pyaccel.hf.executors.onednn import OneDnn, Prepacked
+from pyaccel.hf.families import BY_FILE
 from pyaccel.ops.linear import onednn
 from tests.assertions import assert_bits_equal
 from tests.hf.models import MASKS, Truth, batch_of, of_family, read, tiny
@@ -28,16 +29,16 @@ LAYERS = 3
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many layers took the straight line; as on a machine whose kernels are not interpreted."""
+    """How many layers oneDNN ran; as on a machine whose kernels are not interpreted."""
     monkeypatch.setattr(triton_support, "interpreting", lambda: False)
     counted: Counter[str] = Counter()
-    run = StraightLayer.__call__
+    for kind in (OneDnn, Prepacked):
 
-    def counting(self: StraightLayer, hidden: Tensor, lengths: Any) -> Tensor:
-        counted["straight"] += 1
-        return run(self, hidden, lengths)
+        def counting(self: Any, hidden: Tensor, tokens: Any, run: Any = kind.run_layers) -> Tensor:
+            counted["onednn"] += self.layers
+            return run(self, hidden, tokens)
 
-    monkeypatch.setattr(StraightLayer, "__call__", counting)
+        monkeypatch.setattr(kind, "run_layers", counting)
     return counted
 
 
@@ -67,7 +68,7 @@ def test_every_mask(kind: str, dtype: torch.dtype, calls: Counter[str]) -> None:
     model, batch = tiny(dtype=dtype), batch_of(kind)
     judge(model, accelerated(model), batch)
     first_is_padding = not bool(batch["attention_mask"][:, 0].all())
-    assert (calls["straight"] > 0) == (fuses(dtype) and not first_is_padding)
+    assert (calls["onednn"] > 0) == (fuses(dtype) and not first_is_padding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,19 +77,19 @@ def test_every_kind_of_layer(name: str, dtype: torch.dtype, calls: Counter[str])
     model, batch = of_family(name).to(dtype), batch_of("right")
     batch.pop("token_type_ids", None)
     judge(model, accelerated(model), batch)
-    assert (calls["straight"] >= LAYERS) == fuses(dtype)
+    assert (calls["onednn"] >= LAYERS) == fuses(dtype)
 
 
 def test_it_is_what_the_ops_give(calls: Counter[str]) -> None:
     model, batch = accelerated(tiny()), batch_of("right")
-    straight = states(model, batch)
+    by_onednn = states(model, batch)
     with dispatch.record() as choices:
-        assert_bits_equal(states(model, batch), straight)
-    assert calls["straight"] == LAYERS
+        assert_bits_equal(states(model, batch), by_onednn)
+    assert calls["onednn"] == LAYERS
     assert {choice.op for choice in choices} == {
         "linear_activation", "varlen_attention", "residual_layernorm"
     }  # fmt: skip
-    assert pyaccel.explain(model).report.fast["packed"] == 2 * LAYERS
+    assert pyaccel.explain(model).report.served == {"onednn": LAYERS, "packed": LAYERS}
 
 
 def in_training(model: Any) -> None:
@@ -144,13 +145,13 @@ def test_what_is_out_of_the_ordinary_goes_the_long_way(
     model, batch = accelerated(tiny(), **options), batch_of("right")
     if not options:
         states(model, batch)
-        assert calls.pop("straight") == LAYERS
+        assert calls.pop("onednn") == LAYERS
     context = change(model)
     if not hasattr(context, "__enter__"):
         context = nullcontext()
     with torch.no_grad(), context:
         model(**batch)
-    assert calls["straight"] == 0
+    assert calls["onednn"] == 0
 
 
 def test_hooks_that_transformers_leaves_behind_cost_nothing(calls: Counter[str]) -> None:
@@ -158,9 +159,9 @@ def test_hooks_that_transformers_leaves_behind_cost_nothing(calls: Counter[str])
     with torch.no_grad():
         model(**batch, output_hidden_states=True)
     assert any(layer._forward_hooks for layer in model.encoder.layer)
-    assert calls["straight"] == 0
+    assert calls["onednn"] == 0
     states(model, batch)
-    assert calls["straight"] == LAYERS
+    assert calls["onednn"] == LAYERS
 
 
 def test_a_static_int8_layer_or_another_activation_goes_the_long_way(calls: Counter[str]) -> None:
@@ -168,7 +169,7 @@ def test_a_static_int8_layer_or_another_activation_goes_the_long_way(calls: Coun
     quantization.quantize(model, "weight_only")
     states(accelerated(model), batch_of("right"))
     states(accelerated(tiny(hidden_act="silu")), batch_of("right"))
-    assert calls["straight"] == 0
+    assert calls["onednn"] == 0
 
 
 def in_place(model: Any) -> None:
@@ -207,7 +208,7 @@ def test_changed_weights_are_used(change: Callable[[Any], None], calls: Counter[
     change(stock), change(model)
     judge(stock, model, batch)
     assert not torch.equal(states(model, batch), before)
-    assert calls["straight"] >= 3 * LAYERS
+    assert calls["onednn"] >= 3 * LAYERS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,9 +219,9 @@ def test_prepacked_weights_give_the_same_answers(name: str, dtype: torch.dtype, 
     fast = accelerated(model, prepack=True)
     judge(model, fast, batch)
     report = pyaccel.explain(fast).report
-    assert report.prepacked == calls["straight"]
-    assert (report.prepacked >= LAYERS) == fuses(dtype)
-    assert f"{report.prepacked} of them on weights in oneDNN's order" in str(report)
+    assert report.served["onednn, prepacked"] == calls["onednn"]
+    assert (report.served["onednn, prepacked"] >= LAYERS) == fuses(dtype)
+    assert not fuses(dtype) or f"{report.served['onednn, prepacked']} onednn, prepacked" in str(report)
 
 
 def counted_changes(model: Any) -> None:
@@ -256,7 +257,7 @@ def test_prepacked_weights_follow_their_originals(change: Callable[[Any], None],
     change(stock), change(model)
     judge(stock, model, batch)
     assert not torch.equal(states(model, batch), before)
-    assert pyaccel.explain(model).report.prepacked == calls["straight"] >= 3 * LAYERS
+    assert pyaccel.explain(model).report.served["onednn, prepacked"] == calls["onednn"] >= 3 * LAYERS
 
 
 def test_memory_that_was_given_back_is_not_taken_for_what_was_in_it(calls: Counter[str]) -> None:
@@ -295,8 +296,10 @@ def test_prepacked_weights_are_made_once(calls: Counter[str], monkeypatch: pytes
     copied = pickle.loads(pickle.dumps(model))
     assert_bits_equal(states(copied, batch), states(model, batch))
     assert made["weights"] == 8 * LAYERS
-    evaluation.forget(model.encoder._pyaccel.structure.straight)
-    assert all(layer.reordered is None for layer in model.encoder._pyaccel.structure.straight)
+    prepacked = weakref.ref(model.encoder._pyaccel.plan.executors[0])
+    assert isinstance(prepacked(), Prepacked)
+    states(model.to(torch.float64), batch)
+    assert prepacked() is None, "copies are let go with the memory that the model has left"
 
 
 @pytest.mark.parametrize("prepack", [False, True])
@@ -311,8 +314,8 @@ def test_a_model_made_in_inference_mode(name: str, prepack: bool, calls: Counter
         inside = states(model, batch)
     assert_bits_equal(states(model, batch), inside)
     judge(stock, model, batch)
-    assert (calls["straight"] > 0) == (name == "gelu")
-    assert pyaccel.explain(model).report.prepacked == 0
+    assert (calls["onednn"] > 0) == (name == "gelu")
+    assert pyaccel.explain(model).report.served["onednn, prepacked"] == 0
     pyaccel.restore(model)
     states(model, batch)
 
@@ -335,7 +338,7 @@ def test_a_change_of_the_layers_options_is_seen(calls: Counter[str]) -> None:
     for each in (stock, model):
         each.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU()
     judge(stock, model, batch)
-    assert calls["straight"] >= 2 * LAYERS
+    assert calls["onednn"] >= 2 * LAYERS
 
 
 def test_attention_drops_as_the_stock_model_s_does(calls: Counter[str]) -> None:
@@ -357,9 +360,10 @@ def test_an_activation_that_is_changed_in_place_is_seen(calls: Counter[str]) -> 
     model = accelerated(stock)
     states(model, batch)
     for each in (stock, model):
-        each.encoder.layer[0].intermediate.intermediate_act_fn.approximate = "tanh"
+        for layer in each.encoder.layer:
+            layer.intermediate.intermediate_act_fn.approximate = "tanh"
     judge(stock, model, batch)
-    assert calls["straight"] >= 2 * LAYERS
+    assert calls["onednn"] >= 2 * LAYERS
 
 
 def test_copies_have_their_own(calls: Counter[str]) -> None:
@@ -372,10 +376,11 @@ def test_copies_have_their_own(calls: Counter[str]) -> None:
 
 
 def test_of_a_bert_in_other_words() -> None:
-    (layer, *_) = tiny(BertModel).encoder.layer
-    assert StraightLayer.of(layer, layer.attention.self) is not None
-    layer.output.dense = nn.Linear(72, 32, bias=False)
-    assert StraightLayer.of(layer, layer.attention.self) is None
+    layers = list(tiny(BertModel).encoder.layer)
+    family = BY_FILE["transformers.models.bert.modeling_bert"]
+    assert OneDnn.of(family, layers, None) is not None
+    layers[1].output.dense = nn.Linear(72, 32, bias=False)
+    assert OneDnn.of(family, layers, None) is None
 
 
 def test_it_takes_the_way_that_was_measured_to_be_faster(
@@ -383,7 +388,9 @@ def test_it_takes_the_way_that_was_measured_to_be_faster(
 ) -> None:
     model, batch = tiny(), batch_of("right")
     fast = accelerated(model)
-    monkeypatch.setattr(tuned, "preferred", lambda *_: ("plain", "a row"))
+    monkeypatch.setattr(
+        tuned, "preferred_each", lambda op, device, dtype, sizes, names: ["plain"] * len(sizes)
+    )
     products = Counter[str]()
     by_torch = torch.nn.functional.linear
 
@@ -393,6 +400,6 @@ def test_it_takes_the_way_that_was_measured_to_be_faster(
 
     monkeypatch.setattr(torch.nn.functional, "linear", counting)
     states(fast, batch)
-    assert calls["straight"] == LAYERS
+    assert calls["onednn"] == LAYERS
     assert products["F.linear"] >= 4 * LAYERS
     judge(model, fast, batch)

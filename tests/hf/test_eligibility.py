@@ -153,9 +153,9 @@ def test_changed_modules(
     out = model(**batch).last_hidden_state
     assert (expected - plain)[read(batch["attention_mask"])].abs().max() > 1e-2, "the change must show"
     assert_equivalent(out, expected, name="a guard let something through")
-    assert report.fallbacks == {reason: count}
-    assert [r.split(": ", 1)[1] for r in report.not_packed] == [reason]
-    assert report.fast == {"padded": LAYERS - count}
+    assert report.refused["padded"] == {reason: count}
+    assert [r.split(": ", 1)[1] for r in report.refused["packed"]] == [reason]
+    assert report.served == {"padded": LAYERS - count}
 
 
 def test_a_hook_that_is_removed_gives_the_fast_path_back() -> None:
@@ -163,10 +163,10 @@ def test_a_hook_that_is_removed_gives_the_fast_path_back() -> None:
     report = pyaccel.accelerate(model)
     handle = model.encoder.layer[0].output.register_forward_hook(lambda *_: None)
     model(**batch)
-    assert report.fast == {"padded": 2}
+    assert report.served == {"padded": 2}
     handle.remove()
     model(**batch)
-    assert report.fast == {"padded": 2, "packed": 3}
+    assert report.served == {"padded": 2, "packed": 3}
 
 
 def test_hooks_of_the_layers_and_the_encoder_run() -> None:
@@ -177,13 +177,13 @@ def test_hooks_of_the_layers_and_the_encoder_run() -> None:
     handle = model.encoder.register_forward_hook(lambda *_: seen.append("encoder"))
     stock.check(model, batch, ["pooler_output"])
     assert seen == ["encoder"]
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
     handle.remove()
     model.encoder.layer[1].register_forward_hook(lambda *_: seen.append("layer"))
     stock.check(model, batch, ["pooler_output", "last_hidden_state"])
     assert seen == ["encoder", "layer"]
-    assert report.not_packed == {"layer.1: the layer has hooks": 1}
-    assert report.fast == {"packed": 3, "padded": 3}
+    assert report.refused["packed"] == {"layer.1: the layer has hooks": 1}
+    assert report.served == {"packed": 3, "padded": 3}
 
 
 def test_hooks_on_all_modules() -> None:
@@ -194,7 +194,7 @@ def test_hooks_on_all_modules() -> None:
     with FlopCounterMode(display=False) as flops:
         model(**batch)
     assert flops.get_total_flops() > 0
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
 
     def double(module: nn.Module, args: Any, out: Any) -> Any:
         return out * 2 if isinstance(module, nn.Linear) else None
@@ -205,7 +205,7 @@ def test_hooks_on_all_modules() -> None:
     finally:
         handle.remove()
     assert_equivalent(out.last_hidden_state, expected.last_hidden_state)
-    assert report.fallbacks == {"hooks on all modules": 3}
+    assert report.refused["padded"] == {"hooks on all modules": 3}
 
 
 def test_backward_hooks_run() -> None:
@@ -215,7 +215,7 @@ def test_backward_hooks_run() -> None:
     model.encoder.layer[0].attention.output.register_full_backward_hook(lambda *_: seen.append(1))
     model(**batch).pooler_output.sum().backward()
     assert seen == [1]
-    assert report.fallbacks == {"attention.output has hooks": 1}
+    assert report.refused["padded"] == {"attention.output has hooks": 1}
 
 
 def test_a_layer_with_its_own_forward() -> None:
@@ -224,8 +224,8 @@ def test_a_layer_with_its_own_forward() -> None:
     report = pyaccel.accelerate(model)
     layer.forward = lambda hidden, *args, **kwargs: hidden
     model(**batch)
-    assert report.not_packed == {"layer.1: the layer has a forward of its own": 1}
-    assert report.fast == {"padded": 2}
+    assert report.refused["packed"] == {"layer.1: the layer has a forward of its own": 1}
+    assert report.served == {"padded": 2}
 
 
 def test_a_replaced_layer() -> None:
@@ -240,11 +240,11 @@ def test_a_replaced_layer() -> None:
     for m in (model, stock):
         m.encoder.layer[1] = Identity()
     assert_equivalent(model(**batch).last_hidden_state, stock(**batch).last_hidden_state)
-    assert report.not_packed == {"layer.1: it is a Identity, not a BertLayer": 1}
+    assert report.refused["packed"] == {"layer.1: it is a Identity, not a BertLayer": 1}
     for m in (model, stock):
         m.encoder.layer = m.encoder.layer[:1]
     Truth(stock).check(model, batch, ["pooler_output"])
-    assert report.fast == {"packed": 3 + 1, "padded": 2}
+    assert report.served == {"packed": 3 + 1, "padded": 2}
 
 
 def test_dropout_at_inference() -> None:
@@ -261,8 +261,8 @@ def test_dropout_at_inference() -> None:
         *(lambda m=m: m(**batch).last_hidden_state[:, 0] for m in (model, stock)), runs=150
     )
     assert not torch.equal(model(**batch).last_hidden_state, still)
-    assert not report.fallbacks
-    assert not report.not_packed
+    assert not report.refused["padded"]
+    assert not report.refused["packed"]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -287,8 +287,8 @@ def test_autocast(training: bool, packing: bool) -> None:
     for name in grads[0]:
         if "key.bias" not in name:  # its gradient is 0 but for rounding
             assert_close_to_truth(*(g[name] for g in grads), name=name)
-    assert not report.fallbacks
-    assert report.fast == {"packed" if packing else "padded": 3}
+    assert not report.refused["padded"]
+    assert report.served == {"packed" if packing else "padded": 3}
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
@@ -303,7 +303,7 @@ def test_masks_of_four_dimensions(dtype: torch.dtype) -> None:
     stock = Truth(model)
     report = pyaccel.accelerate(model)
     stock.check(model, batch, ["last_hidden_state", "pooler_output"])
-    assert report.fallbacks == {
+    assert report.refused["padded"] == {
         f"an attention mask other than bool [batch, seq]: {dtype} with 4 dimensions": 3
     }
 
@@ -315,7 +315,7 @@ def test_an_attention_implementation_set_since() -> None:
     model.set_attn_implementation("eager")
     stock.naive.set_attn_implementation("eager")
     stock.check(model, batch, ["last_hidden_state"])
-    assert report.fallbacks == {"the attention implementation is now 'eager'": 3}
+    assert report.refused["padded"] == {"the attention implementation is now 'eager'": 3}
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -338,7 +338,7 @@ def test_chunked_feed_forward(packing: bool) -> None:
         )
     assert max(rows) == 3 * 5
     assert len(rows) == (3 * 3 if packing else 3 * 4)
-    assert not report.fallbacks
+    assert not report.refused["padded"]
 
 
 def test_a_model_on_the_meta_device() -> None:
@@ -352,7 +352,7 @@ def test_a_model_on_the_meta_device() -> None:
     for buffer in ("position_ids", "token_type_ids"):  # not in a state dict
         setattr(model.embeddings, buffer, getattr(loaded.embeddings, buffer))
     Truth(loaded).check(model, batch, ["pooler_output"])
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
 
 
 def test_several_dtypes() -> None:
@@ -365,7 +365,7 @@ def test_several_dtypes() -> None:
     for m in (model, stock):
         m.encoder.layer[1].output.LayerNorm.float()
     assert_equivalent(model(**batch).pooler_output, stock(**batch).pooler_output)
-    assert report.fallbacks == {"its parameters are of several dtypes": 1}
+    assert report.refused["padded"] == {"its parameters are of several dtypes": 1}
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -386,7 +386,7 @@ def test_a_cache_in_an_encoder(masked: bool) -> None:
         return model(**batch, past_key_values=cache).last_hidden_state
 
     assert_equivalent(run(model), run(stock))
-    assert report.fallbacks == {"a key/value cache": 3}
+    assert report.refused["padded"] == {"a key/value cache": 3}
 
 
 def test_causal_when_asked() -> None:
@@ -395,7 +395,7 @@ def test_causal_when_asked() -> None:
     stock = Truth(model)
     report = pyaccel.accelerate(model)
     stock.check(model, {**batch, "is_causal": True}, ["last_hidden_state"])
-    assert report.fallbacks == {"is_causal": 3}
+    assert report.refused["padded"] == {"is_causal": 3}
 
 
 def test_input_packed_by_the_caller() -> None:
@@ -421,17 +421,17 @@ def test_input_packed_by_the_caller() -> None:
         again(attention_mask=torch.tensor([[1] * 12 + [0]]))
     with pytest.raises(ValueError, match="max_length_q is missing"):
         again(max_length_q=None)
-    assert set(report.not_packed) == {
+    assert set(report.refused["packed"]) == {
         "input packed by the caller, other than one row with max_length_q and no mask"
     }
     report.reset()
     out = again()
     assert_equivalent(out, torch.cat(expected, 1))
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
     pyaccel.restore(model)
     report = pyaccel.accelerate(model, packing=False)
     assert_equivalent(again(), out)
-    assert report.fallbacks == {"input packed by the caller": 3}
+    assert report.refused["padded"] == {"input packed by the caller": 3}
 
 
 def test_gradient_checkpointing_does_nothing_in_evaluation() -> None:
@@ -440,7 +440,7 @@ def test_gradient_checkpointing_does_nothing_in_evaluation() -> None:
     report = pyaccel.accelerate(model)
     model.gradient_checkpointing_enable()
     stock.check(model, batch, ["pooler_output"])
-    assert report.fast == {"packed": 3}
+    assert report.served == {"packed": 3}
 
 
 # ---- other ways to run a model ----
@@ -463,9 +463,9 @@ def test_compiled_in_one_graph(dynamic: bool) -> None:
     # All in one: the gradient of a key's bias is 0 but for rounding, and has no scale of its own.
     ours, theirs = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, stock.naive))
     assert_equivalent(ours, theirs)
-    assert not report.fallbacks
+    assert not report.refused["padded"]
     model(**batch)
-    assert report.fast == {"packed": 2}, "what is compiled isn't counted, what is not compiled is"
+    assert report.served == {"packed": 2}, "what is compiled isn't counted, what is not compiled is"
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -520,12 +520,11 @@ def test_inference_mode() -> None:
         assert_bits_equal(model(**batch).last_hidden_state, expected)
 
 
-def test_the_guard_is_cheap() -> None:
+def test_a_fingerprint_is_cheap() -> None:
     """A call of an unchanged encoder costs a twenty-fifth of a look at all its modules; a tenth is allowed."""
-    from pyaccel.hf.eligibility import call_reason
+    from pyaccel.hf.eligibility import Call, call_reason, ineligible_reason
     from pyaccel.hf.families import FAMILIES, stock
-    from pyaccel.hf.fast_path import _structure
-    from pyaccel.hf.guard import unfit
+    from pyaccel.hf.plan import plan_of
 
     bert = stock(FAMILIES[0])
 
@@ -536,11 +535,11 @@ def test_the_guard_is_cheap() -> None:
     layers = list(model.encoder.layer)
 
     def guard() -> None:
-        assert call_reason(model.encoder, hidden, mask, (), {}) is None
-        assert _structure(bert, model.encoder, layers) is model.encoder._pyaccel.structure
+        assert call_reason(model.config, Call(hidden, mask, (), {})) is None
+        assert plan_of(bert, model.encoder) is model.encoder._pyaccel.plan
 
     def look() -> None:
-        assert unfit(bert, layers, around=model.encoder) is None
+        assert ineligible_reason(bert, layers, model.encoder) is None
 
     # One after the other: in turns, each would find the caches full of the other's.
     best, whole = (min(_timed(each) for _ in range(100)) for each in (guard, look))

@@ -1,4 +1,4 @@
-"""`accelerate`, `restore` and `explain`: which modules are swapped, how, and how that is undone.
+"""`accelerate` and `restore`: which modules are swapped, how, and how that is undone.
 
 A swap sets the class of an existing instance to a subclass of the same name. Hooks stay on the object,
 transformers still finds it by `isinstance` and by name, and parameters stay the same objects. The class
@@ -15,28 +15,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyaccel import dispatch, ops, tuned
+from pyaccel import dispatch
 from pyaccel.errors import NotSupportedError
 from pyaccel.hf import mlm_head
-from pyaccel.hf.attention import NAMES, name_for, register
-from pyaccel.hf.families import FAMILIES, Family, stock
-from pyaccel.hf.fast_path import (
-    Acceleration,
-    Attached,
-    family_of,
-    is_encoder,
-    layers_of,
-    run_layer,
-    subclass_for,
-)
-from pyaccel.hf.guard import unfit
-from pyaccel.hf.report import Explanation, Report
-from pyaccel.nn import Int8Linear
+from pyaccel.hf.attention import name_for, register
+from pyaccel.hf.eligibility import ineligible_reason
+from pyaccel.hf.executors.padded import run_layer
+from pyaccel.hf.families import FAMILIES, NAMES, Family, family_of, is_encoder, layers_of, stock
+from pyaccel.hf.modules import subclass_for
+from pyaccel.hf.plan import scope
+from pyaccel.hf.report import Report
+from pyaccel.hf.state import Acceleration, AccelerationState
 from pyaccel.packing import layout
 from pyaccel.quantization.changes import Changes
 from pyaccel.quantization.convert import quantize_within, record
 
-__all__ = ["accelerate", "explain", "register", "restore"]
+__all__ = ["accelerate", "register", "restore"]
 
 
 def accelerate(
@@ -47,7 +41,7 @@ def accelerate(
     backend: str = "auto",
     strict: bool = True,
     prepack: bool = False,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | str = "auto",
     skip_logits: bool = False,
 ) -> Report:
     """See :func:`pyaccel.hf.accelerate`."""
@@ -65,7 +59,9 @@ def accelerate(
             "prepack=True reorders floating weights for packed batches: it takes neither int8, whose layers keep "
             "codes, nor packing=False"
         )
-    if cuda_graphs and not torch.cuda.is_available():
+    if cuda_graphs not in (True, False, "auto"):
+        raise ValueError(f"unknown cuda_graphs {cuda_graphs!r}: expected True, False or 'auto'")
+    if cuda_graphs is True and not torch.cuda.is_available():
         raise NotSupportedError(
             "cuda_graphs=True needs a CUDA or ROCm device, and torch sees none here: leave it out, or install a "
             "build of torch that sees your GPU"
@@ -97,7 +93,7 @@ def accelerate(
     }
     reasons = {name: _not_swappable(*candidate) for name, candidate in candidates.items()}
     todo = [(name, *candidate) for name, candidate in candidates.items() if reasons[name] is None]
-    swapped = {*_swapped(model), *(module for _, _, module in todo)}
+    swapped = {*swapped_in(model), *(module for _, _, module in todo)}
     attention_alone = _attention_alone(model, swapped) if backend == "auto" and int8 is None else {}
     not_swapped = {name: reason for name, reason in reasons.items() if reason is not None}
     if strict and not (todo or report.swapped or attention_alone or report.attention):
@@ -108,38 +104,50 @@ def accelerate(
             f"{why or f'it holds no encoder or layer of a known family ({known} of transformers)'}. "
             f"Pass strict=False to get a report instead."
         )
-    heads, unfit_heads = _masked_lm_heads(model, strict) if skip_logits else ([], {})
+    heads, ineligible_heads = _masked_lm_heads(model, strict) if skip_logits else ([], {})
     if todo:
         # A backend that was asked for and can't serve must say so before anything is changed.
         _, family, module = todo[0]
-        _dry_run(family, layers_of(family, module)[0], acceleration)
+        dry_run(family, layers_of(family, module)[0], acceleration)
 
     reads_padding = _read_in_the_padding(model)
     with Changes() as changes:  # an error, or Ctrl-C, leaves the model as it was
-        changes.item(report.__dict__, "not_swapped", {**not_swapped, **unfit_heads})
+        changes.item(report.__dict__, "not_swapped", {**not_swapped, **ineligible_heads})
         for name, family, module in todo:
             config = _config(family, module)
             _set_attention(changes, acceleration, config)
-            attached = Attached(acceleration, config, reads_padding.get(module))
-            _set_class(changes, module, subclass_for(family, module), attached)
+            state = AccelerationState(
+                acceleration, config, _executors(acceleration, module), reads_padding.get(module)
+            )
+            _set_class(changes, module, subclass_for(family, module), state)
             changes.item(report.swapped, name, type(module).__name__)
         for name, head, decoder in heads:
-            _set_class(changes, decoder, mlm_head.Linear, Attached(acceleration, head.config))
+            _set_class(changes, decoder, mlm_head.Linear, AccelerationState(acceleration, head.config))
             if not mlm_head.is_attached(head):
                 changes.make(partial(mlm_head.attach, head, acceleration), partial(mlm_head.detach, head))
             changes.item(report.swapped, name, "Linear")
         for name, part in attention_alone.items():
             _set_attention(changes, acceleration, part.config)
-            changes.item(part.__dict__, "_pyaccel", Attached(acceleration, part.config))
+            changes.item(part.__dict__, "_pyaccel", AccelerationState(acceleration, part.config))
             changes.item(report.attention, name, type(part).__name__)
         if int8 is not None and todo:
             _make_int8(changes, model, acceleration, int8)
     return report
 
 
-def _set_class(changes: Changes, module: Any, kind: Any, attached: Attached) -> None:
+def _executors(acceleration: Acceleration, module: nn.Module) -> tuple[str, ...]:
+    """Names of what a swapped module's calls are tried by, in order."""
+    if not is_encoder(module):
+        return ("padded",)
+    graphs = acceleration.cuda_graphs is True or (
+        acceleration.cuda_graphs == "auto" and torch.cuda.is_available()
+    )
+    return ("cuda_graph",) * graphs + ("packed",) * acceleration.packing
+
+
+def _set_class(changes: Changes, module: Any, kind: Any, state: AccelerationState) -> None:
     before = type(module)
-    changes.item(module.__dict__, "_pyaccel", attached)
+    changes.item(module.__dict__, "_pyaccel", state)
     changes.make(partial(setattr, module, "__class__", kind), partial(setattr, module, "__class__", before))
 
 
@@ -175,7 +183,7 @@ def _masked_lm_heads(model: nn.Module, strict: bool) -> tuple[list[tuple[str, An
     names = {module: name for name, module in model.named_modules()}
     for name, head in mlm_head.heads_of(model):
         decoder: Any = head.get_output_embeddings()
-        reason = mlm_head.unfit(head)
+        reason = mlm_head.ineligible_reason(head)
         if reason is not None:
             reasons[name] = f"skip_logits: {reason}"
         elif "_pyaccel" not in decoder.__dict__:
@@ -204,8 +212,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     Interrupted, it can be called again: what says that a module is accelerated is removed last.
     """
-    accelerations = _accelerations(model)
-    swapped = _swapped(model)
+    accelerations = accelerations_of(model)
+    swapped = swapped_in(model)
     for module in swapped:
         if not isinstance(module, PreTrainedModel) and _base_of(module) is None:
             raise RuntimeError(
@@ -227,85 +235,24 @@ def restore(model: nn.Module) -> nn.Module:
     for module in swapped:
         if isinstance(module, PreTrainedModel):  # whose attention alone was changed
             continue
-        if type(module).__module__ in _OURS:
+        if type(module).__module__ == _OURS:
             module.__class__ = _base_of(module)
     for module in swapped:
         del module._pyaccel
     return model
 
 
-_OURS = ("pyaccel.hf", mlm_head.__name__)
+_OURS = "pyaccel.hf"
 
 
 def _base_of(module: nn.Module) -> type[nn.Module] | None:
     """The class that an accelerated module had; None if it was changed since to one that isn't known."""
     kind = type(module)
-    if kind.__module__ in _OURS:
+    if kind.__module__ == _OURS:
         return kind.__mro__[1]
     family = family_of(module)  # of a `restore` that was interrupted
     known = (nn.Linear,) if family is None else (stock(family).encoder, stock(family).layer)
     return kind if kind in known else None
-
-
-def explain(model: nn.Module) -> Explanation:
-    """See :func:`pyaccel.hf.explain`."""
-    accelerations = _accelerations(model)
-    # A layer that was copied, and put beside the one that it is a copy of, brought an acceleration of its own.
-    within = {id(part) for module in _swapped(model) for part in module.modules() if part is not module}
-    outermost = [module for module in _swapped(model) if id(module) not in within]
-    accelerations = list({id(m._pyaccel.acceleration): m._pyaccel.acceleration for m in outermost}.values())
-    if len(accelerations) > 1:
-        raise ValueError(
-            f"pyaccel.explain: {len(accelerations)} models accelerated apart are in this; pass one of them"
-        )
-    first = next(module for module in _swapped(model) if type(module) is not mlm_head.Linear)
-    with dispatch.record() as choices:
-        if isinstance(first, PreTrainedModel):
-            weight, int8, unfit_because = next(first.parameters()), {}, None
-            _dry_run_of_attention(first.config, weight)
-        else:
-            family = _family(first)
-            layer = layers_of(family, first)[0]
-            weight = family.view(layer).output.LayerNorm.weight
-            int8 = _int8_speedups(layer, weight.dtype)
-            unfit_because = unfit(stock(family), [layer], around=layer)
-            if unfit_because is None:
-                _dry_run(family, layer, accelerations[0])
-    summary = dispatch.summary(choices)
-    backends = {op: choice.backend for op, choice in summary.items()}
-    reasons = {op: choice.reason for op, choice in summary.items()}
-    if unfit_because is not None:
-        backends, reasons = {"layer": "stock"}, {"layer": unfit_because}
-    return Explanation(
-        dtype=str(weight.dtype).removeprefix("torch."),
-        device=str(weight.device),
-        backends=backends,
-        reasons=reasons,
-        report=accelerations[0].report,
-        int8=int8,
-    )
-
-
-@torch.no_grad()
-def _dry_run_of_attention(config: Any, weight: torch.Tensor) -> None:
-    heads = config.num_attention_heads
-    q = weight.new_zeros(1, heads, 16, getattr(config, "head_dim", None) or config.hidden_size // heads)
-    ops.scaled_dot_product_attention(q, q, q)
-
-
-def _int8_speedups(layer: Any, dtype: torch.dtype) -> dict[str, dict[int, float]]:
-    found: dict[str, dict[int, float]] = {}
-    for module in layer.modules():
-        if isinstance(module, Int8Linear) and module.method != "weight_only":
-            n_in, n_out, device = module.in_features, module.out_features, module.weight.device
-            for rows in sorted({timing.size[0] for timing in tuned.timings("int8_matmul", device, dtype)}):
-                near = tuned.nearest("int8_matmul", device, dtype, (rows, n_in, n_out))
-                if near is not None and near.size[0] == rows:
-                    backend = near.fastest(dispatch.BACKENDS)
-                    if backend is not None and "floating" in near.us:
-                        speedup = near.us["floating"] / near.us[backend]
-                        found.setdefault(f"{n_in} to {n_out}", {})[rows] = speedup
-    return found
 
 
 def _not_swappable(family: Family, module: nn.Module) -> str | None:
@@ -315,7 +262,7 @@ def _not_swappable(family: Family, module: nn.Module) -> str | None:
     layers = layers_of(family, module)
     if not layers:
         return "it has no layers"
-    reason = unfit(stock(family), layers, around=module, loaded=False)
+    reason = ineligible_reason(stock(family), layers, around=module, loaded=False)
     if reason is None and _config(family, module).output_attentions:
         # transformers allows this with its eager attention alone, and won't save a config that says
         # otherwise.
@@ -336,22 +283,16 @@ def _read_in_the_padding(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def _family(module: nn.Module) -> Family:
-    family = family_of(module)
-    assert family is not None  # it is swapped
-    return family
-
-
 def _config(family: Family, module: Any) -> Any:
     return family.view(layers_of(family, module)[0]).attention.self.config
 
 
-def _swapped(model: nn.Module) -> list[Any]:
+def swapped_in(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if "_pyaccel" in module.__dict__]
 
 
-def _accelerations(model: nn.Module) -> list[Acceleration]:
-    found = {id(module._pyaccel.acceleration): module._pyaccel.acceleration for module in _swapped(model)}
+def accelerations_of(model: nn.Module) -> list[Acceleration]:
+    found = {id(module._pyaccel.acceleration): module._pyaccel.acceleration for module in swapped_in(model)}
     if not found:
         raise ValueError(
             f"nothing in this {type(model).__name__} is accelerated; pyaccel.accelerate(model) does that"
@@ -363,9 +304,9 @@ def _present(model: nn.Module, **asked: Any) -> Acceleration | None:
     """The acceleration that is in `model` already, made with these arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"pyaccel.accelerate: expected a torch.nn.Module, got {type(model).__name__}")
-    if not _swapped(model):
+    if not swapped_in(model):
         return None
-    found = _accelerations(model)
+    found = accelerations_of(model)
     if len(found) > 1 or any(getattr(found[0], name) != value for name, value in asked.items()):
         before = ", ".join(f"{name}={getattr(a, name)!r}" for a in found for name in asked)
         raise RuntimeError(
@@ -375,7 +316,7 @@ def _present(model: nn.Module, **asked: Any) -> Acceleration | None:
     return found[0]
 
 
-def _dry_run(family: Family, layer: Any, acceleration: Acceleration) -> None:
+def dry_run(family: Family, layer: Any, acceleration: Acceleration) -> None:
     """One layer in evaluation on 16 tokens of zeros, for the choices of backends that it makes."""
     weight = family.view(layer).output.LayerNorm.weight
     if weight.is_meta:
@@ -386,7 +327,7 @@ def _dry_run(family: Family, layer: Any, acceleration: Acceleration) -> None:
     try:
         for part in training:
             part.training = False
-        with torch.no_grad(), acceleration.use_backend():
+        with torch.no_grad(), scope(acceleration):
             if acceleration.packing:
                 run_layer(family, layer, hidden.flatten(0, 1), layout(mask))
             run_layer(family, layer, hidden, mask)

@@ -4,22 +4,30 @@ A few sequences keep a GPU busy for less time than Python takes to launch the ke
 launched as a whole (https://developer.nvidia.com/blog/cuda-graphs). It is of one shape, so a batch is put into the next
 larger one of a few (:func:`bucket`), what is added is masked, and what comes out is cut to the batch again.
 
-A graph holds the addresses of weights, not their values: what is changed in place is used, and where one lies elsewhere
-all graphs are captured anew. What is no tensor (a LayerNorm's eps, say) is as it was at the capture.
+A graph holds the addresses of weights, not their values: what is changed in place is used, and where one was
+reallocated all graphs are captured again. What is no tensor (a LayerNorm's eps, say) is in the modules' fingerprint.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyaccel import dispatch
+from pyaccel.hf.device import is_capturing, on_gpu, stream_of
+from pyaccel.hf.eligibility import Call, drops
+from pyaccel.hf.executors.padded import run_layer
+from pyaccel.hf.families import Family, stock
+from pyaccel.hf.fingerprint import storage
+from pyaccel.hf.report import Report
 
 # Positions of a batch, padding too, up to which it counts as small. BERT-base takes 0.7 TFLOP for so many, a
 # millisecond or two of a large GPU, about what launching its kernels one by one takes. Not measured on a card yet.
@@ -27,6 +35,7 @@ MOST_TOKENS = 4096
 # Graphs of one encoder; the one that was used longest ago makes room.
 MOST_GRAPHS = 64
 _LEAST_SEQ = 16
+_TRAINING = attrgetter("training")
 
 # Captures and the three steps of a replay: copy in, launch, copy out. All of it is asynchronous, so nobody waits long.
 _lock = threading.Lock()
@@ -66,51 +75,116 @@ class Graph:
         return self.out[:batch, :seq].clone()
 
 
-class Graphs:
-    """The graphs of one encoder, as its modules are now: these, whose parameters and buffers the graphs read."""
+class CudaGraph:
+    """All layers on the padded batch in one launch; zeros in the padding where packing would leave them.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._tensors = [d for part in modules for d in (part._parameters, part._buffers) if d]
+    Args:
+        modules: all inside of the encoder, whose parameters and buffers the graphs read.
+        clears: whether to write those zeros.
+        is_asked_for: graphs were asked for, not chosen: a size is captured when it comes up first, not when it comes up
+            again, and a capture that fails is an error, not a warning.
+        ineligible: why these modules can't be captured; None if they can.
+        report: counts the captures.
+    """
+
+    name = "cuda_graph"
+
+    def __init__(
+        self,
+        family: Family,
+        layers: list[Any],
+        modules: list[nn.Module],
+        clears: bool,
+        is_asked_for: bool,
+        ineligible: str | None,
+        report: Report,
+    ) -> None:
+        self.layers = len(layers)
+        self._family = family
+        self._modules = layers
+        self._clears = clears
+        self._is_asked_for = is_asked_for
+        self._ineligible = ineligible
+        self._report = report
+        kinds = (nn.Dropout, stock(family).attention)
+        self._dropping = [
+            module for layer in layers for module in layer.modules() if isinstance(module, kinds)
+        ]
+        tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
+        self._tensors = [t for t in tensors if t is not None]
         self._addresses: list[int] = []
         # By what they depend on, the last one used last.
         self._captured: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
+        self._met: set[tuple[Any, ...]] = set()
         # Memory that graphs of one stream share: they never run at the same time.
         self._pools: dict[Any, Any] = {}
 
-    def __call__(
-        self, hidden: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, bool]:
-        """``run(hidden, mask)`` by a graph, and whether that had to be captured.
+    def why_not(self, call: Call) -> str | None:
+        hidden = call.hidden
+        if reason := _why_not(hidden) or call.keeps_padding:
+            return reason
+        if call.is_packed:
+            return "input packed by the caller"
+        if any(map(_TRAINING, self._dropping)) and any(map(drops, map(self._family.view, self._modules))):
+            return "dropout"
+        if self._ineligible is not None or self._is_asked_for:
+            return self._ineligible
+        key = self._key(hidden)
+        if key in self._captured or key in self._met:
+            return None
+        self._met.add(key)
+        return "the first batch of its size: a graph is captured when the size comes up again"
 
-        Args:
-            hidden: ``[batch, seq, hidden_size]`` on a GPU.
-            mask: bool ``[batch, seq]``, or None if all are tokens.
-            run: from states and mask to states of the same shape; it must not wait for the device.
+    def run(self, module: Any, call: Call) -> Tensor:
+        hidden = call.hidden
+        if self._family.enter is not None:
+            hidden = self._family.enter(module, hidden)
+        try:
+            return self._launch(hidden, call.mask)
+        except CaptureError as error:
+            if self._is_asked_for:
+                raise
+            self._ineligible = str(error)
+            warnings.warn(f"{error}. This model runs without CUDA graphs", stacklevel=2)
+            return self._run(hidden, call.mask)
+
+    def _run(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        for layer in self._modules:
+            hidden = run_layer(self._family, layer, hidden, mask)
+        if self._clears and mask is not None:
+            read = mask.clone()
+            read[:, 0] = True
+            hidden = hidden.masked_fill(~read.unsqueeze(-1), 0.0)
+        return hidden
+
+    def _launch(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """By a graph, which is captured where there is none.
 
         Raises:
-            RuntimeError: something in ``run`` can't be captured.
+            CaptureError: something in the layers can't be captured.
         """
-        addresses = [t.data_ptr() for tensors in self._tensors for t in tensors.values() if t is not None]
         with _lock, torch.no_grad():
+            addresses = storage(self._tensors)
             if addresses != self._addresses:
                 self._captured.clear()
                 self._addresses = addresses
-            stream = stream_of(hidden.device)
-            shape = (bucket(hidden.shape[0]), bucket(hidden.shape[1], _LEAST_SEQ))
-            key = (*shape, hidden.dtype, stream, *_settings())
+            key = self._key(hidden)
             graph = self._captured.get(key)
-            is_new = graph is None
             if graph is None:
-                graph = self._capture(shape, hidden, stream, run)
-                self._captured[key] = graph
+                graph = self._captured[key] = self._capture(key[:2], hidden, key[3])
+                self._report.captured += 1
                 if len(self._captured) > MOST_GRAPHS:
                     self._captured.popitem(last=False)
             self._captured.move_to_end(key)
-            return graph(hidden, mask), is_new
+            return graph(hidden, mask)
 
-    def _capture(
-        self, shape: tuple[int, int], like: Tensor, stream: Any, run: Callable[[Tensor, Tensor], Tensor]
-    ) -> Graph:
+    @staticmethod
+    def _key(hidden: Tensor) -> tuple[Any, ...]:
+        """The shape of the graph that serves such a batch, and all else that a graph depends on."""
+        batch, seq = hidden.shape[:2]
+        return bucket(batch), bucket(seq, _LEAST_SEQ), hidden.dtype, stream_of(hidden.device), *_settings()
+
+    def _capture(self, shape: tuple[int, int], like: Tensor, stream: Any) -> Graph:
         # Not of inference mode, in which the first call may be: others couldn't write to the buffers.
         with torch.inference_mode(False), torch.no_grad():
             hidden = torch.zeros(*shape, like.shape[2], dtype=like.dtype, device=like.device)
@@ -118,17 +192,21 @@ class Graphs:
             if stream not in self._pools:
                 self._pools[stream] = new_pool()
             try:
-                out, replay = capture(lambda: run(hidden, mask), self._pools[stream], like.device)
+                out, replay = capture(lambda: self._run(hidden, mask), self._pools[stream], like.device)
             except Exception as error:
-                raise RuntimeError(
+                raise CaptureError(
                     f"pyaccel: a CUDA graph of {shape[0]} x {shape[1]} positions could not be captured: {error}\n"
-                    f"Something in the layers waits for the device or is not allowed in a capture; accelerate "
-                    f"without cuda_graphs=True"
+                    f"Something in the layers waits for the device or is not allowed in a capture; accelerate with "
+                    f"cuda_graphs=False"
                 ) from error
         return Graph(hidden, mask, out, replay)
 
 
-def why_not(hidden: Tensor) -> str | None:
+class CaptureError(RuntimeError):
+    """A CUDA graph could not be captured; the message says of which size and why."""
+
+
+def _why_not(hidden: Tensor) -> str | None:
     """Why this call can't be served by a graph, whatever the modules are; None if it can."""
     if not on_gpu(hidden):
         return f"on the {'CPU' if hidden.is_cpu else hidden.device.type}"
@@ -160,19 +238,6 @@ def _settings() -> tuple[Any, ...]:
 
 
 # ---- the device ----
-
-
-def on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
-
-
-def stream_of(device: torch.device) -> Any:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def is_capturing() -> bool:
-    """Whether what is launched now becomes part of a graph, in which nothing may wait for the device. On a GPU."""
-    return torch.cuda.is_current_stream_capturing()
 
 
 def new_pool() -> Any:
