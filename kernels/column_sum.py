@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.config import ColumnSumConfig
-from pyaccel.kernels.device import device_guard
+from pyaccel.kernels.launch import Launcher
 
 
 @triton.jit
@@ -39,6 +39,9 @@ def column_sum_kernel(
         _sum_columns(out2_ptr, partial2_ptr, n_partials, n_cols, BLOCK_P, BLOCK_N)
 
 
+_launch = Launcher(column_sum_kernel)
+
+
 def column_sum(
     outs: tuple[Tensor | None, Tensor | None, Tensor | None],
     partials: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -50,13 +53,5 @@ def column_sum(
     if not given:
         return
     n_partials, n_cols = given[0].shape
-    with device_guard(given[0]):
-        column_sum_kernel[(triton.cdiv(n_cols, config.block_n),)](
-            *outs,
-            *partials,
-            n_partials,
-            n_cols,
-            BLOCK_P=config.block_p,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )
+    args = (*outs, *partials, n_partials, n_cols)
+    _launch(given[0], -(-n_cols // config.block_n), args, (config.block_p, config.block_n), config.num_warps)

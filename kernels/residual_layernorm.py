@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.config import RowConfig
-from pyaccel.kernels.device import device_guard
-from pyaccel.kernels.philox import dropout_tile, keep_scale, threshold_bits
+from pyaccel.kernels.launch import Launcher
+from pyaccel.kernels.philox import dropout_scalars, dropout_tile
 from pyaccel.kernels.quantize_tile import quantize_rows
 from pyaccel.kernels.row_tile import row_mean
 
@@ -76,6 +76,9 @@ def forward_kernel(
         tl.store(codes_scale_ptr + o_row, codes_scale, mask=m_row)
 
 
+_launch = Launcher(forward_kernel)
+
+
 def forward(
     out: Tensor | None,
     total: Tensor | None,
@@ -103,11 +106,11 @@ def forward(
     n_rows, n_cols = x.shape
     if n_rows == 0:
         return
-    with device_guard(x):
-        forward_kernel[(triton.cdiv(n_rows, config.block_rows),)](
-            out, total, codes, codes_scale, mean, rstd,
-            x, residual, weight, bias, x_bias, dropout_key,
-            x.stride(0), x.stride(1), *((0, 0) if residual is None else residual.stride()),
-            n_rows, n_cols, eps, keep_scale(dropout_p), threshold_bits(dropout_p),
-            RMS_NORM=rms_norm, BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        )  # fmt: skip
+    args = (
+        out, total, codes, codes_scale, mean, rstd,
+        x, residual, weight, bias, x_bias, dropout_key,
+        *x.stride(), *((0, 0) if residual is None else residual.stride()),
+        n_rows, n_cols, eps, *dropout_scalars(dropout_p),
+    )  # fmt: skip
+    constants = (rms_norm, config.block_rows, config.block_n)
+    _launch(x, -(-n_rows // config.block_rows), args, constants, config.num_warps)
