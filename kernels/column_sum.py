@@ -43,11 +43,11 @@ _launch = Launcher(column_sum_kernel)
 
 
 def column_sum(
-    outs: tuple[Tensor | None, Tensor | None, Tensor | None],
-    partials: tuple[Tensor | None, Tensor | None, Tensor | None],
+    outs: tuple[Tensor | None, ...],
+    partials: tuple[Tensor | None, ...],
     config: ColumnSumConfig,
 ) -> None:
-    """Write the column sums of each of ``partials`` (fp32 ``[n_partials, cols]``) to ``outs`` (``[cols]``, any
+    """Write the column sums of each of three ``partials`` (fp32 ``[n_partials, cols]``) to ``outs`` (``[cols]``, any
     floating dtype). All partials have one shape; with ``n_partials`` 0 the sums are 0."""
     given = [p for p in partials if p is not None]
     if not given:
