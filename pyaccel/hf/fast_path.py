@@ -29,6 +29,7 @@ from pyaccel.hf.families import BY_FILE, FAMILIES, Family, Stock, stock
 from pyaccel.hf.guard import Structure, are_its_own, has_opaque, is_sharded, unfit
 from pyaccel.hf.report import Report
 from pyaccel.models import evaluation
+from pyaccel.nn import triton_layer
 from pyaccel.nn.encoder_layer import encoder_layer, packed_attention
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
@@ -202,6 +203,11 @@ def _run_layers(
         report.fast["packed"] += len(straight)
         report.prepacked += sum(layer.reordered is not None for layer in straight)
         return hidden
+    if plan.by_triton and triton_layer.serves(plan.by_triton, hidden, tokens) and not _checkpoints(encoder):
+        for each in plan.by_triton:
+            hidden = each(hidden, tokens)
+        report.fast["packed"] += len(plan.by_triton)
+        return hidden
     count = 0
     for layer in family.layers(encoder):
         # Called by its own forward where it is not a layer that was swapped: it has seen neither padding nor a mask.
@@ -213,6 +219,13 @@ def _run_layers(
         count += 1
     report.fast["packed"] += count
     return hidden
+
+
+def _checkpoints(encoder: Any) -> bool:
+    """Whether a layer's call keeps no activations for the backward, but makes them again."""
+    return encoder.training and any(
+        getattr(layer, "gradient_checkpointing", False) for layer in encoder._pyaccel_family.layers(encoder)
+    )
 
 
 def _by_graph(encoder: Any, family: Family, plan: Structure, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -335,22 +348,25 @@ def _structure(known: Stock, module: Any, layers: list[Any]) -> Structure | str 
     made = Structure(known, module, layers)
     if not are_its_own(layers):  # parameters that are lent for this call
         return made
-    made.straight = _straight(known, layers, attached.acceleration.prepack)
+    made.straight = _straight(
+        known, layers, partial(evaluation.StraightLayer.of, prepack=attached.acceleration.prepack)
+    )
+    made.by_triton = _straight(known, layers, triton_layer.TritonLayer.of)
     if attached.acceleration.cuda_graphs and not any(is_sharded(x) or has_opaque(x) for x in layers):
         made.graphs = graphs.Graphs(made.modules)
     attached.structure = made
     return made
 
 
-def _straight(known: Stock, layers: list[Any], prepack: bool) -> list[evaluation.StraightLayer]:
-    """The layers in a straight line, past the hooks that `unfit` let be; none where one of them can't be run so."""
+def _straight(known: Stock, layers: list[Any], make: Callable[[Any, nn.Module], Any]) -> list[Any]:
+    """The layers as `make` makes them, past the hooks that `unfit` let be; none where one of them can't be run so."""
     straight = []
     for layer in layers:
         seen = known.family.view(layer)
         if is_sharded(layer) or seen.chunk_size_feed_forward:
             return []
         attention = next(part for part in layer.modules() if isinstance(part, known.attention))
-        one = evaluation.StraightLayer.of(seen, attention, prepack=prepack)
+        one = make(seen, attention)
         if one is None:
             return []
         straight.append(one)

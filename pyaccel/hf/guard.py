@@ -184,6 +184,7 @@ class Structure:
     def __init__(self, stock: Stock, around: nn.Module, layers: list[Any]) -> None:
         # For the fast path: made when this is, and good as long.
         self.straight: list[Any] = []
+        self.by_triton: list[Any] = []
         self.graphs: Any = None
         self.layers = [layer for layer in layers if layer is not around]
         self.kinds = list(dict.fromkeys(kind for layer in layers for kind in _kinds(stock, layer)))

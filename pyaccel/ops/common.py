@@ -43,20 +43,27 @@ def _nothing_traces() -> bool:
     return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
-def runs_directly(*args: Any) -> bool:
-    """Whether an op of these arguments may run without PyTorch's dispatcher: nothing would notice.
+def is_undisturbed(*args: Any) -> bool:
+    """Whether nothing would notice if an op of these arguments ran without PyTorch's dispatcher.
 
-    False where :func:`runs_now` is, where gradients are recorded (a registered op says that it has none), under a
-    torch function mode, which may replace operators, under a profiler, which shows them, and on meta tensors.
+    False where :func:`runs_now` is, under a torch function mode, which may replace operators, under a profiler, which
+    shows them, and on meta tensors. The first argument is a tensor.
     """
     return (
-        not torch.is_grad_enabled()
-        and _nothing_traces()
+        _nothing_traces()
         and _ONLY_PLAIN.issuperset(map(type, args))
         and not torch._C._len_torch_function_stack()
         and not torch.autograd._profiler_enabled()
         and not args[0].is_meta
     )
+
+
+def runs_directly(*args: Any) -> bool:
+    """Whether an op runs without the dispatcher: undisturbed, and where no gradients are recorded.
+
+    Where they are, a registered op says that it has none.
+    """
+    return not torch.is_grad_enabled() and is_undisturbed(*args)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
