@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from pyaccel.kernels.common.device import generation
@@ -31,12 +32,12 @@ class AttentionConfig:
     split: bool = False
     skip_masked: bool = True
 
-    @property
+    @functools.cached_property
     def blocks(self) -> dict[str, int]:
         """The kernels' constants."""
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
-    @property
+    @functools.cached_property
     def launch_options(self) -> dict[str, int]:
         """Those of Triton."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -177,6 +178,7 @@ _ATTENTION: dict[tuple[str, str], tuple[_Tiles, _Tiles]] = {
 }
 
 
+@functools.lru_cache(maxsize=4096)
 def attention(kernel: str, shape: AttentionShape) -> AttentionConfig:
     """The configuration of ``"forward"``, ``"dquery"``, ``"dkey_dvalue"`` or ``"scores"`` (which makes weights and
     gradients of masks)."""
@@ -195,6 +197,7 @@ def attention(kernel: str, shape: AttentionShape) -> AttentionConfig:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def attention_short(kernel: str, shape: AttentionShape) -> AttentionConfig | None:
     """The configuration of ``"forward_short"`` or ``"backward_short"``, or None where it doesn't serve."""
     forward = kernel == "forward_short"

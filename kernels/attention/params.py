@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyaccel.kernels.attention.config import AttentionShape
 from pyaccel.kernels.common.device import device_info
-from pyaccel.kernels.common.philox import keep_scale, threshold_bits
+from pyaccel.kernels.common.philox import dropout_scalars
 
 FAR = 1 << 29  # FAR of tile.py: a window that wide is open
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """One call, padded or packed, by strides and without copies.
 
     Attributes:
@@ -61,7 +60,7 @@ class AttentionCall:
     @property
     def n_streams(self) -> int:
         """Sequences times heads: what dropout calls streams."""
-        sequences = self.query.shape[0] if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
+        sequences = self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
         return sequences * self.query.shape[1]
 
     @property
@@ -71,15 +70,16 @@ class AttentionCall:
 
     def shape_on(self, arch: str) -> AttentionShape:
         """What launch configurations depend on, on a device of that architecture."""
-        return AttentionShape(
-            seq_q=self.seq_q,
-            seq_k=self.seq_k,
-            head_dim=max(self.query.shape[3], self.value.shape[3]),
-            itemsize=self.query.element_size(),
-            arch=arch,
-            group=self.group,
-            has_mask=self.attn_mask is not None,
-            has_dropout=self.dropout_key is not None,
+        return _shape(
+            self.seq_q,
+            self.seq_k,
+            self.query.shape[3],
+            self.value.shape[3],
+            self.query.itemsize,
+            arch,
+            self.group,
+            self.attn_mask is not None,
+            self.dropout_key is not None,
         )
 
     @property
@@ -92,7 +92,10 @@ class AttentionCall:
         mask = self.attn_mask
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.view(torch.uint8)
-        left, right = self.window_size
+        sizes = _sizes(
+            self.query.shape[3], self.value.shape[3], self.is_causal, self.window_size, self.allow_tf32
+        )
+        keep_scale, threshold = dropout_scalars(self.dropout_p)
         return {
             "q_ptr": self.query,
             "k_ptr": self.key,
@@ -100,10 +103,9 @@ class AttentionCall:
             "key_mask_ptr": None if self.key_mask is None else self.key_mask.view(torch.uint8),
             "mask_ptr": mask,
             "key_ptr": self.dropout_key,
-            **{
-                f"stride_{name}": self.strides(t)
-                for name, t in zip("qkv", (self.query, self.key, self.value), strict=True)
-            },
+            "stride_q": self.strides(self.query),
+            "stride_k": self.strides(self.key),
+            "stride_v": self.strides(self.value),
             "stride_key_mask": (0, 0, 0) if self.key_mask is None else self.key_mask.stride(),
             "stride_mask": (0, 0, 0, 0) if mask is None else mask.stride(),
             "n_streams": self.n_streams,
@@ -112,18 +114,10 @@ class AttentionCall:
             "seq_q": self.seq_q,
             "seq_k": self.seq_k,
             "scale": self.scale,
-            "window_left": min(left, FAR),
-            "window_right": min(right, FAR),
-            "keep_scale": keep_scale(self.dropout_p),
-            "threshold": threshold_bits(self.dropout_p),
-            "HEAD_DIM": self.query.shape[3],
-            "VALUE_DIM": self.value.shape[3],
-            "IS_CAUSAL": self.is_causal,
-            "HAS_WINDOW": left >= 0 or right >= 0,
+            "keep_scale": keep_scale,
+            "threshold": threshold,
             "MASK_ROWS": mask is not None and mask.stride(2) != 0 and self.seq_q > 1,
-            "PRECISION": "tf32" if self.allow_tf32 else "ieee",
-            "BLOCK_D": block_dim(self.query.shape[3]),
-            "BLOCK_V": block_dim(self.value.shape[3]),
+            **sizes,
         }
 
     def tma_can_read(self, *tensors: Tensor) -> bool:
@@ -147,7 +141,7 @@ class AttentionCall:
         """Whether the scale may be folded into the exponential: it must keep the order of scores and come last. In fp32
         it isn't: both sides of the difference would be rounded before it is taken, which large scores show."""
         comes_last = self.attn_mask is None or self.attn_mask.dtype == torch.bool
-        return self.scale > 0.0 and comes_last and self.query.element_size() == 2
+        return self.scale > 0.0 and comes_last and self.query.itemsize == 2
 
     def offsets(self) -> dict[str, Any]:
         """Those of a packed batch, for the kernels that take one."""
@@ -155,7 +149,33 @@ class AttentionCall:
 
     def strides(self, x: Tensor) -> tuple[int, ...]:
         """Those of a tensor laid out as query is; sequences of a packed one aren't a stride apart."""
-        return (0, *x.stride()[1:]) if self.packed else x.stride()
+        return x.stride() if self.cu_seqlens_q is None else (0, *x.stride()[1:])
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(
+    seq_q: int, seq_k: int, head_dim: int, value_dim: int, itemsize: int, arch: str, group: int, *has: bool
+) -> AttentionShape:
+    return AttentionShape(seq_q, seq_k, max(head_dim, value_dim), itemsize, arch, group, *has)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(
+    head_dim: int, value_dim: int, is_causal: bool, window_size: tuple[int, int], allow_tf32: bool
+) -> dict[str, Any]:
+    """The arguments that are a model's, the same in every call."""
+    left, right = window_size
+    return {
+        "window_left": min(left, FAR),
+        "window_right": min(right, FAR),
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "IS_CAUSAL": is_causal,
+        "HAS_WINDOW": left >= 0 or right >= 0,
+        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        "BLOCK_D": block_dim(head_dim),
+        "BLOCK_V": block_dim(value_dim),
+    }
 
 
 def block_dim(dim: int) -> int:

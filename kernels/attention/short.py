@@ -31,7 +31,7 @@ from pyaccel.kernels.attention.tile import (
     store_lse,
     store_rows,
 )
-from pyaccel.kernels.common.device import device_guard
+from pyaccel.kernels.common.launch import Launcher
 from pyaccel.kernels.common.philox import keep_tile
 
 
@@ -214,15 +214,17 @@ def backward_short_kernel(
     store_rows(dq_ptr, offset_dq, stride_dq[3], m_m, dq * scale, HEAD_DIM, BLOCK_D)
 
 
+_launch_forward, _launch_backward = Launcher(forward_short_kernel), Launcher(backward_short_kernel)
+
+
 def forward_short(
     out: Tensor, lse: Tensor | None, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> None:
     """Launch the forward kernel, as :func:`pyaccel.kernels.attention.forward`, for ``seq_k <= config.block_n``."""
-    tiles = call.n_streams * triton.cdiv(call.seq_q, config.block_m)
-    with device_guard(out):
-        forward_short_kernel[(triton.cdiv(tiles, config.tiles) + call.tail_programs,)](
-            **forward_short_arguments(out, lse, lse_error, call, config), **config.launch_options
-        )
+    tiles = call.n_streams * -(-call.seq_q // config.block_m)
+    programs = -(-tiles // config.tiles) + call.tail_programs
+    arguments = forward_short_arguments(out, lse, lse_error, call, config)
+    _launch_forward.named(out, programs, arguments, config.launch_options)
 
 
 def forward_short_arguments(
@@ -258,11 +260,8 @@ def backward_short(
 ) -> None:
     """Launch the backward kernel, for ``seq_q <= config.block_m`` and as many key heads as query heads. It writes dq,
     dk and dv, laid out as query, key and value are."""
-    with device_guard(dq):
-        backward_short_kernel[(call.n_streams + call.tail_programs,)](
-            **backward_short_arguments(dq, dk, dv, do, out, lse, lse_error, dlse, call, config),
-            **config.launch_options,
-        )
+    arguments = backward_short_arguments(dq, dk, dv, do, out, lse, lse_error, dlse, call, config)
+    _launch_backward.named(dq, call.n_streams + call.tail_programs, arguments, config.launch_options)
 
 
 def backward_short_arguments(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyaccel.kernels.common.activations import activation_grad_tile, activation_tile
 from pyaccel.kernels.common.configs import RowConfig
-from pyaccel.kernels.common.device import device_guard
+from pyaccel.kernels.common.launch import Launcher
 from pyaccel.kernels.common.tiles import load_tile, quantize_rows
 
 
@@ -103,6 +103,10 @@ def backward_kernel(
         tl.store(dbias_ptr + o_partial, tl.sum(b_dbias, axis=0), mask=m_col)
 
 
+_launch_forward, _launch_quantize = Launcher(forward_kernel), Launcher(quantize_kernel)
+_launch_backward = Launcher(backward_kernel)
+
+
 def forward(out: Tensor, x: Tensor, bias: Tensor | None, activation: str, config: RowConfig) -> None:
     """Launch the forward kernel; it writes ``out``.
 
@@ -111,13 +115,9 @@ def forward(out: Tensor, x: Tensor, bias: Tensor | None, activation: str, config
     n_rows, n_cols = x.shape
     if n_rows == 0:
         return
-    grid = (triton.cdiv(n_rows, config.block_rows) * triton.cdiv(n_cols, config.block_n),)
-    with device_guard(x):
-        forward_kernel[grid](
-            out, x, bias, x.stride(0), x.stride(1), n_rows, n_cols,
-            ACTIVATION=activation, BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )  # fmt: skip
+    programs = -(-n_rows // config.block_rows) * -(-n_cols // config.block_n)
+    args = (out, x, bias, *x.stride(), n_rows, n_cols)
+    _launch_forward(x, programs, args, (activation, config.block_rows, config.block_n), config.num_warps)
 
 
 def quantize(
@@ -131,12 +131,9 @@ def quantize(
     n_rows, n_cols = x.shape
     if n_rows == 0:
         return
-    with device_guard(x):
-        quantize_kernel[(triton.cdiv(n_rows, config.block_rows),)](
-            codes, scale, x, bias, x.stride(0), x.stride(1), n_rows, n_cols,
-            ACTIVATION=activation, BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )  # fmt: skip
+    args = (codes, scale, x, bias, *x.stride(), n_rows, n_cols)
+    constants = (activation, config.block_rows, config.block_n)
+    _launch_quantize(x, -(-n_rows // config.block_rows), args, constants, config.num_warps)
 
 
 def backward(
@@ -157,9 +154,6 @@ def backward(
     n_rows, n_cols = x.shape
     if n_rows == 0:
         return
-    with device_guard(x):
-        backward_kernel[(n_programs * triton.cdiv(n_cols, config.block_n),)](
-            dx, dbias_partial, dy, x, bias, *dy.stride(), *x.stride(), n_rows, n_cols,
-            ACTIVATION=activation, BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )  # fmt: skip
+    programs = n_programs * -(-n_cols // config.block_n)
+    args = (dx, dbias_partial, dy, x, bias, *dy.stride(), *x.stride(), n_rows, n_cols)
+    _launch_backward(x, programs, args, (activation, config.block_rows, config.block_n), config.num_warps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -15,6 +17,12 @@ def threshold_bits(dropout_p: float) -> int:
 def keep_scale(dropout_p: float) -> float:
     """The factor of what is kept: 1 / (1 - p); 0 for p = 1, where nothing is to remain."""
     return 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+@functools.cache
+def dropout_scalars(dropout_p: float) -> tuple[float, int]:
+    """:func:`keep_scale` and :func:`threshold_bits`."""
+    return keep_scale(dropout_p), threshold_bits(dropout_p)
 
 
 @triton.jit

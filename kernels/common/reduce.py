@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.common.configs import ColumnSumConfig
-from pyaccel.kernels.common.device import device_guard
+from pyaccel.kernels.common.launch import Launcher
 
 
 @triton.jit
@@ -39,24 +39,19 @@ def column_sum_kernel(
         _sum_columns(out2_ptr, partial2_ptr, n_partials, n_cols, BLOCK_P, BLOCK_N)
 
 
+_launch = Launcher(column_sum_kernel)
+
+
 def column_sum(
-    outs: tuple[Tensor | None, Tensor | None, Tensor | None],
-    partials: tuple[Tensor | None, Tensor | None, Tensor | None],
+    outs: tuple[Tensor | None, ...],
+    partials: tuple[Tensor | None, ...],
     config: ColumnSumConfig,
 ) -> None:
-    """Write the column sums of each of ``partials`` (fp32 ``[n_partials, cols]``) to ``outs`` (``[cols]``, any
+    """Write the column sums of each of three ``partials`` (fp32 ``[n_partials, cols]``) to ``outs`` (``[cols]``, any
     floating dtype). All partials have one shape; with ``n_partials`` 0 the sums are 0."""
     given = [p for p in partials if p is not None]
     if not given:
         return
     n_partials, n_cols = given[0].shape
-    with device_guard(given[0]):
-        column_sum_kernel[(triton.cdiv(n_cols, config.block_n),)](
-            *outs,
-            *partials,
-            n_partials,
-            n_cols,
-            BLOCK_P=config.block_p,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-        )
+    args = (*outs, *partials, n_partials, n_cols)
+    _launch(given[0], -(-n_cols // config.block_n), args, (config.block_p, config.block_n), config.num_warps)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.common.configs import RowConfig
-from pyaccel.kernels.common.device import device_guard
-from pyaccel.kernels.common.philox import dropout_tile, keep_scale, threshold_bits
+from pyaccel.kernels.common.launch import Launcher
+from pyaccel.kernels.common.philox import dropout_scalars, dropout_tile
 
 
 @triton.jit
@@ -203,6 +203,9 @@ def backward_tiled_kernel(
                 _add_partial(dx_bias_ptr, o_partial, dx, m_col, m_before)
 
 
+_launch, _launch_tiled = Launcher(backward_kernel), Launcher(backward_tiled_kernel)
+
+
 def backward(
     dx: Tensor | None,
     dresidual: Tensor | None,
@@ -229,12 +232,11 @@ def backward(
     n_rows, n_cols = total.shape
     if n_rows == 0:
         return
-    kernel = backward_tiled_kernel if config.tiled else backward_kernel
-    with device_guard(total):
-        kernel[(n_programs,)](
-            dx, dresidual, dweight_partial, dbias_partial, dx_bias_partial,
-            dy, dsum, total, mean, rstd, weight, dropout_key,
-            dy.stride(0), dy.stride(1), *((0, 0) if dsum is None else dsum.stride()),
-            n_rows, n_cols, keep_scale(dropout_p), threshold_bits(dropout_p),
-            BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        )  # fmt: skip
+    launch = _launch_tiled if config.tiled else _launch
+    args = (
+        dx, dresidual, dweight_partial, dbias_partial, dx_bias_partial,
+        dy, dsum, total, mean, rstd, weight, dropout_key,
+        *dy.stride(), *((0, 0) if dsum is None else dsum.stride()),
+        n_rows, n_cols, *dropout_scalars(dropout_p),
+    )  # fmt: skip
+    launch(total, n_programs, args, (config.block_rows, config.block_n), config.num_warps)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyaccel.kernels.common.configs import RowConfig
-from pyaccel.kernels.common.device import device_guard
-from pyaccel.kernels.common.philox import dropout_tile, keep_scale, threshold_bits
+from pyaccel.kernels.common.launch import Launcher
+from pyaccel.kernels.common.philox import dropout_scalars, dropout_tile
 from pyaccel.kernels.common.tiles import quantize_rows, row_mean
 
 
@@ -75,6 +75,9 @@ def forward_kernel(
         tl.store(codes_scale_ptr + o_row, codes_scale, mask=m_row)
 
 
+_launch = Launcher(forward_kernel)
+
+
 def forward(
     out: Tensor | None,
     total: Tensor | None,
@@ -102,11 +105,11 @@ def forward(
     n_rows, n_cols = x.shape
     if n_rows == 0:
         return
-    with device_guard(x):
-        forward_kernel[(triton.cdiv(n_rows, config.block_rows),)](
-            out, total, codes, codes_scale, mean, rstd,
-            x, residual, weight, bias, x_bias, dropout_key,
-            x.stride(0), x.stride(1), *((0, 0) if residual is None else residual.stride()),
-            n_rows, n_cols, eps, keep_scale(dropout_p), threshold_bits(dropout_p),
-            RMS_NORM=rms_norm, BLOCK_ROWS=config.block_rows, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        )  # fmt: skip
+    args = (
+        out, total, codes, codes_scale, mean, rstd,
+        x, residual, weight, bias, x_bias, dropout_key,
+        *x.stride(), *((0, 0) if residual is None else residual.stride()),
+        n_rows, n_cols, eps, *dropout_scalars(dropout_p),
+    )  # fmt: skip
+    constants = (rms_norm, config.block_rows, config.block_n)
+    _launch(x, -(-n_rows // config.block_rows), args, constants, config.num_warps)

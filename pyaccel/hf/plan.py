@@ -22,6 +22,7 @@ from pyaccel.hf.executors.eager import EagerLayers
 from pyaccel.hf.executors.onednn import OneDnn, Prepacked
 from pyaccel.hf.executors.packed import Packed
 from pyaccel.hf.executors.padded import Padded
+from pyaccel.hf.executors.triton import Triton
 from pyaccel.hf.families import Stock, has_opaque, is_sharded, layers_of
 from pyaccel.hf.fingerprint import ModuleFingerprint, have_own_parameters
 from pyaccel.hf.state import Acceleration, AccelerationState
@@ -131,7 +132,9 @@ def _executors(
         return executors
     eager = None
     if not is_sharded_ and is_kept:
-        kinds = [Prepacked, OneDnn] if acceleration.prepack and can_prepack() else [OneDnn]
+        kinds: list[Any] = [Triton] if on_gpu else [OneDnn]
+        if acceleration.prepack and can_prepack() and not on_gpu:
+            kinds = [Prepacked, OneDnn]
         made = [kind.of(family, layers, state.keeps_padding) for kind in kinds]
         executors += [executor for executor in made if executor is not None]
         eager = EagerLayers.of(family, layers)

@@ -268,3 +268,4 @@ def _replace_torch_cuda() -> None:
         setattr(torch.cuda, name, value)
     # What Triton's driver takes where PyTorch was built for CUDA.
     torch._C._cuda_getCurrentRawStream = lambda index: _library.card_stream(index)  # type: ignore[attr-defined]
+    torch._C._cuda_getDevice = lambda: int(_library.card_device())  # type: ignore[attr-defined]

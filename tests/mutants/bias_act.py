@@ -31,7 +31,7 @@ MUTANTS = [
     Mutant("forward: the sum is rounded first", KERNEL, "    out = activation_tile(x, ACTIVATION)\n", "    out = activation_tile(x.to(tl.bfloat16).to(tl.float32), ACTIVATION)\n"),
     Mutant("forward: the last columns unmasked", KERNEL, "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)", "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=(o_row < n_rows)[:, None])"),
     Mutant("forward: the last rows unmasked", KERNEL, "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)", "o_col[None, :], out.to(out_ptr.dtype.element_ty), mask=m_col[None, :])"),
-    Mutant("forward: the last part of a row left out", KERNEL, "triton.cdiv(n_rows, config.block_rows) * triton.cdiv(n_cols, config.block_n)", "triton.cdiv(n_rows, config.block_rows) * max(n_cols // config.block_n, 1)"),
+    Mutant("forward: the last part of a row left out", KERNEL, "-(-n_rows // config.block_rows) * -(-n_cols // config.block_n)", "-(-n_rows // config.block_rows) * max(n_cols // config.block_n, 1)"),
     Mutant("rows' stride of the inputs: ignored", ROW, "offset = row * stride_row +", "offset = row * (stride_row * 0 + 1) +"),
     Mutant("columns' stride of the inputs: ignored", ROW, "o_col.to(tl.int64)[None, :] * stride_col", "o_col.to(tl.int64)[None, :]"),
     Mutant("offsets of columns: 32 bits", ROW, "o_col.to(tl.int64)[None, :] * stride_col", "o_col[None, :] * stride_col"),

@@ -23,8 +23,8 @@ MUTANTS = [
     Mutant(
         "LayerNorm: x's gradient is the residual's too",
         "pyaccel/ops/layernorm/triton.py",
-        "*column)\n        return *(g if n",
-        "*column)\n        out = (out[0], out[0], *out[2:])\n        return *(g if n",
+        "*dtypes)\n        return *[g if n",
+        "*dtypes)\n        out = (out[0], out[0], *out[2:])\n        return *[g if n",
     ),
     Mutant(
         "feed_forward: dx shares the residual's memory",

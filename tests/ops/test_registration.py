@@ -37,8 +37,8 @@ def test_opcheck_residual_layernorm(dtype: torch.dtype, full: bool, device: torc
         forward = (x, residual, weight, bias, x_bias, key, 1e-12, 0.2, dtype, False, True, True, True, True)
     else:
         forward = (x, None, None, None, None, None, 1e-5, 0.0, F32, True, False, True, False, True)
-    torch.library.opcheck(forward_op, forward)
-    torch.library.opcheck(forward_op, (*forward[:-1], False))
+    torch.library.opcheck(forward_op.registered, forward)
+    torch.library.opcheck(forward_op.registered, (*forward[:-1], False))
     _, total, _, _, mean, rstd = forward_op(*forward)
     grads = (
         (dy, dsum, total, mean, rstd, weight, key, 0.2)
@@ -46,7 +46,7 @@ def test_opcheck_residual_layernorm(dtype: torch.dtype, full: bool, device: torc
         else (dy, None, total, mean, rstd, None, None, 0.0)
     )
     dtypes = (dtype, F32, F32, F32, F32) if full else (None, dtype, None, None, None)
-    torch.library.opcheck(backward_op, (*grads, *dtypes))
+    torch.library.opcheck(backward_op.registered, (*grads, *dtypes))
 
 
 def layer(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
@@ -149,20 +149,20 @@ def test_opcheck_attention(case: str, device: torch.device) -> None:
     )
     given = (query, key, value, *{**USUAL, **options}.values())
     for want_lse in (True, False):
-        torch.library.opcheck(attention.forward_op, (*given, want_lse))
+        torch.library.opcheck(attention.forward_op.registered, (*given, want_lse))
     out, lse, error = attention.forward_op(*given, True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     mask = options.get("attn_mask")
     want_dmask = mask is not None and mask.is_floating_point()
-    torch.library.opcheck(attention.backward_op, (dout, dlse, out, lse, error, *given, want_dmask))
+    torch.library.opcheck(attention.backward_op.registered, (dout, dlse, out, lse, error, *given, want_dmask))
     if case == "plain":
-        torch.library.opcheck(attention.backward_op, (dout, None, out, lse, error, *given, False))
+        torch.library.opcheck(attention.backward_op.registered, (dout, None, out, lse, error, *given, False))
     if batch == 2:
         masks = (mask, options.get("key_mask"))
         numbers = [
             {**USUAL, **options}[name] for name in ("scale", "is_causal", "window_left", "window_right")
         ]
-        torch.library.opcheck(attention.probs_op, (query, key, lse, *masks, *numbers))
+        torch.library.opcheck(attention.probs_op.registered, (query, key, lse, *masks, *numbers))
 
 
 def padded_layer(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, dropout_p: float = 0.0) -> Tensor:
@@ -276,11 +276,11 @@ def test_attention_probs_compile(device: torch.device) -> None:
 def test_opcheck_bias_gelu(dtype: torch.dtype, has_bias: bool, device: torch.device) -> None:
     x, dy = torch.randn(2, 5, 48, device=device).to(dtype).unbind()
     bias = torch.randn(48, device=device) if has_bias else None
-    torch.library.opcheck(bias_gelu_forward, (x, bias, "gelu"))
-    torch.library.opcheck(bias_gelu_quantize, (x, bias, "silu"))
+    torch.library.opcheck(bias_gelu_forward.registered, (x, bias, "gelu"))
+    torch.library.opcheck(bias_gelu_quantize.registered, (x, bias, "silu"))
     for want_dbias in {has_bias, False}:
-        torch.library.opcheck(bias_gelu_backward, (dy, x, bias, "gelu_tanh", True, want_dbias))
-    torch.library.opcheck(bias_gelu_backward, (dy.T[:5, :5], x[:, :5], None, "relu", False, False))
+        torch.library.opcheck(bias_gelu_backward.registered, (dy, x, bias, "gelu_tanh", True, want_dbias))
+    torch.library.opcheck(bias_gelu_backward.registered, (dy.T[:5, :5], x[:, :5], None, "relu", False, False))
 
 
 def feed_forward(x: Tensor, bias: Tensor) -> Tensor:
@@ -319,14 +319,19 @@ def test_opcheck_linear_activation(dtype: torch.dtype, activation: str | None, d
     x, weight = torch.randn(5, 24, device=device).to(dtype), torch.randn(40, 24, device=device).to(dtype)
     bias = torch.randn(40, device=device)
     for want_pre in (True, False):
-        torch.library.opcheck(linear_activation.forward_op, (x, weight, bias, activation, want_pre))
+        torch.library.opcheck(
+            linear_activation.forward_op.registered, (x, weight, bias, activation, want_pre)
+        )
     torch.library.opcheck(
-        linear_activation.forward_op, (x.T[:, :3], weight[:, :3].T[:, :5].T, None, activation, True)
+        linear_activation.forward_op.registered,
+        (x.T[:, :3], weight[:, :3].T[:, :5].T, None, activation, True),
     )
     pre, dout = torch.randn(2, 5, 40, device=device).to(dtype).unbind()
     for want_dpre, bias_dtype in ((True, F32), (True, None), (False, dtype)):
-        torch.library.opcheck(linear_activation.backward_op, (dout, pre, "silu", want_dpre, bias_dtype))
-    torch.library.opcheck(linear_activation.backward_op, (dout.T, pre.T, "relu", True, None))
+        torch.library.opcheck(
+            linear_activation.backward_op.registered, (dout, pre, "silu", want_dpre, bias_dtype)
+        )
+    torch.library.opcheck(linear_activation.backward_op.registered, (dout.T, pre.T, "relu", True, None))
 
 
 def two_linears(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -375,13 +380,14 @@ def test_opcheck_bert_embeddings(dtype: torch.dtype, full: bool, device: torch.d
     else:
         tables, key = (word, None, None), None
         forward = (ids, None, None, None, *tables, None, None, None, 7, 1e-5, 0.0, F32)
-    torch.library.opcheck(embeddings.forward_op, forward)
+    torch.library.opcheck(embeddings.forward_op.registered, forward)
     out, mean, rstd, positions, _ = embeddings.forward_op(*forward)
     looked_up = (ids, positions if full else None, types if full else None, *tables, forward[7])
     numbers = (7, forward[12], 3 if full else -1)
     want = (True, True, True, F32, F32) if full else (True, False, False, None, None)
     torch.library.opcheck(
-        embeddings.backward_op, (torch.randn_like(out), *looked_up, mean, rstd, key, *numbers, *want)
+        embeddings.backward_op.registered,
+        (torch.randn_like(out), *looked_up, mean, rstd, key, *numbers, *want),
     )
 
 
@@ -425,10 +431,10 @@ def test_opcheck_masked_lm_cross_entropy(dtype: torch.dtype, use_triton: bool, d
         ((hidden.T[:8, :8], weight.flip(0), None, labels[:8], None), (False, False, False)),
         ((hidden, weight, None, torch.full_like(labels, -100), None), (True, True, False)),
     ):
-        torch.library.opcheck(mlm_loss.forward_op, (*given, *options, *wanted))
+        torch.library.opcheck(mlm_loss.forward_op.registered, (*given, *options, *wanted))
     _, *grads = mlm_loss.forward_op(hidden, weight, bias, labels, None, *options, True, True, True)
     for dtypes in ((dtype, dtype, dtype), (F32, None, BF16), (None, None, None)):
-        torch.library.opcheck(mlm_loss.backward_op, (scale[0], *grads, *dtypes))
+        torch.library.opcheck(mlm_loss.backward_op.registered, (scale[0], *grads, *dtypes))
 
 
 def mlm_head(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -466,17 +472,19 @@ def test_masked_lm_cross_entropy_compiles_to_one_graph_and_other_sizes_do_not_re
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 def test_opcheck_int8(dtype: torch.dtype, device: torch.device) -> None:
     x, factor = torch.randn(5, 48, device=device).to(dtype), torch.rand(48, device=device)
-    torch.library.opcheck(int8.quantize_rows_op, (x, factor, True))
-    torch.library.opcheck(int8.quantize_rows_op, (x.T, None, False))
-    torch.library.opcheck(int8.quantize_tensor_op, (x, factor, torch.tensor(0.1, device=device)))
+    torch.library.opcheck(int8.quantize_rows_op.registered, (x, factor, True))
+    torch.library.opcheck(int8.quantize_rows_op.registered, (x.T, None, False))
+    torch.library.opcheck(int8.quantize_tensor_op.registered, (x, factor, torch.tensor(0.1, device=device)))
     codes, scale, offset = int8.quantize_rows_op(x, None, True)
     weight, weight_scale, _ = int8.quantize_rows_op(torch.randn(40, 48, device=device), None, False)
     bias, residual = torch.randn(40, device=device), torch.randn(5, 40, device=device).to(dtype)
     for terms in ((offset, bias, residual, "gelu", dtype), (None, None, None, None, None)):
-        torch.library.opcheck(int8.matmul_op, (codes, weight, scale, weight_scale, *terms))
+        torch.library.opcheck(int8.matmul_op.registered, (codes, weight, scale, weight_scale, *terms))
     # Sizes that aren't multiples of 16 are copied on the way in: an output must not alias that either.
     odd = (codes[:, :33], weight[:, :33], scale, weight_scale, offset, bias, None, None, F32)
-    torch.library.opcheck(int8.matmul_op, odd)
+    torch.library.opcheck(int8.matmul_op.registered, odd)
     if dtype != F32:
-        torch.library.opcheck(int8.weight_only_op, (x, weight, weight_scale, bias, "gelu"))
-        torch.library.opcheck(int8.weight_only_op, (x[:, :33], weight[:, :33], weight_scale, None, None))
+        torch.library.opcheck(int8.weight_only_op.registered, (x, weight, weight_scale, bias, "gelu"))
+        torch.library.opcheck(
+            int8.weight_only_op.registered, (x[:, :33], weight[:, :33], weight_scale, None, None)
+        )

@@ -52,10 +52,10 @@ def _scores(query: Tensor, seq_k: int, lengths: Sequence[int] | None) -> int:
 
 def _forward_outputs(
     query: Tensor, value: Tensor, attn_mask: Tensor | None, want_lse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
-    is_float = want_lse and attn_mask is not None and attn_mask.dtype != torch.bool
-    return _like(query, value.shape[3]), lse, torch.empty_like(lse) if is_float else lse.new_empty(0)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if want_lse else None
+    is_float = attn_mask is not None and attn_mask.dtype != torch.bool
+    return _like(query, value.shape[3]), lse, None if lse is None or not is_float else torch.empty_like(lse)
 
 
 @custom_op("pyaccel::attention_forward", _forward_outputs)
@@ -76,7 +76,7 @@ def forward_op(
     window_left: int,
     window_right: int,
     want_lse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``; LSE ``[batch, heads, seq_q]`` fp32, and what
     rounding took from it, where a float attn_mask may make that large."""
     from pyaccel.kernels.attention import config
@@ -87,14 +87,13 @@ def forward_op(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
-    out, lse, lse_error = _forward_outputs(query, value, attn_mask, want_lse)
-    wanted = (_wanted(lse), _wanted(lse_error))
+    outputs = _forward_outputs(query, value, attn_mask, want_lse)
     short = config.attention_short("forward_short", call.shape)
     if short is not None:
-        attention_short.forward_short(out, *wanted, call, short)
+        attention_short.forward_short(*outputs, call, short)
     else:
-        _launch("forward", query, call, partial(attention.forward, out, *wanted, call))
-    return out, lse, lse_error
+        _launch("forward", query, call, partial(attention.forward, *outputs, call))
+    return outputs
 
 
 def _launch(kernel: str, query: Tensor, call: Any, launch: Callable[[Any], None]) -> None:
@@ -108,10 +107,6 @@ def _launch(kernel: str, query: Tensor, call: Any, launch: Callable[[Any], None]
     tuned.run(f"attention_{kernel}", query, size, default, launch, exactly=True)
 
 
-def _wanted(x: Tensor) -> Tensor | None:
-    return x if x.numel() else None
-
-
 def _like(x: Tensor, dim: int) -> Tensor:
     """An empty ``[batch, heads, seq, dim]`` with the heads inside: what a Linear and a packed batch want."""
     batch, heads, seq, _ = x.shape
@@ -120,12 +115,9 @@ def _like(x: Tensor, dim: int) -> Tensor:
 
 def _backward_outputs(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, want_dmask: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dmask = (
-        query.new_empty(0)
-        if attn_mask is None or not want_dmask
-        else attn_mask.new_empty(attn_mask.shape)  # contiguous, whatever the mask is
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    # Contiguous, whatever the mask is.
+    dmask = attn_mask.new_empty(attn_mask.shape) if attn_mask is not None and want_dmask else None
     return (
         _like(query, query.shape[3]),
         _like(key, key.shape[3]),
@@ -140,7 +132,7 @@ def backward_op(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    lse_error: Tensor,
+    lse_error: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -157,8 +149,8 @@ def backward_op(
     window_left: int,
     window_right: int,
     want_dmask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, in their shapes, and of attn_mask, in its; size 0 if that isn't wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value, in their shapes, and of attn_mask, in its, if that is wanted."""
     from pyaccel.kernels.attention import config
     from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
     from pyaccel.kernels.attention import dq as attention_dquery
@@ -170,7 +162,7 @@ def backward_op(
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
     dq, dk, dv, dmask = _backward_outputs(query, key, value, attn_mask, want_dmask)
-    error = _wanted(lse_error)
+    error = lse_error if lse_error is not None and lse_error.numel() else None
     short = config.attention_short("backward_short", call.shape)
     if short is not None:
         attention_short.backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
@@ -180,7 +172,7 @@ def backward_op(
     _launch("dquery", query, call, dquery)
     dkey_dvalue = partial(attention_dkey_dvalue.dkey_dvalue, dk, dv, dout, lse, error, delta, call)
     _launch("dkey_dvalue", query, call, dkey_dvalue)
-    if want_dmask:
+    if dmask is not None:
         attention_scores.dmask(dmask, dout, lse, error, delta, call, config.attention("scores", call.shape))
     return dq, dk, dv, dmask
 

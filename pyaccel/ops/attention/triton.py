@@ -17,6 +17,7 @@ from pyaccel import triton_support
 from pyaccel.kernels.common.limits import MAX_HEAD_DIM
 from pyaccel.ops.attention.custom_ops import backward_op, forward_op, probs_op
 from pyaccel.ops.attention.sdpa import forward_mode
+from pyaccel.ops.common import apply, differentiable_once
 
 MAX_FP32_HEAD_DIM = 64
 Window = tuple[int, int]
@@ -57,14 +58,15 @@ class AttentionFunction(torch.autograd.Function):
         value: Tensor,
         attn_mask: Tensor | None,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What :func:`forward_op` gives; the arguments are its."""
         return forward_op(query, key, value, attn_mask, *rest, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
+        if output[2] is not None:
+            ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*output, *inputs[:8])
         ctx.options = inputs[8:]
 
@@ -77,36 +79,18 @@ class AttentionFunction(torch.autograd.Function):
             dout = out.new_zeros(()).expand_as(out)
         if dlse is not None:
             dlse = dlse.contiguous()
-        # A graph has no double backward of its own accord, and takes no Function in that of another.
-        run = backward_op if torch.compiler.is_compiling() else _BackwardFunction.apply
-        want_dmask = ctx.needs_input_grad[3]
-        grads = run(dout, dlse, out, lse, lse_error, *inputs, *ctx.options, want_dmask)
         needed = ctx.needs_input_grad[:4]
-        return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * (
+        grads = backward_once(dout, dlse, out, lse, lse_error, *inputs, *ctx.options, needed[3])
+        return *[g if n else None for g, n in zip(grads, needed, strict=True)], *(None,) * (
             4 + len(ctx.options)
         )
 
 
-class _BackwardFunction(torch.autograd.Function):
-    """:func:`backward_op`, under torch.func's transforms too, which run it with gradients recorded."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return backward_op(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "pyaccel.ops.scaled_dot_product_attention: a double backward (the gradient of a gradient) was asked for, "
-            "and the Triton backend has none. Use another backend for this call: "
-            "pyaccel.use_backend('torch', ops=['scaled_dot_product_attention', 'varlen_attention'])."
-        )
+backward_once = differentiable_once(
+    backward_op,
+    "scaled_dot_product_attention",
+    "pyaccel.use_backend('torch', ops=['scaled_dot_product_attention', 'varlen_attention'])",
+)
 
 
 def _in_turn(op: Any) -> None:
@@ -114,14 +98,16 @@ def _in_turn(op: Any) -> None:
 
     def run(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         results = [
-            op(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+            op.registered(
+                *(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True))
+            )
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
-    op.register_vmap(run)
+    op.registered.register_vmap(run)
 
 
 for _op in (forward_op, backward_op, probs_op):
@@ -145,7 +131,7 @@ def _attend(*arguments: Any, want_lse: bool) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
         if torch.compiler.is_compiling():
             arguments = _distinct(arguments)
-        out, lse, _ = AttentionFunction.apply(*arguments)
+        out, lse, _ = apply(AttentionFunction, *arguments)
     else:
         out, lse, _ = forward_op(*arguments, want_lse)
     return out, lse

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
-from pyaccel.ops.common import custom_op, differentiable_once
+from pyaccel.ops.common import apply, custom_op, differentiable_once
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layernorm.checks import (
     OP,
@@ -26,15 +26,15 @@ def _forward_outputs(
     want_sum: bool,
     want_codes: bool,
     want_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_rows, n_cols = x.shape
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    n_rows = x.shape[0]
     return (
-        x.new_empty(n_rows if want_out else 0, n_cols, dtype=out_dtype),
-        x.new_empty(n_rows if want_sum else 0, n_cols, dtype=sum_dtype(x, residual)),
-        x.new_empty(n_rows if want_codes else 0, n_cols, dtype=torch.int8),
-        x.new_empty(n_rows if want_codes else 0, dtype=torch.float32),
-        x.new_empty(n_rows if want_statistics and not rms_norm else 0, dtype=torch.float32),
-        x.new_empty(n_rows if want_statistics else 0, dtype=torch.float32),
+        x.new_empty(x.shape, dtype=out_dtype) if want_out else None,
+        x.new_empty(x.shape, dtype=sum_dtype(x, residual)) if want_sum else None,
+        x.new_empty(x.shape, dtype=torch.int8) if want_codes else None,
+        x.new_empty(n_rows, dtype=torch.float32) if want_codes else None,
+        x.new_empty(n_rows, dtype=torch.float32) if want_statistics and not rms_norm else None,
+        x.new_empty(n_rows, dtype=torch.float32) if want_statistics else None,
     )
 
 
@@ -54,7 +54,7 @@ def forward_op(
     want_sum: bool,
     want_codes: bool,
     want_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Output and sum ``[rows, cols]``, int8 codes of the output and their scales ``[rows]`` fp32, mean (not of RMSNorm)
     and rstd ``[rows]`` fp32, for the backward."""
     from pyaccel.kernels.layernorm import config
@@ -63,15 +63,9 @@ def forward_op(
     outputs = _forward_outputs(
         x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics
     )
-    out, total, codes, codes_scale, mean, rstd = outputs
     call = partial(
         residual_layernorm.forward,
-        out if want_out else None,
-        total if want_sum else None,
-        codes if want_codes else None,
-        codes_scale if want_codes else None,
-        mean if want_statistics and not rms_norm else None,
-        rstd if want_statistics else None,
+        *outputs,
         x,
         residual,
         weight,
@@ -94,21 +88,14 @@ def _backward_outputs(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
     dx_bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_rows, n_cols = total.shape
-
-    def matrix(dtype: torch.dtype | None) -> Tensor:
-        return total.new_empty(0 if dtype is None else n_rows, n_cols, dtype=dtype)
-
-    def vector(dtype: torch.dtype | None) -> Tensor:
-        return total.new_empty(0 if dtype is None else n_cols, dtype=dtype)
-
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    n_cols = total.shape[1]
     return (
-        matrix(dx_dtype),
-        matrix(dresidual_dtype),
-        vector(dweight_dtype),
-        vector(dbias_dtype),
-        vector(dx_bias_dtype),
+        None if dx_dtype is None else total.new_empty(total.shape, dtype=dx_dtype),
+        None if dresidual_dtype is None else total.new_empty(total.shape, dtype=dresidual_dtype),
+        None if dweight_dtype is None else total.new_empty(n_cols, dtype=dweight_dtype),
+        None if dbias_dtype is None else total.new_empty(n_cols, dtype=dbias_dtype),
+        None if dx_bias_dtype is None else total.new_empty(n_cols, dtype=dx_bias_dtype),
     )
 
 
@@ -117,7 +104,7 @@ def backward_op(
     dy: Tensor,
     dsum: Tensor | None,
     total: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor | None,
     dropout_key: Tensor | None,
@@ -127,10 +114,10 @@ def backward_op(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
     dx_bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual ``[rows, cols]``, weight, bias, x_bias ``[cols]``; size 0 where the dtype is None.
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, residual ``[rows, cols]``, weight, bias, x_bias ``[cols]``, of those that have a dtype.
 
-    RMSNorm has a mean of size 0.
+    RMSNorm has no mean, or one of size 0.
     """
     from pyaccel.kernels.common import configs
     from pyaccel.kernels.common import reduce as column_sum
@@ -138,29 +125,28 @@ def backward_op(
     from pyaccel.kernels.layernorm import backward as residual_layernorm_backward
     from pyaccel.kernels.layernorm import config
 
-    dtypes = (dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
-    grads = _backward_outputs(total, *dtypes)
+    grads = _backward_outputs(total, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
+    columns = grads[2:]
     n_rows, n_cols = total.shape
-    dx, dresidual, dweight, dbias, dx_bias = (
-        grad if dtype is not None else None for grad, dtype in zip(grads, dtypes, strict=True)
-    )
 
-    def call(row_config: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def call(row_config: Any) -> tuple[Tensor | None, ...]:
         n_programs = configs.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
-        dweight_partial, dbias_partial, dx_bias_partial = (
-            None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
-            for grad in (dweight, dbias, dx_bias)
+        dweight, dbias, dx_bias = partials = tuple(
+            [
+                None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
+                for grad in columns
+            ]
         )
         residual_layernorm_backward.backward(
-            dx,
-            dresidual,
-            dweight_partial,
-            dbias_partial,
-            dx_bias_partial,
+            grads[0],
+            grads[1],
+            dweight,
+            dbias,
+            dx_bias,
             dy,
             dsum,
             total,
-            mean if mean.numel() else None,
+            mean if mean is not None and len(mean) else None,
             rstd,
             weight,
             dropout_key,
@@ -168,11 +154,11 @@ def backward_op(
             n_programs,
             row_config,
         )
-        return dweight_partial, dbias_partial, dx_bias_partial
+        return partials
 
     default = config.residual_layernorm_backward(n_cols)
     partials = tuned.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
-    column_sum.column_sum((dweight, dbias, dx_bias), partials, configs.column_sum())
+    column_sum.column_sum(columns, partials, configs.column_sum())
     return grads
 
 
@@ -197,7 +183,7 @@ class ResidualLayerNormFunction(torch.autograd.Function):
         out_dtype: torch.dtype,
         rms_norm: bool,
         want_codes: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         """What :func:`forward_op` gives; only output and sum carry gradients."""
         return forward_op(
             x,
@@ -220,12 +206,12 @@ class ResidualLayerNormFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, bias, x_bias, key, _, dropout_p, *_ = inputs
         _, total, *others = output
-        ctx.mark_non_differentiable(*others)
+        ctx.mark_non_differentiable(*[t for t in others if t is not None])
         mean, rstd = others[-2:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, mean, rstd, weight, key)
         ctx.dropout_p = dropout_p
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias))
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias, x_bias)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -234,10 +220,10 @@ class ResidualLayerNormFunction(torch.autograd.Function):
         if dy is None:
             dy = total.new_zeros(()).expand_as(total)
         needed = ctx.needs_input_grad[:5]
-        dx, dresidual, *column = (d if n else None for d, n in zip(ctx.dtypes, needed, strict=True))
+        dtypes = [d if n else None for d, n in zip(ctx.dtypes, needed, strict=True)]
         # Two writes even where both gradients are equal: whoever accumulates into one must not change the other.
-        out = backward_once(dy, dsum, total, mean, rstd, weight, key, ctx.dropout_p, dx, dresidual, *column)
-        return *(g if n else None for g, n in zip(out, needed, strict=True)), *(None,) * 6
+        out = backward_once(dy, dsum, total, mean, rstd, weight, key, ctx.dropout_p, *dtypes)
+        return *[g if n else None for g, n in zip(out, needed, strict=True)], *(None,) * 6
 
 
 def triton_backend(
@@ -260,7 +246,7 @@ def triton_backend(
     given = [t for t in (*rows, *vectors) if t is not None]
     arguments = (*rows, *vectors, key, eps, dropout_p, out_dtype, rms_norm)
     if torch.is_grad_enabled() and (want_out or want_sum) and any(t.requires_grad for t in given):
-        out, total, codes, scales, *_ = ResidualLayerNormFunction.apply(*arguments, want_codes)
+        out, total, codes, scales, *_ = apply(ResidualLayerNormFunction, *arguments, want_codes)
     else:
         with torch.no_grad():  # codes alone have no gradient, whatever the inputs want
             out, total, codes, scales, *_ = forward_op(*arguments, want_out, want_sum, want_codes, False)
