@@ -25,7 +25,13 @@ from pyaccel import ops
 from pyaccel.activations import HIDDEN_ACTS
 from pyaccel.models import checkpoint
 from pyaccel.nn import ResidualLayerNorm
-from pyaccel.nn.encoder_layer import encoder_layer, packed_attention
+from pyaccel.nn.encoder_layer import (
+    encoder_layer,
+    intermediate,
+    linear_residual_layernorm,
+    packed_attention,
+    project_qkv,
+)
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
 
 __all__ = [
@@ -157,13 +163,16 @@ class BertSelfAttention(nn.Module):
 
 
 class BertOutput(nn.Module):
-    """Parameters of LayerNorm(dropout(dense(x)) + residual), which ends both halves of a layer."""
+    """LayerNorm(dropout(dense(x)) + residual), which ends both halves of a layer."""
 
     def __init__(self, in_features: int, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = ResidualLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return linear_residual_layernorm(self, x, residual)
 
 
 class BertAttention(nn.Module):
@@ -172,17 +181,31 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config.hidden_size, config)
 
+    def forward(self, hidden: Tensor, tokens: PackedLayout) -> Tensor:
+        heads = (self.self.num_attention_heads, self.self.attention_head_size)
+        q, k, v = (x.unflatten(-1, heads) for x in project_qkv(self.self, hidden))
+        return self.output(self.self(q, k, v, tokens), hidden)
+
 
 class BertIntermediate(nn.Module):
-    """Parameters of act(dense(x))."""
+    """act(dense(x))."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = activation(config)
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        return intermediate(self, hidden)
+
 
 class BertLayer(nn.Module):
+    """Attention and the feed-forward network.
+
+    What its modules give one after the other, `output(intermediate(h), h)` of `h = attention(hidden)`, with less saved
+    for the backward.
+    """
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.attention = BertAttention(config)

@@ -42,20 +42,25 @@ def encoder_layer(
     heads = (attention.self.num_attention_heads, attention.self.attention_head_size)
     context = attend(*(x.unflatten(-1, heads) for x in project_qkv(attention.self, hidden)))
 
-    act = layer.intermediate.intermediate_act_fn
-    name = activation_name(act)
+    name = activation_name(layer.intermediate.intermediate_act_fn)
     dense = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
     if name and not chunk_size and torch.is_grad_enabled() and context.requires_grad and _are_plain(dense):
         return _training_feed_forward(layer, context, hidden, name)
     hidden = linear_residual_layernorm(attention.output, context, hidden)
 
     def feed_forward(hidden: Tensor) -> Tensor:
-        inner = project(layer.intermediate.dense, hidden, name)
-        return linear_residual_layernorm(layer.output, inner if name else act(inner), hidden)
+        return linear_residual_layernorm(layer.output, intermediate(layer.intermediate, hidden), hidden)
 
     if not chunk_size:
         return feed_forward(hidden)
     return torch.cat([feed_forward(part) for part in hidden.split(chunk_size, -2)], -2)
+
+
+def intermediate(module: Any, x: Tensor) -> Tensor:
+    """``act(dense(x))`` of `module.{dense, intermediate_act_fn}`, in one op where the activation can be fused."""
+    name = activation_name(module.intermediate_act_fn)
+    inner = project(module.dense, x, name)
+    return inner if name else module.intermediate_act_fn(inner)
 
 
 def project(linear: Any, x: Tensor, activation: str | None = None) -> Tensor:

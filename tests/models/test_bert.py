@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pyaccel import dispatch
 from pyaccel.models.bert import BertConfig, BertModel
 from pyaccel.nn.encoder_layer import encoder_layer, project_qkv
+from pyaccel.packing import layout
 from pyaccel.quantization import quantize
-from tests.assertions import assert_bits_equal, assert_close_to_truth
+from tests.assertions import assert_bits_equal, assert_close_to_truth, assert_equivalent
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -653,3 +654,15 @@ def test_hub_id_without_the_hub_client(monkeypatch):
 def test_configs_that_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         BertConfig.from_dict({**SMALL, **values})
+
+
+def test_a_layer_is_its_modules_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    layer = BertModel(
+        BertConfig(vocab_size=8, hidden_size=32, num_attention_heads=2, intermediate_size=64)
+    ).encoder.layer[0]
+    layer.eval()
+    tokens = layout(torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    hidden = torch.randn(4, 32)
+    middle = layer.attention(hidden, tokens)
+    assert_equivalent(layer.output(layer.intermediate(middle), middle), layer(hidden, tokens))
