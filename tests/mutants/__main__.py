@@ -255,7 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.callback(worker.close)
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyaccel-mutants-")))
         copy_tree(base)
-        files = {killers[mutant.name].partition("::")[0] for _, mutant in chosen if mutant.name in killers}
+        files = {
+            killers.get(mutant.name, fast_tests(family)[0]).partition("::")[0] for family, mutant in chosen
+        }
         collected = compiled(worker, base, sorted(files))
         if collected.verdict != "survived":
             console.print(f"The tests can't be collected without any mutant: {collected.by}", markup=False)
