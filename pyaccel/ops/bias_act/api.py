@@ -12,11 +12,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, triton_support, tuned
-from pyaccel.activations import ACTIVATIONS
+from pyaccel import activations, dispatch, reference, triton_support, tuned
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.reference.residual_layernorm import add_bias
 
+ACTIVATIONS = tuple(activations.ACTIVATIONS)
 MAX_QUANTIZED_ROW = 16384  # the kernel for int8 codes holds whole rows
 
 
