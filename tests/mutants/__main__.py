@@ -254,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyaccel-mutants-")))
         copy_tree(base)
         files = {killers[mutant.name].partition("::")[0] for _, mutant in chosen if mutant.name in killers}
+        # No file at all would be every file.
+        files = files or {test for family, _ in chosen for test in fast_tests(family)}
         collected = compiled(worker, base, sorted(files))
         if collected.verdict != "survived":
             console.print(f"The tests can't be collected without any mutant: {collected.by}", markup=False)
