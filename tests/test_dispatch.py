@@ -353,7 +353,7 @@ def test_observers_nest_and_belong_to_a_thread() -> None:
         dispatch.tell("one", None)
         in_a_thread(lambda: dispatch.tell("another's", None))
         assert in_a_thread(dispatch.is_recording) is False
-    dispatch.tell("nobody's", None)
+    dispatch.tell("too late", None)
     assert told == ["layout", "layout", "one"]
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pyaccel import checkpoints
+from pyaccel import checkpoints, machine
 from pyaccel.cli.console import LARGEST, check_writable, progress_output
 from pyaccel.encode.identity import WINDOW, Identity, Share, fingerprint, stamps
 from pyaccel.encode.job import Job
@@ -139,28 +139,22 @@ def _load(model: str, int8: bool, **options: Any) -> Any:
 def _identity(source: Texts, folder: Path, encoder: Any, int8: bool, keep_text: bool) -> Identity:
     """The texts, the model's files, and all that decides about the last bits of a sum."""
     import tokenizers
-    import torch
-    import transformers
 
     import pyaccel
 
     weights = next(encoder.model.parameters())
-    on_gpu = weights.device.type == "cuda"
     settings = {
         "pooling": encoder.pooling,
         "normalize": encoder.normalize,
         "max_length": encoder.max_length,
         "batch_tokens": encoder.batch_tokens,
         "dtype": str(weights.dtype),
-        "device": torch.cuda.get_device_name(weights.device) if on_gpu else "cpu",
+        "device": machine.name(weights.device),  # of a CPU with its instructions and threads
         "int8": int8,
         "keep_text": keep_text,
         "pyaccel": pyaccel.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine.versions(),
         "tokenizers": tokenizers.__version__,
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "measurements": _measurements(),
     }
     return Identity(source.digest, source.column, fingerprint(folder), settings, source.window)

@@ -12,11 +12,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, triton_support, tuned
-from pyaccel.activations import ACTIVATIONS
+from pyaccel import activations, dispatch, reference, triton_support, tuned
 from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.reference.layernorm import add_bias
+
+ACTIVATIONS = tuple(activations.ACTIVATIONS)
 
 
 def not_supported_reasons(

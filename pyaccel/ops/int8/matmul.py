@@ -108,7 +108,7 @@ def int8_matmul(
         b, a_scale, b_scale, bias, residual, quantize_output=quantize_output
     )
     measured: tuple[str | None, str] = (None, "")
-    if not triton_support.interpreting():  # the interpreter is nobody's measured machine
+    if not triton_support.interpreting():  # no table holds for the interpreter
         size = (math.prod(a.shape[:-1]), a.shape[-1], b.shape[0])
         measured = tuned.preferred("int8_matmul", a.device, out_dtype, size, ("triton", "torch"))
     choice = dispatch.choose(
