@@ -6,6 +6,7 @@ same bits; nothing is timed at run time.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 MAX_ROW = 16384
@@ -47,6 +48,7 @@ def _check_row(n_cols: int) -> None:
         raise ValueError(f"row kernels take rows of 1 to {MAX_ROW} elements, got {n_cols}")
 
 
+@functools.lru_cache(maxsize=1024)
 def residual_layernorm_forward(n_cols: int) -> RowConfig:
     """Rows stay in registers, several short rows a program.
 
@@ -58,6 +60,7 @@ def residual_layernorm_forward(n_cols: int) -> RowConfig:
     return RowConfig(max(2048 // block_n, 1), block_n, num_warps=4 if block_n <= 2048 else 16)
 
 
+@functools.lru_cache(maxsize=1024)
 def residual_layernorm_backward(n_cols: int) -> RowConfig:
     """A persistent grid whose programs keep the column sums of their rows in registers.
 
@@ -86,6 +89,7 @@ class ColumnSumConfig:
         return f"{self.block_p}x{self.block_n}, {self.num_warps} warps"
 
 
+@functools.lru_cache(maxsize=1024)
 def column_sum() -> ColumnSumConfig:
     """One shape for every size: few columns a program, so that even 768 columns keep 24 programs busy."""
     return ColumnSumConfig(block_p=64, block_n=32, num_warps=4)
@@ -165,6 +169,7 @@ def cross_entropy_chunk(n_cols: int, itemsize: int) -> int:
     return max(1 << max(rows, 1).bit_length() - 1, CROSS_ENTROPY_MIN_CHUNK)
 
 
+@functools.lru_cache(maxsize=1024)
 def bias_gelu_forward(n_cols: int) -> RowConfig:
     """Tiles of 16 elements a thread. The widths of feed-forward layers are multiples of 512."""
     _check_width(n_cols)
@@ -172,6 +177,7 @@ def bias_gelu_forward(n_cols: int) -> RowConfig:
     return RowConfig(2048 // block_n, block_n, num_warps=4)
 
 
+@functools.lru_cache(maxsize=1024)
 def bias_gelu_backward(n_cols: int) -> RowConfig:
     """A persistent grid of tiles: 8 elements a thread of each gradient and of the column sums, 32 warps an SM."""
     _check_width(n_cols)
