@@ -47,8 +47,8 @@ _CALLS = {
     "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
     "global_scratch, profile_scratch, *args)": False,
     "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
-    "kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, global_scratch, profile_scratch, self.arg_annotations, "
-    "self.kernel_signature, args)": True,
+    "kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, global_scratch, profile_scratch, "
+    "self.arg_annotations, self.kernel_signature, args)": True,
 }
 
 

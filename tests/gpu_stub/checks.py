@@ -379,6 +379,20 @@ def accelerated_training_step() -> None:
 
 
 @check
+def gradient_checkpointing_is_kept() -> None:
+    import pyaccel
+
+    model = small_bert("BertModel").train()
+    pyaccel.accelerate(model)
+    for runs in (1, 2):  # of each layer's forward
+        card.take_launches()
+        model(**batch()).last_hidden_state.float().sum().backward()
+        names = [each.kernel for each in card.take_launches()]
+        assert names.count("forward_short_kernel") == 2 * runs, names
+        model.gradient_checkpointing_enable()
+
+
+@check
 def accelerated_by_a_cuda_graph() -> None:
     import pyaccel
 

@@ -1,8 +1,8 @@
 """Host time of a GPU: calls of functions and microseconds of one call of a 12-layer BERT, stock beside accelerated.
 
-``python -m tests.gpu_stub FOLDER host-calls`` and ``host-time`` print them. Kernels cost next to nothing on either side:
-what is left is what Python, PyTorch's dispatcher and the launchers take before a GPU has its work. Counts are exact;
-times are the least of many calls in turn, and only their ratio means something.
+``python -m tests.gpu_stub FOLDER host-calls`` and ``host-time`` print them. Kernels cost next to nothing on either
+side: what is left is what Python, PyTorch's dispatcher and the launchers take before a GPU has its work. Counts are
+exact; times are the least of many calls in turn, and only their ratio means something.
 """
 
 from __future__ import annotations
