@@ -30,7 +30,8 @@ from pyaccel.kernels.attention_tile import (
     store_lse,
     store_rows,
 )
-from pyaccel.kernels.device import device_guard, launch
+from pyaccel.kernels.device import launch
+from pyaccel.kernels.launch import Launcher
 from pyaccel.kernels.philox import keep_tile
 
 
@@ -166,6 +167,9 @@ def forward_kernel(
     store_lse(lse_ptr, lse_error_ptr, offset_lse, m_m, m * scale if FOLD_SCALE else m, row_sum)
 
 
+_launch = Launcher(forward_kernel)
+
+
 def forward(
     out: Tensor, lse: Tensor | None, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> None:
@@ -173,11 +177,9 @@ def forward(
     it is wanted, what rounding took from that."""
     n_blocks = triton.cdiv(call.seq_q, config.block_m)
     arguments = forward_arguments(out, lse, lse_error, call, config)
-    grid = (call.n_streams * n_blocks + call.tail_programs,)
-    with device_guard(out):
-        launch(
-            partial(forward_kernel[grid], **arguments, **config.launch_options), allocates=arguments["TMA"]
-        )
+    programs = call.n_streams * n_blocks + call.tail_programs
+    run = partial(_launch.named, out, programs, arguments, config.launch_options)
+    launch(run, allocates=arguments["TMA"])
 
 
 def forward_arguments(

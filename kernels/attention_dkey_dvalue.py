@@ -23,7 +23,7 @@ from pyaccel.kernels.attention_tile import (
     sequence,
     store_rows,
 )
-from pyaccel.kernels.device import device_guard
+from pyaccel.kernels.launch import Launcher
 from pyaccel.kernels.philox import keep_tile
 
 
@@ -165,6 +165,9 @@ def dkey_dvalue_kernel(
         store_rows(dv_ptr, offset_dv, stride_dv[3], m_n, dv, VALUE_DIM, BLOCK_V)
 
 
+_launch = Launcher(dkey_dvalue_kernel)
+
+
 def dkey_dvalue(
     dk: Tensor,
     dv: Tensor,
@@ -179,11 +182,8 @@ def dkey_dvalue(
     programs = call.n_streams // call.group * triton.cdiv(call.seq_k, config.block_n) + call.tail_programs
     # Both sums at once, or, where they don't fit in registers together, one after the other.
     for some_dk, some_dv in ((dk, None), (None, dv)) if config.split else ((dk, dv),):
-        with device_guard(dk):
-            dkey_dvalue_kernel[(programs,)](
-                **dkey_dvalue_arguments(some_dk, some_dv, do, lse, lse_error, delta, call, config),
-                **config.launch_options,
-            )
+        arguments = dkey_dvalue_arguments(some_dk, some_dv, do, lse, lse_error, delta, call, config)
+        _launch.named(dk, programs, arguments, config.launch_options)
 
 
 def dkey_dvalue_arguments(

@@ -31,7 +31,7 @@ from pyaccel.kernels.attention_tile import (
     sequence,
     store_rows,
 )
-from pyaccel.kernels.device import device_guard
+from pyaccel.kernels.launch import Launcher
 from pyaccel.kernels.philox import keep_tile
 
 
@@ -146,6 +146,9 @@ def dquery_kernel(
     store_rows(dq_ptr, offset_dq, stride_dq[3], m_m, dq * scale, HEAD_DIM, BLOCK_D)
 
 
+_launch = Launcher(dquery_kernel)
+
+
 def dquery(
     dq: Tensor,
     delta: Tensor,
@@ -159,11 +162,8 @@ def dquery(
 ) -> None:
     """Launch the first kernel: it writes dq, laid out as query is, and delta, as ``lse`` [batch, heads, seq_q]."""
     programs = call.n_streams * triton.cdiv(call.seq_q, config.block_m) + call.tail_programs
-    with device_guard(dq):
-        dquery_kernel[(programs,)](
-            **dquery_arguments(dq, delta, do, out, lse, lse_error, dlse, call, config),
-            **config.launch_options,
-        )
+    arguments = dquery_arguments(dq, delta, do, out, lse, lse_error, dlse, call, config)
+    _launch.named(dq, programs, arguments, config.launch_options)
 
 
 def dquery_arguments(

@@ -76,7 +76,8 @@ def launch_backward(
     n_programs = programs_per_column(config, n_rows, n_cols, device_info(x.device).num_sms)
     partial = None if dbias is None else x.new_empty(n_programs, n_cols, dtype=torch.float32)
     backward(dx, partial, dy, x, bias, activation, n_programs, config)
-    column_sum((dbias, None, None), (partial, None, None), column_sum_config())
+    if dbias is not None:
+        column_sum((dbias, None, None), (partial, None, None), column_sum_config())
 
 
 backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")
