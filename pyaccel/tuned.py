@@ -189,6 +189,19 @@ _refused: set[tuple[str, Any]] = set()
 _trying: ContextVar[dict[str, Any]] = ContextVar("pyaccel_trying", default={})  # noqa: B039  never written to
 _asked: ContextVar[dict[str, list[tuple[tuple[int, ...], Any]]]] = ContextVar("pyaccel_asked", default={})  # noqa: B039
 _ignored: ContextVar[bool] = ContextVar("pyaccel_ignored", default=False)
+_overridden: ContextVar[bool] = ContextVar(
+    "pyaccel_overridden", default=False
+)  # whether one of the three is set
+
+
+@contextmanager
+def _override(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    tokens = [(variable, variable.set(value)), (_overridden, _overridden.set(True))]
+    try:
+        yield
+    finally:
+        for each, token in tokens:
+            each.reset(token)
 
 
 def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config, *, exactly: bool) -> Config:
@@ -206,11 +219,20 @@ def launch(kernel: str, x: torch.Tensor, size: tuple[int, ...], default: Config,
     if kernel in (trying := _trying.get()):
         tried: Config = trying[kernel]
         return tried
-    found = nearest(f"launch_{kernel}", x.device, x.dtype, size)
-    if found is None or not found.config or (exactly and found.size != size):
+    found = None if _ignored.get() else _measured_launch(kernel, x.device, x.dtype, size, exactly)
+    if found is None:
         return default
-    config: Config = _measured_config(kernel, default, tuple(found.config.items()))
+    config: Config = _measured_config(kernel, default, tuple(found.items()))
     return default if (kernel, config) in _refused else config
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured_launch(
+    kernel: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], exactly: bool
+) -> dict[str, Any] | None:
+    """What was measured to be faster of a launch configuration's fields; None if nothing was."""
+    found = _nearest(f"launch_{kernel}", device, dtype, size)
+    return None if found is None or (exactly and found.size != size) else found.config or None
 
 
 def run(
@@ -227,6 +249,8 @@ def run(
     A configuration can be in the range of each field and still ask for more shared memory or registers than the device
     has.
     """
+    if not _overridden.get() and _measured_launch(kernel, x.device, x.dtype, size, exactly) is None:
+        return call(default)
     config = launch(kernel, x, size, default, exactly=exactly)
     if config is default or kernel in _trying.get():  # who tries one wants to know that it fails
         return call(config)
@@ -269,32 +293,23 @@ def ranges(config: Any) -> dict[str, tuple[int, int]]:
 @contextmanager
 def trying(kernel: str, config: Any) -> Iterator[None]:
     """Launch the kernel with this configuration inside, in this thread."""
-    token = _trying.set({**_trying.get(), kernel: config})
-    try:
+    with _override(_trying, {**_trying.get(), kernel: config}):
         yield
-    finally:
-        _trying.reset(token)
 
 
 def asked(kernel: str, call: Callable[[], object]) -> tuple[tuple[int, ...], Any] | None:
     """The size and the default configuration with which ``call`` launches the kernel; None if it doesn't."""
     launches: list[tuple[tuple[int, ...], Any]] = []
-    token = _asked.set({**_asked.get(), kernel: launches})
-    try:
+    with _override(_asked, {**_asked.get(), kernel: launches}):
         call()
-    finally:
-        _asked.reset(token)
     return launches[-1] if launches else None
 
 
 @contextmanager
 def ignored() -> Iterator[None]:
     """Use no measurement inside, in this thread."""
-    token = _ignored.set(True)
-    try:
+    with _override(_ignored, True):
         yield
-    finally:
-        _ignored.reset(token)
 
 
 _Tables = dict[tuple[str, str, torch.dtype], tuple[Timing, ...]]
@@ -383,5 +398,5 @@ def forget() -> None:
         _loaded = None
         _warned.clear()
         _refused.clear()
-    for cached in (_nearest, _preferred, _measured_config):
+    for cached in (_nearest, _preferred, _measured_launch, _measured_config):
         cached.cache_clear()

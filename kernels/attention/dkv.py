@@ -23,7 +23,7 @@ from pyaccel.kernels.attention.tile import (
     sequence,
     store_rows,
 )
-from pyaccel.kernels.common.device import device_guard
+from pyaccel.kernels.common.launch import Launcher
 from pyaccel.kernels.common.philox import keep_tile
 
 
@@ -165,6 +165,9 @@ def dkey_dvalue_kernel(
         store_rows(dv_ptr, offset_dv, stride_dv[3], m_n, dv, VALUE_DIM, BLOCK_V)
 
 
+_launch = Launcher(dkey_dvalue_kernel)
+
+
 def dkey_dvalue(
     dk: Tensor,
     dv: Tensor,
@@ -179,11 +182,8 @@ def dkey_dvalue(
     programs = call.n_streams // call.group * triton.cdiv(call.seq_k, config.block_n) + call.tail_programs
     # Both sums at once, or, where they don't fit in registers together, one after the other.
     for some_dk, some_dv in ((dk, None), (None, dv)) if config.split else ((dk, dv),):
-        with device_guard(dk):
-            dkey_dvalue_kernel[(programs,)](
-                **dkey_dvalue_arguments(some_dk, some_dv, do, lse, lse_error, delta, call, config),
-                **config.launch_options,
-            )
+        arguments = dkey_dvalue_arguments(some_dk, some_dv, do, lse, lse_error, delta, call, config)
+        _launch.named(dk, programs, arguments, config.launch_options)
 
 
 def dkey_dvalue_arguments(
@@ -204,10 +204,11 @@ def dkey_dvalue_arguments(
         "lse_ptr": lse,
         "lse_error_ptr": lse_error,
         "delta_ptr": delta,
-        "stride_dk": (0, 0, 0, 0) if dk is None else call.strides(dk),
-        "stride_dv": (0, 0, 0, 0) if dv is None else call.strides(dv),
-        "stride_do": call.strides(do),
-        "stride_lse": call.strides(lse),
+        "stride_dk": (0, 0, 0, 0),
+        "stride_dv": (0, 0, 0, 0),
+        **({} if dk is None else call.strides(dk=dk)),
+        **({} if dv is None else call.strides(dv=dv)),
+        **call.strides(do=do, lse=lse),
         "total": call.key.shape[2],
         **call.arguments(),
         **call.offsets(),

@@ -31,7 +31,7 @@ from pyaccel.kernels.attention.tile import (
     sequence,
     store_rows,
 )
-from pyaccel.kernels.common.device import device_guard
+from pyaccel.kernels.common.launch import Launcher
 from pyaccel.kernels.common.philox import keep_tile
 
 
@@ -146,6 +146,9 @@ def dquery_kernel(
     store_rows(dq_ptr, offset_dq, stride_dq[3], m_m, dq * scale, HEAD_DIM, BLOCK_D)
 
 
+_launch = Launcher(dquery_kernel)
+
+
 def dquery(
     dq: Tensor,
     delta: Tensor,
@@ -159,11 +162,8 @@ def dquery(
 ) -> None:
     """Launch the first kernel: it writes dq, laid out as query is, and delta, as ``lse`` [batch, heads, seq_q]."""
     programs = call.n_streams * triton.cdiv(call.seq_q, config.block_m) + call.tail_programs
-    with device_guard(dq):
-        dquery_kernel[(programs,)](
-            **dquery_arguments(dq, delta, do, out, lse, lse_error, dlse, call, config),
-            **config.launch_options,
-        )
+    arguments = dquery_arguments(dq, delta, do, out, lse, lse_error, dlse, call, config)
+    _launch.named(dq, programs, arguments, config.launch_options)
 
 
 def dquery_arguments(
@@ -186,10 +186,7 @@ def dquery_arguments(
         "lse_ptr": lse,
         "lse_error_ptr": lse_error,
         "dlse_ptr": dlse,
-        "stride_dq": call.strides(dq),
-        "stride_do": call.strides(do),
-        "stride_out": call.strides(out),
-        "stride_lse": call.strides(lse),
+        **call.strides(dq=dq, do=do, out=out, lse=lse),
         "total": call.query.shape[2],
         **call.arguments(),
         **call.offsets(),

@@ -30,7 +30,7 @@ from pyaccel.kernels.attention.tile import (
     store_lse,
     store_rows,
 )
-from pyaccel.kernels.common.device import device_guard
+from pyaccel.kernels.common.launch import Launcher
 from pyaccel.kernels.common.philox import keep_tile
 from pyaccel.kernels.common.tma import launch
 
@@ -167,6 +167,9 @@ def forward_kernel(
     store_lse(lse_ptr, lse_error_ptr, offset_lse, m_m, m * scale if FOLD_SCALE else m, row_sum)
 
 
+_launch = Launcher(forward_kernel)
+
+
 def forward(
     out: Tensor, lse: Tensor | None, lse_error: Tensor | None, call: AttentionCall, config: AttentionConfig
 ) -> None:
@@ -174,11 +177,9 @@ def forward(
     it is wanted, what rounding took from that."""
     n_blocks = triton.cdiv(call.seq_q, config.block_m)
     arguments = forward_arguments(out, lse, lse_error, call, config)
-    grid = (call.n_streams * n_blocks + call.tail_programs,)
-    with device_guard(out):
-        launch(
-            partial(forward_kernel[grid], **arguments, **config.launch_options), allocates=arguments["TMA"]
-        )
+    programs = call.n_streams * n_blocks + call.tail_programs
+    run = partial(_launch.named, out, programs, arguments, config.launch_options)
+    launch(run, allocates=arguments["TMA"])
 
 
 def forward_arguments(
@@ -189,8 +190,8 @@ def forward_arguments(
         "out_ptr": out,
         "lse_ptr": lse,
         "lse_error_ptr": lse_error,
-        "stride_out": call.strides(out),
-        "stride_lse": (0, 0, 0) if lse is None else call.strides(lse),
+        "stride_lse": (0, 0, 0),
+        **(call.strides(out=out) if lse is None else call.strides(out=out, lse=lse)),
         "total": call.query.shape[2],
         **call.arguments(),
         **call.offsets(),

@@ -103,9 +103,7 @@ class AttentionCall(NamedTuple):
             "key_mask_ptr": None if self.key_mask is None else self.key_mask.view(torch.uint8),
             "mask_ptr": mask,
             "key_ptr": self.dropout_key,
-            "stride_q": self.strides(self.query),
-            "stride_k": self.strides(self.key),
-            "stride_v": self.strides(self.value),
+            **self.strides(q=self.query, k=self.key, v=self.value),
             "stride_key_mask": (0, 0, 0) if self.key_mask is None else self.key_mask.stride(),
             "stride_mask": (0, 0, 0, 0) if mask is None else mask.stride(),
             "n_streams": self.n_streams,
@@ -147,9 +145,11 @@ class AttentionCall(NamedTuple):
         """Those of a packed batch, for the kernels that take one."""
         return {"cu_q_ptr": self.cu_seqlens_q, "cu_k_ptr": self.cu_seqlens_k}
 
-    def strides(self, x: Tensor) -> tuple[int, ...]:
-        """Those of a tensor laid out as query is; sequences of a packed one aren't a stride apart."""
-        return x.stride() if self.cu_seqlens_q is None else (0, *x.stride()[1:])
+    def strides(self, **tensors: Tensor) -> dict[str, tuple[int, ...]]:
+        """The arguments ``stride_NAME`` of tensors laid out as query is, which sequences of a packed one don't have."""
+        if self.cu_seqlens_q is None:
+            return {f"stride_{name}": x.stride() for name, x in tensors.items()}
+        return {f"stride_{name}": (0, *x.stride()[1:]) for name, x in tensors.items()}
 
 
 @functools.lru_cache(maxsize=4096)

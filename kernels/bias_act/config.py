@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from pyaccel.kernels.common.configs import RowConfig, check_row, check_width, next_power_of_2
 
 
+@functools.lru_cache(maxsize=1024)
 def bias_gelu_forward(n_cols: int) -> RowConfig:
     """Tiles of 16 elements a thread. The widths of feed-forward layers are multiples of 512."""
     check_width(n_cols)
@@ -12,6 +15,7 @@ def bias_gelu_forward(n_cols: int) -> RowConfig:
     return RowConfig(2048 // block_n, block_n, num_warps=4)
 
 
+@functools.lru_cache(maxsize=1024)
 def bias_gelu_backward(n_cols: int) -> RowConfig:
     """A persistent grid of tiles: 8 elements a thread of each gradient and of the column sums, 32 warps an SM."""
     check_width(n_cols)

@@ -6,6 +6,7 @@ same bits; nothing is timed at run time.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from pyaccel.kernels.common.limits import MAX_ROW
@@ -82,6 +83,7 @@ class ColumnSumConfig:
         return f"{self.block_p}x{self.block_n}, {self.num_warps} warps"
 
 
+@functools.lru_cache(maxsize=1024)
 def column_sum() -> ColumnSumConfig:
     """One shape for every size: few columns a program, so that even 768 columns keep 24 programs busy."""
     return ColumnSumConfig(block_p=64, block_n=32, num_warps=4)

@@ -41,12 +41,23 @@ def can_plan() -> bool:
     )
 
 
-class _Plan(NamedTuple):
-    """The launcher of a compiled kernel, what it takes of that, and where the device's current stream is asked."""
+# How the launchers of NVIDIA's driver call the compiled one in Triton 3.6, and from 3.7 on. They do no more than that
+# for a kernel without memory of its own, which is called here then.
+_CALLS = {
+    "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
+    "global_scratch, profile_scratch, *args)": False,
+    "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
+    "kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, global_scratch, profile_scratch, "
+    "self.arg_annotations, self.kernel_signature, args)": True,
+}
 
-    run: Any
-    function: Any
-    metadata: Any
+
+class _Plan(NamedTuple):
+    """``launch(programs, 1, 1, stream, *head, *args)``, with the kernel's arguments as one if they are ``packed``."""
+
+    launch: Any
+    head: tuple[Any, ...]
+    packed: bool
     stream: Any
 
 
@@ -83,34 +94,34 @@ class Launcher:
         Args:
             args: what the kernel takes before its constants, in its order; constants: those, in its order.
         """
-        index, key = x.get_device(), None
-        if index >= 0 and self._compiled and can_plan() and self._is_undisturbed():
+        index, key, runtime = x.get_device(), None, knobs.runtime
+        if (
+            index >= 0
+            and self._compiled
+            and can_plan()
+            # Nothing but the launch is to be done.
+            and not runtime.launch_enter_hook.calls
+            and not runtime.launch_exit_hook.calls
+            and not self.kernel.pre_run_hooks
+            and not runtime.debug
+            and runtime.add_stages_inspection_hook is None
+            and "instrumentation_mode" not in knobs.compilation.__dict__
+        ):
             specialization = jit.native_specialize_impl(_backend(index), args, False, True, True)
             key = (index, specialization, constants, num_warps, num_stages)
             plan = self._plans.get(key)
             if plan is not None and torch._C._cuda_getDevice() == index:
-                plan.run(
-                    programs, 1, 1, plan.stream(index), plan.function, plan.metadata, None, None, None,
-                    *args, *constants,
-                )  # fmt: skip
+                launch, head, packed, stream = plan
+                if packed:
+                    launch(programs, 1, 1, stream(index), *head, (*args, *constants))
+                else:
+                    launch(programs, 1, 1, stream(index), *head, *args, *constants)
                 return
         options = {} if num_stages is None else {"num_stages": num_stages}
         with device_guard(x):
             compiled = self.kernel[(programs,)](*args, *constants, num_warps=num_warps, **options)
         if key is not None and key not in self._plans:
             self._plans[key] = _plan(compiled)
-
-    def _is_undisturbed(self) -> bool:
-        """Whether a launch is all that Triton would do."""
-        runtime = knobs.runtime
-        return (
-            not runtime.launch_enter_hook.calls
-            and not runtime.launch_exit_hook.calls
-            and not self.kernel.pre_run_hooks
-            and not runtime.debug
-            and runtime.add_stages_inspection_hook is None
-            and "instrumentation_mode" not in knobs.compilation.__dict__
-        )
 
 
 @functools.cache
@@ -128,4 +139,26 @@ def _plan(compiled: Any) -> _Plan | None:
     sizes = [getattr(metadata, name, 1) for name in ("global_scratch_size", "profile_scratch_size")]
     if any(sizes) or getattr(metadata, "tensordesc_meta", None):
         return None
-    return _Plan(compiled.run, compiled.function, compiled.packed_metadata, driver.active.get_current_stream)
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream = driver.active.get_current_stream
+    kind: Any = type(run)
+    packed = _calls_packed(kind)
+    if packed is None:
+        return _Plan(run, (function, metadata, None, None, None), False, stream)
+    options = (function, run.launch_cooperative_grid, run.launch_pdl)
+    if packed:
+        hooks_and_memory = (None,) * 5
+        return _Plan(
+            run.launch,
+            (*options, metadata, *hooks_and_memory, run.arg_annotations, run.kernel_signature),
+            True,
+            stream,
+        )
+    return _Plan(run.launch, (*options, None, None, metadata, None, None, None), False, stream)
+
+
+@functools.cache
+def _calls_packed(launcher: Any) -> bool | None:
+    """How a class of launchers calls the compiled one: as :data:`_CALLS` has it, or None if it's in another way."""
+    source = " ".join(inspect.getsource(launcher.__call__).split())
+    return next((packed for call, packed in _CALLS.items() if call in source), None)

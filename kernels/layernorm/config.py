@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from pyaccel.kernels.common.configs import RowConfig, check_row, next_power_of_2
 
 
+@functools.lru_cache(maxsize=1024)
 def residual_layernorm_forward(n_cols: int) -> RowConfig:
     """Rows stay in registers, several short rows a program.
 
@@ -16,6 +19,7 @@ def residual_layernorm_forward(n_cols: int) -> RowConfig:
     return RowConfig(max(2048 // block_n, 1), block_n, num_warps=4 if block_n <= 2048 else 16)
 
 
+@functools.lru_cache(maxsize=1024)
 def residual_layernorm_backward(n_cols: int) -> RowConfig:
     """A persistent grid whose programs keep the column sums of their rows in registers.
 

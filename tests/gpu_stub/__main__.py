@@ -1,4 +1,7 @@
-"""``python -m tests.gpu_stub FOLDER``: run every check on the stub card, and print a JSON object check -> error."""
+"""``python -m tests.gpu_stub FOLDER``: run every check on the stub card, and print a JSON object check -> error.
+
+``python -m tests.gpu_stub FOLDER host-calls`` and ``host-time`` print what host.py measures.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,18 @@ def main(folder: Path, wanted: list[str]) -> None:
     library = ctypes.CDLL(str(build(folder)), mode=ctypes.RTLD_GLOBAL)
     from tests.gpu_stub import card
 
+    if wanted == ["host-time"]:
+        card.pretend(library)
+        from tests.gpu_stub import host
+
+        host.report(host.timed(), "us")
+        return
     card.insert(library)
+    if wanted == ["host-calls"]:
+        from tests.gpu_stub import host
+
+        host.report(host.counted(), "calls")
+        return
     from tests.gpu_stub.checks import CHECKS
 
     errors: dict[str, str] = {}

@@ -30,7 +30,7 @@ MUTANTS = [
         "feed_forward: dx shares the residual's memory",
         FEED_FORWARD,
         "        gradients = (*found, dweight1",
-        "        found[1] = found[0]\n        gradients = (*found, dweight1",
+        "        found = (found[0], found[0], *found[2:])\n        gradients = (*found, dweight1",
     ),
     Mutant("torch: dx shares the residual's memory", GRADIENTS, "return grad.clone()", "return grad"),
     Mutant(

@@ -1,4 +1,4 @@
-"""Bugs of where a launch goes and of what it is told of the device; some only a card can have: the stub's."""
+"""Bugs of launches, and of what the host does for one, which only a card can have: the stub's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,24 @@ from tests.mutants import Mutant
 
 TESTS = [
     "tests/kernels/test_device.py",
-    "tests/gpu_stub/test_gpu_stub.py::test_on_a_card_that_is_not_there[launches_go_to_the_device_of_the_tensors]",
+    *(
+        f"tests/gpu_stub/test_gpu_stub.py::test_on_a_card_that_is_not_there[{check}]"
+        for check in (
+            "launches_go_to_the_device_of_the_tensors",
+            "launches_go_to_the_current_stream",
+            "plans_are_as_exact_as_triton",
+            "hooks_see_every_launch",
+            "gradient_checkpointing_is_kept",
+            "fewer_calls_than_stock",
+        )
+    ),
+    "tests/ops/test_direct.py",
+    "tests/nn/test_triton_layer.py",
 ]
+
+PLANS = "kernels/common/launch.py"
+COMMON = "pyaccel/ops/common.py"
+LAYER = "pyaccel/nn/triton_layer.py"
 
 MUTANTS = [
     Mutant(
@@ -33,5 +49,64 @@ MUTANTS = [
         "kernels/common/tma.py",
         "contextvars.copy_context().run(with_allocator)",
         "with_allocator()",
+    ),
+    Mutant(
+        "plans: whatever the arguments", PLANS, "key = (index, specialization,", "key = (index, len(args),"
+    ),
+    Mutant("plans: whatever the warps", PLANS, "constants, num_warps, num_stages)", "constants, num_stages)"),
+    Mutant(
+        "plans: on the current device",
+        PLANS,
+        "if plan is not None and torch._C._cuda_getDevice() == index:",
+        "if plan is not None:",
+    ),
+    Mutant(
+        "plans: on the first stream", PLANS, "1, 1, stream(index), *head, (*args", "1, 1, 0, *head, (*args"
+    ),
+    Mutant("plans: past hooks", PLANS, "            and not runtime.launch_enter_hook.calls\n", ""),
+    Mutant("plans: past a kernel's own hooks", PLANS, "            and not self.kernel.pre_run_hooks\n", ""),
+    Mutant("plans: none is made", PLANS, "self._plans[key] = _plan(compiled)", "self._plans[key] = None"),
+    Mutant(
+        "ops: past a torch function mode",
+        COMMON,
+        "        and not torch._C._len_torch_function_stack()\n",
+        "",
+    ),
+    Mutant("ops: past a profiler", COMMON, "        and not torch.autograd._profiler_enabled()\n", ""),
+    Mutant(
+        "ops: directly where gradients are recorded",
+        COMMON,
+        "return not torch.is_grad_enabled() and is_undisturbed(*args)",
+        "return is_undisturbed(*args)",
+    ),
+    Mutant(
+        "ops: never directly again after torch.jit.trace",
+        COMMON,
+        "    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())",
+        "    return False",
+    ),
+    Mutant(
+        "TritonLayer: one dropout mask for both halves",
+        LAYER,
+        "        seed = dropout_key(device) if p2 > 0.0 else None\n",
+        "",
+    ),
+    Mutant(
+        "TritonLayer: without gradients where attention has none",
+        LAYER,
+        "return encoder_layer(self._layer, hidden, lambda q, k, v: context)",
+        "pass",
+    ),
+    Mutant(
+        "TritonLayer: keys of padding attend",
+        LAYER,
+        "k, v = k.index_select(0, tokens.key_indices), v.index_select(0, tokens.key_indices)",
+        "pass",
+    ),
+    Mutant(
+        "TritonLayer: past gradient checkpointing",
+        "pyaccel/hf/executors/triton.py",
+        '                return "gradient checkpointing"\n',
+        "                pass\n",
     ),
 ]

@@ -79,20 +79,20 @@ def forward_op(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``; LSE ``[batch, heads, seq_q]`` fp32, and what
     rounding took from it, where a float attn_mask may make that large."""
-    from pyaccel.kernels.attention import config
-    from pyaccel.kernels.attention import forward as attention
-    from pyaccel.kernels.attention import short as attention_short
+    from pyaccel.kernels.attention.config import attention_short
+    from pyaccel.kernels.attention.forward import forward
+    from pyaccel.kernels.attention.short import forward_short
 
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
     outputs = _forward_outputs(query, value, attn_mask, want_lse)
-    short = config.attention_short("forward_short", call.shape)
+    short = attention_short("forward_short", call.shape)
     if short is not None:
-        attention_short.forward_short(*outputs, call, short)
+        forward_short(*outputs, call, short)
     else:
-        _launch("forward", query, call, partial(attention.forward, *outputs, call))
+        _launch("forward", query, call, partial(forward, *outputs, call))
     return outputs
 
 
@@ -151,11 +151,11 @@ def backward_op(
     want_dmask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value, in their shapes, and of attn_mask, in its, if that is wanted."""
-    from pyaccel.kernels.attention import config
-    from pyaccel.kernels.attention import dkv as attention_dkey_dvalue
-    from pyaccel.kernels.attention import dq as attention_dquery
-    from pyaccel.kernels.attention import scores as attention_scores
-    from pyaccel.kernels.attention import short as attention_short
+    from pyaccel.kernels.attention.config import attention, attention_short
+    from pyaccel.kernels.attention.dkv import dkey_dvalue
+    from pyaccel.kernels.attention.dq import dquery
+    from pyaccel.kernels.attention.scores import dmask as write_dmask
+    from pyaccel.kernels.attention.short import backward_short
 
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
@@ -163,17 +163,15 @@ def backward_op(
     )  # fmt: skip
     dq, dk, dv, dmask = _backward_outputs(query, key, value, attn_mask, want_dmask)
     error = lse_error if lse_error is not None and lse_error.numel() else None
-    short = config.attention_short("backward_short", call.shape)
+    short = attention_short("backward_short", call.shape)
     if short is not None:
-        attention_short.backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
+        backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
         return dq, dk, dv, dmask
     delta = torch.empty_like(lse)
-    dquery = partial(attention_dquery.dquery, dq, delta, dout, out, lse, error, dlse, call)
-    _launch("dquery", query, call, dquery)
-    dkey_dvalue = partial(attention_dkey_dvalue.dkey_dvalue, dk, dv, dout, lse, error, delta, call)
-    _launch("dkey_dvalue", query, call, dkey_dvalue)
+    _launch("dquery", query, call, partial(dquery, dq, delta, dout, out, lse, error, dlse, call))
+    _launch("dkey_dvalue", query, call, partial(dkey_dvalue, dk, dv, dout, lse, error, delta, call))
     if dmask is not None:
-        attention_scores.dmask(dmask, dout, lse, error, delta, call, config.attention("scores", call.shape))
+        write_dmask(dmask, dout, lse, error, delta, call, attention("scores", call.shape))
     return dq, dk, dv, dmask
 
 

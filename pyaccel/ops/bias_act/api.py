@@ -15,6 +15,7 @@ from torch import Tensor
 from pyaccel import activations, dispatch, reference, triton_support, tuned
 from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
+from pyaccel.ops.common import apply
 from pyaccel.reference.layernorm import add_bias
 
 ACTIVATIONS = tuple(activations.ACTIVATIONS)
@@ -120,7 +121,7 @@ def bias_gelu(
         codes, scale = quantize_op(rows, bias, activation)
         return codes.view(x.shape), scale.view(x.shape[:-1])
     if _needs_gradient(rows, bias):
-        return BiasGeluFunction.apply(rows, bias, activation).view(x.shape)
+        return apply(BiasGeluFunction, rows, bias, activation).view(x.shape)
     return forward_op(rows, bias, activation).view(x.shape)
 
 

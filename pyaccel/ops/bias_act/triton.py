@@ -19,11 +19,11 @@ def _forward_outputs(x: Tensor) -> Tensor:
 @custom_op("pyaccel::bias_gelu_forward", _forward_outputs)
 def forward_op(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Output ``[rows, cols]`` in x's dtype."""
-    from pyaccel.kernels.bias_act import config
-    from pyaccel.kernels.bias_act import kernels as bias_gelu
+    from pyaccel.kernels.bias_act.config import bias_gelu_forward
+    from pyaccel.kernels.bias_act.kernels import forward
 
     out = x.new_empty(x.shape)
-    bias_gelu.forward(out, x, bias, activation, config.bias_gelu_forward(x.shape[1]))
+    forward(out, x, bias, activation, bias_gelu_forward(x.shape[1]))
     return out
 
 
@@ -44,36 +44,42 @@ def quantize_op(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor
 
 def _backward_outputs(
     x: Tensor, bias: Tensor | None, want_dx: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    n_rows, n_cols = x.shape
+) -> tuple[Tensor | None, Tensor | None]:
     dtype = x.dtype if bias is None else bias.dtype
     return (
-        x.new_empty(n_rows if want_dx else 0, n_cols),
-        x.new_empty(n_cols if want_dbias else 0, dtype=dtype),
+        x.new_empty(x.shape) if want_dx else None,
+        x.new_empty(x.shape[1], dtype=dtype) if want_dbias else None,
     )
 
 
 @custom_op("pyaccel::bias_gelu_backward", _backward_outputs)
 def backward_op(
     dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, want_dx: bool, want_dbias: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x ``[rows, cols]`` and bias ``[cols]`` in their dtypes; size 0 where it isn't wanted."""
-    from pyaccel.kernels.bias_act import config
-    from pyaccel.kernels.bias_act import kernels as bias_gelu
-    from pyaccel.kernels.common import configs
-    from pyaccel.kernels.common import reduce as column_sum
-    from pyaccel.kernels.common.device import device_info
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x ``[rows, cols]`` and bias ``[cols]`` in their dtypes, of those that are wanted."""
+    grads = _backward_outputs(x, bias, want_dx, want_dbias)
+    launch_backward(*grads, dy, x, bias, activation)
+    return grads
 
-    dx, dbias = _backward_outputs(x, bias, want_dx, want_dbias)
+
+def launch_backward(
+    dx: Tensor | None, dbias: Tensor | None, dy: Tensor, x: Tensor, bias: Tensor | None, activation: str
+) -> None:
+    """Write the gradients that aren't None, of x ``[rows, cols]`` and of a bias ``[cols]``."""
+    from pyaccel.kernels.bias_act.config import bias_gelu_backward
+    from pyaccel.kernels.bias_act.kernels import backward
+    from pyaccel.kernels.common.configs import column_sum as column_sum_config
+    from pyaccel.kernels.common.configs import programs_per_column
+    from pyaccel.kernels.common.device import device_info
+    from pyaccel.kernels.common.reduce import column_sum
+
     n_rows, n_cols = x.shape
-    row_config = config.bias_gelu_backward(n_cols)
-    num_sms = device_info(x.device).num_sms
-    n_programs = configs.programs_per_column(row_config, n_rows, n_cols, num_sms)
-    partial = x.new_empty(n_programs, n_cols, dtype=torch.float32) if want_dbias else None
-    bias_gelu.backward(dx if want_dx else None, partial, dy, x, bias, activation, n_programs, row_config)
-    if want_dbias:
-        column_sum.column_sum((dbias, None, None), (partial, None, None), configs.column_sum())
-    return dx, dbias
+    config = bias_gelu_backward(n_cols)
+    n_programs = programs_per_column(config, n_rows, n_cols, device_info(x.device).num_sms)
+    partial = None if dbias is None else x.new_empty(n_programs, n_cols, dtype=torch.float32)
+    backward(dx, partial, dy, x, bias, activation, n_programs, config)
+    if dbias is not None:
+        column_sum((dbias, None, None), (partial, None, None), column_sum_config())
 
 
 backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")

@@ -57,14 +57,14 @@ def forward_op(
 ) -> tuple[Tensor | None, ...]:
     """Output and sum ``[rows, cols]``, int8 codes of the output and their scales ``[rows]`` fp32, mean (not of RMSNorm)
     and rstd ``[rows]`` fp32, for the backward."""
-    from pyaccel.kernels.layernorm import config
-    from pyaccel.kernels.layernorm import forward as residual_layernorm
+    from pyaccel.kernels.layernorm.config import residual_layernorm_forward
+    from pyaccel.kernels.layernorm.forward import forward
 
     outputs = _forward_outputs(
         x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics
     )
     call = partial(
-        residual_layernorm.forward,
+        forward,
         *outputs,
         x,
         residual,
@@ -76,7 +76,7 @@ def forward_op(
         dropout_p,
         rms_norm,
     )
-    default = config.residual_layernorm_forward(x.shape[1])
+    default = residual_layernorm_forward(x.shape[1])
     tuned.run("residual_layernorm_forward", x, (x.shape[1],), default, call, exactly=True)
     return outputs
 
@@ -119,25 +119,26 @@ def backward_op(
 
     RMSNorm has no mean, or one of size 0.
     """
-    from pyaccel.kernels.common import configs
-    from pyaccel.kernels.common import reduce as column_sum
+    from pyaccel.kernels.common.configs import column_sum as column_sum_config
+    from pyaccel.kernels.common.configs import persistent_programs
     from pyaccel.kernels.common.device import device_info
-    from pyaccel.kernels.layernorm import backward as residual_layernorm_backward
-    from pyaccel.kernels.layernorm import config
+    from pyaccel.kernels.common.reduce import column_sum
+    from pyaccel.kernels.layernorm.backward import backward
+    from pyaccel.kernels.layernorm.config import residual_layernorm_backward
 
     grads = _backward_outputs(total, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
     columns = grads[2:]
     n_rows, n_cols = total.shape
 
     def call(row_config: Any) -> tuple[Tensor | None, ...]:
-        n_programs = configs.persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
+        n_programs = persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
         dweight, dbias, dx_bias = partials = tuple(
             [
                 None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
                 for grad in columns
             ]
         )
-        residual_layernorm_backward.backward(
+        backward(
             grads[0],
             grads[1],
             dweight,
@@ -156,9 +157,9 @@ def backward_op(
         )
         return partials
 
-    default = config.residual_layernorm_backward(n_cols)
+    default = residual_layernorm_backward(n_cols)
     partials = tuned.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
-    column_sum.column_sum(columns, partials, configs.column_sum())
+    column_sum(columns, partials, column_sum_config())
     return grads
 
 

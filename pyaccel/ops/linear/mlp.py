@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyaccel import dispatch
 from pyaccel.ops.bias_act.triton import forward_op as activation_forward
-from pyaccel.ops.common import autocast_dtype, differentiable_once
+from pyaccel.ops.common import apply, autocast_dtype, differentiable_once, runs_directly
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layernorm.api import choose_backend
 from pyaccel.ops.layernorm.api import residual_layernorm as layernorm_function
@@ -54,7 +54,11 @@ class FeedForwardFunction(torch.autograd.Function):
         fused_product: bool,
     ) -> tuple[Tensor, ...]:
         """Hidden states ``[rows, hidden]`` and output ``[rows, out_features]``; then what the backward wants."""
-        hidden, total, _, _, mean, rstd = layernorm_forward(
+        layernorm: Any = layernorm_forward
+        again: Any = activation_forward
+        if runs_directly(x, residual, ln_weight, ln_bias, x_bias, weight1, bias1, weight2):  # asked for both
+            layernorm, again = layernorm.function, again.function
+        hidden, total, _, _, mean, rstd = layernorm(
             x, residual, ln_weight, ln_bias, x_bias, key, eps, dropout_p, hidden_dtype,
             False, True, True, False, True,
         )  # fmt: skip
@@ -63,7 +67,7 @@ class FeedForwardFunction(torch.autograd.Function):
             inner, pre = linear_activation_forward(operand, weight1, bias1, activation, True)
         else:
             pre = F.linear(operand, weight1, bias1)
-            inner = activation_forward(pre, None, activation)
+            inner = again(pre, None, activation)
         return hidden, F.linear(inner, weight2), total, pre, mean, rstd
 
     @staticmethod
@@ -76,7 +80,7 @@ class FeedForwardFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, pre, mean, rstd, ln_weight, ln_bias, weight1, weight2, key)
         ctx.options = options
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, ln_weight, ln_bias, x_bias))
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, ln_weight, ln_bias, x_bias)]
         ctx.bias1_dtype = None if bias1 is None else bias1.dtype
 
     @staticmethod
@@ -85,7 +89,7 @@ class FeedForwardFunction(torch.autograd.Function):
         activation, eps, dropout_p, hidden_dtype, _ = ctx.options
         needed = ctx.needs_input_grad[:8]
         want_dweight1, want_dbias1, want_dweight2 = needed[5:]
-        want_layernorm = any(needed[:5])
+        want_layernorm = True in needed[:5]
         dweight1 = dbias1 = dweight2 = None
         if dout is not None:
             if want_dweight2:
@@ -102,16 +106,12 @@ class FeedForwardFunction(torch.autograd.Function):
                 dweight1 = dpre.mT @ hidden.to(weight1.dtype)
             if want_layernorm:
                 dhidden = _add_product(dhidden, dpre, weight1)
-        found: list[Tensor | None] = [None] * 5
+        found: Any = [None] * 5
         if want_layernorm and dhidden is not None:
-            dx, dresidual, *column = (d if n else None for d, n in zip(ctx.dtypes, needed[:5], strict=True))
-            found = list(
-                layernorm_backward(
-                    dhidden, None, total, mean, rstd, ln_weight, key, dropout_p, dx, dresidual, *column
-                )
-            )
+            dtypes = [d if n else None for d, n in zip(ctx.dtypes, needed[:5], strict=True)]
+            found = layernorm_backward(dhidden, None, total, mean, rstd, ln_weight, key, dropout_p, *dtypes)
         gradients = (*found, dweight1, dbias1, dweight2)
-        return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *(None,) * 6
+        return *[g if n else None for g, n in zip(gradients, needed, strict=True)], *(None,) * 6
 
 
 def _add_product(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
@@ -185,7 +185,8 @@ def feed_forward(
     if bias1 is not None:
         bias1 = bias1.to(weight1.dtype).contiguous()
     vectors = (None if t is None else t.contiguous() for t in (ln_weight, ln_bias, x_bias))
-    hidden, out, *_ = FeedForwardFunction.apply(
+    hidden, out, *_ = apply(
+        FeedForwardFunction,
         x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1]), *vectors, weight1, bias1, weight2,
         dropout_key(x.device) if dropout_p > 0.0 else None,
         activation, eps, dropout_p, output_dtype(x, residual), way == "triton",

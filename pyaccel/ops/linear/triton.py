@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
-from pyaccel.ops.common import autocast_dtype, custom_op, differentiable_once
+from pyaccel.ops.bias_act.triton import launch_backward
+from pyaccel.ops.common import apply, autocast_dtype, custom_op, differentiable_once
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
@@ -64,38 +65,25 @@ def forward_op(
     return out, pre
 
 
-def _backward_outputs(pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    n_rows, n_cols = pre.shape
+def _backward_outputs(
+    pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
     return (
-        pre.new_empty(n_rows if want_dpre else 0, n_cols),
-        pre.new_empty(0 if bias_dtype is None else n_cols, dtype=bias_dtype or pre.dtype),
+        pre.new_empty(pre.shape) if want_dpre else None,
+        None if bias_dtype is None else pre.new_empty(pre.shape[1], dtype=bias_dtype),
     )
 
 
 @custom_op("pyaccel::linear_activation_backward", _backward_outputs)
 def backward_op(
     dout: Tensor, pre: Tensor, activation: str, want_dpre: bool, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the pre-activation ``[rows, out]`` in its dtype and of the bias ``[out]`` in ``bias_dtype``."""
-    from pyaccel.kernels.bias_act import config
-    from pyaccel.kernels.bias_act import kernels as bias_gelu
-    from pyaccel.kernels.common import configs
-    from pyaccel.kernels.common import reduce as column_sum
-    from pyaccel.kernels.common.device import device_info
-
-    dpre, dbias = _backward_outputs(pre, want_dpre, bias_dtype)
-    n_rows, n_cols = pre.shape
-    if n_cols == 0:
-        return dpre, dbias
-    row_config = config.bias_gelu_backward(n_cols)
-    n_programs = configs.programs_per_column(row_config, n_rows, n_cols, device_info(pre.device).num_sms)
-    partial = None if bias_dtype is None else pre.new_empty(n_programs, n_cols, dtype=torch.float32)
-    bias_gelu.backward(
-        dpre if want_dpre else None, partial, dout, pre, None, activation, n_programs, row_config
-    )
-    if partial is not None:
-        column_sum.column_sum((dbias, None, None), (partial, None, None), configs.column_sum())
-    return dpre, dbias
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the pre-activation ``[rows, out]`` in its dtype and of the bias ``[out]`` in ``bias_dtype``,
+    of those that are wanted."""
+    grads = _backward_outputs(pre, want_dpre, bias_dtype)
+    if pre.shape[1]:
+        launch_backward(*grads, dout, pre, None, activation)
+    return grads
 
 
 backward_once = differentiable_once(
@@ -165,7 +153,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
         t is not None and t.requires_grad for t in (rows, weight, bias)
     )
     if needs_gradient:
-        out, _ = LinearActivationFunction.apply(rows, weight, bias, activation)
+        out, _ = apply(LinearActivationFunction, rows, weight, bias, activation)
     else:
         out, _ = forward_op(rows, weight, bias, activation, False)
     return out.view(*x.shape[:-1], weight.shape[0])
