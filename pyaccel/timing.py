@@ -49,7 +49,7 @@ def time_in_turn(
             if name in failed:
                 continue
             try:
-                if last.get(name, 0.0) < LONG:
+                if i >= 0 and last[name] < LONG:
                     contenders[name]()
                 time_of_call = _time(contenders[name], device)
             except Exception as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import pyaccel
-from pyaccel import ops, triton_support
+from pyaccel import dispatch, ops, triton_support
 from pyaccel.checkpoints import demo_checkpoint
 from pyaccel.cli import app
 from pyaccel.cli.verify import example_labels
@@ -224,12 +224,12 @@ def mask_shifted_in_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dropout_without_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = ops.varlen_attention
+    whole = ops.varlen_attention.__wrapped__  # the op, past its observers
 
-    def planted(*args: Any, dropout_p: float = 0.0, **options: Any) -> Tensor:
+    def varlen_attention(*args: Any, dropout_p: float = 0.0, **options: Any) -> Tensor:
         return whole(*args, dropout_p=dropout_p, **options) * (1.0 - dropout_p)
 
-    monkeypatch.setattr(ops, "varlen_attention", planted)
+    monkeypatch.setattr(ops, "varlen_attention", dispatch.observable(varlen_attention))
 
 
 def hidden_dropout_without_rescaling(monkeypatch: pytest.MonkeyPatch) -> None:
