@@ -82,6 +82,7 @@ def pretend(library_of_card: ctypes.CDLL) -> None:
     _replace_torch_cuda()
     tensor: Any = torch.Tensor
     tensor.is_cuda = property(lambda self: True)
+    tensor.is_cpu = property(lambda self: False)
     tensor.get_device = lambda self: 0
 
 
