@@ -124,7 +124,7 @@ def encode(passages: int) -> Figures:
 
 
 def int8() -> Figures:
-    """The cosine of sentence embeddings to fp32's, mean and smallest, by how the encoder was quantised."""
+    """The cosine of sentence embeddings to fp32's, mean and smallest, by how the encoder was quantized."""
     from pyaccel.checkpoints import demo_checkpoint
     from pyaccel.encode.encoder import TextEncoder
     from pyaccel.encode.texts import real_passages
@@ -177,18 +177,18 @@ def cost() -> Figures:
     return found
 
 
-PARTS = ("demo", "encode", "int8", "cost")
+SECTIONS = ("demo", "encode", "int8", "cost")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0."""
     parser = argparse.ArgumentParser("pyaccel.benchmarks.figures", description=__doc__)
-    parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("part", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
     parser.add_argument("--passages", type=int, default=20_000, help="that are encoded")
     parser.add_argument("--file", type=Path, default=FILE)
     given = parser.parse_args(arguments)
-    if unknown := set(given.part) - set(PARTS):
-        parser.error(f"there is no {', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
+    if unknown := set(given.part) - set(SECTIONS):
+        parser.error(f"there is no {', '.join(sorted(unknown))}: expected some of {', '.join(SECTIONS)}")
     figures = json.loads(given.file.read_text(encoding="utf-8")) if given.file.exists() else {}
     where = {name: provenance(torch.device("cpu"))[name] for name in ("device", "torch", "commit", "date")}
     measured: dict[str, Callable[[], Figures]] = {
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "int8": int8,
         "cost": cost,
     }
-    for name in given.part or PARTS:
+    for name in given.part or SECTIONS:
         print(f"{name} ...", file=sys.stderr)
         figures[name] = {**where, "figures": measured[name]()}
         given.file.parent.mkdir(parents=True, exist_ok=True)

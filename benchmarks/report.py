@@ -13,9 +13,9 @@ from pyaccel.benchmarks.method import Row
 from pyaccel.benchmarks.registry import OURS, cases
 from pyaccel.benchmarks.table import Cell, by_case, notes, timed_variants, verdict
 
-OUR_COLOUR = "#c2410c"
-# Distinct in print and to the colour-blind (Okabe and Ito), without the one that resembles ours.
-COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#6b7280", "#4b0082", "#8b4513", "#2f4f4f")
+OUR_COLOR = "#c2410c"
+# Distinct in print and to the color-blind (Okabe and Ito), without the one that resembles ours.
+COLORS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#6b7280", "#4b0082", "#8b4513", "#2f4f4f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 STYLE = """
@@ -76,11 +76,11 @@ def plot(cells: Sequence[Cell]) -> Any:
             s=70 if own else 45,
             label=name,
             zorder=3,
-            color=OUR_COLOUR if own else COLOURS[at % len(COLOURS)],
+            color=OUR_COLOR if own else COLORS[at % len(COLORS)],
             marker=("*" if name == OURS else "p") if own else MARKERS[at % len(MARKERS)],
             alpha=1.0 if own else 0.85,
         )
-    axes.axvline(1.0, color=OUR_COLOUR, linewidth=1, zorder=1)
+    axes.axvline(1.0, color=OUR_COLOR, linewidth=1, zorder=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())

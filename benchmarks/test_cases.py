@@ -52,10 +52,10 @@ def test_case(benchmark: Any, case: Case, label: str, dtype: str, variant: Varia
     right, error = check(variant, made, call(), truth, naive)
     assert right, f"outside the numerics policy: error {error:.3g}"
 
-    def synchronised() -> None:
+    def synchronized() -> None:
         call()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
     benchmark.group = f"{case.name}, {label}, {dtype}"
-    benchmark(synchronised)
+    benchmark(synchronized)

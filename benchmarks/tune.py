@@ -32,7 +32,7 @@ from pyaccel.machine import kind, provenance
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.attention import varlen as attention_on_host
 from pyaccel.ops.linear import onednn
-from pyaccel.tuned import NOISE, asked, ignored, ranges, trying
+from pyaccel.tuned import NOISE, disabled, launches_of, override_config, ranges
 
 BACKENDS = {"triton": ("pyaccel triton",), "torch": ("pyaccel torch",)}
 INT8 = {**BACKENDS, "floating": ("floating", "floating, torch.compile")}
@@ -80,7 +80,7 @@ class Tunable:
             self.case, variants=tuple(v for v in self.case.variants if v.name in variants)
         )
         rows = []
-        with ignored():  # what was measured before must not decide what is measured now
+        with disabled():  # what was measured before must not decide what is measured now
             for row in measure(case, dtype, device, rounds=rounds, seconds=10.0, sizes=dict(self.sizes)):
                 if bad(row):
                     raise WrongAnswerError(f"{self.name}, {row.variant} at {row.size}: {row.note}")
@@ -133,7 +133,7 @@ class Launch:
         rounds: int,
         done: Callable[[Row], None] = lambda row: None,
     ) -> dict[str, Any]:
-        """Time the default configuration beside its neighbours; as :meth:`Tunable.table`.
+        """Time the default configuration beside its neighbors; as :meth:`Tunable.table`.
 
         A configuration that fails or is wrong is out; the default may not be.
         """
@@ -141,8 +141,8 @@ class Launch:
         lines: dict[tuple[int, ...], dict[str, Any]] = {}
         for label, size in self.sizes.items():
             problem = self.case.problem(size, dtype, device)
-            with ignored():
-                found = asked(self.kernel, triton.prepare(problem))
+            with disabled():
+                found = launches_of(self.kernel, triton.prepare(problem))
                 if found is None or found[0] in lines:
                     continue  # another kernel serves this size; or it was measured at another one
                 key, default = found
@@ -381,7 +381,7 @@ def _launched(kernel: str, variant: Variant, config: Any) -> Variant:
         call = variant.prepare(p)
 
         def launched() -> tuple[torch.Tensor, ...]:
-            with trying(kernel, config):
+            with override_config(kernel, config):
                 return call()
 
         return launched

@@ -66,7 +66,7 @@ _this: Any = sys.modules[__name__]
 
 def __getattr__(name: str) -> Any:
     if name == "_around_the_trace":
-        return requests()
+        return overrides()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -167,10 +167,10 @@ def requested(op: str) -> str:
     return rest.get(op) or rest.get("", "auto")
 
 
-def requests() -> tuple[tuple[str, str], ...]:
+def overrides() -> tuple[tuple[str, str], ...]:
     """All that is asked for now, as sorted pairs of op and backend; "" stands for every other op.
 
-    Equal where the same is asked for, and empty where nothing is. :class:`use_requests` asks for the same elsewhere.
+    Equal where the same is asked for, and empty where nothing is. :class:`use_overrides` asks for the same elsewhere.
     """
     if torch.compiler.is_dynamo_compiling():
         scopes, asked = _traced, dict(_this._around_the_trace)
@@ -182,12 +182,12 @@ def requests() -> tuple[tuple[str, str], ...]:
     return tuple(sorted((op, name) for op, name in asked.items() if name != (rest if op else "auto")))
 
 
-class use_requests(use_backend):
-    """Ask inside a ``with`` block for what :func:`requests` gave, and for nothing else.
+class use_overrides(use_backend):
+    """Ask inside a ``with`` block for what :func:`overrides` gave, and for nothing else.
 
     For a backward: autograd runs it in another thread on a GPU, and perhaps long after the block around the forward
-    has ended. ``ctx.requests = dispatch.requests()`` in the forward, ``with dispatch.use_requests(ctx.requests):`` in
-    the backward.
+    has ended. ``ctx.overrides = dispatch.overrides()`` in the forward,
+    ``with dispatch.use_overrides(ctx.overrides):`` in the backward.
     """
 
     def __init__(self, asked: Iterable[tuple[str, str]]) -> None:
@@ -199,8 +199,8 @@ def is_recording() -> bool:
     return not torch.compiler.is_compiling() and bool(_recorders.get() or (_observing and _observers.get()))
 
 
-def nobody_asks(ops: Iterable[str]) -> bool:
-    """Whether, on a CPU, each of these ops is served as by default, and nobody records by whom."""
+def is_default(ops: Iterable[str]) -> bool:
+    """Whether, on a CPU, these ops are served as by default: no override, no recorder and no observer is active."""
     if is_recording() or triton_support.interpreting():
         return False
     if not _requested and not _scopes.get():
@@ -236,7 +236,7 @@ def choose(
     Args:
         op: the op's name.
         reasons: for each backend that implements the op, why it can't serve this call; empty if it can.
-        preferred: the backend a measurement favours for this call, if any; it is used if it can serve.
+        preferred: the backend a measurement favors for this call, if any; it is used if it can serve.
         why: that measurement, in words.
 
     Raises:

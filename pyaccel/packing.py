@@ -73,7 +73,7 @@ def layout(attention_mask: Tensor, *, sort_by_length: bool = False, keep_first: 
     """The packed layout of a `[batch, seq]` mask, nonzero = token. Waits for the device: sizes depend on it.
 
     sort_by_length: put the sequences into the packed buffer shortest first (rows of equal length in their
-        order), so that sequences of equal length are neighbours and attention can take them in one call.
+        order), so that sequences of equal length are neighbors and attention can take them in one call.
         Sequence `i` of `cu_seqlens` is then no longer row `i`; `pack` and `unpack` do not care.
     keep_first: pack position 0 of every row even where it is padding, as a query that nobody attends to.
         BERT's pooler and all heads over whole sequences read that position, and in a left-padded row stock

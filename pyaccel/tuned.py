@@ -8,7 +8,7 @@ They are hints. A file that can't be read or isn't a table, and a folder that is
 defaults, with one warning; no call fails for them.
 
 ========================  ================================  ==================================================
-op                        size                              ways
+op                        size                              names
 ========================  ================================  ==================================================
 int8_matmul               rows, in_features, out_features   backends of int8, and ``floating``, the layer in
                                                             floating point
@@ -52,7 +52,7 @@ FOLDER = Path(__file__).parent / "kernels" / "tuned"
 
 
 # Farther from every size that was measured (by the product of the ratios), nothing is said.
-FARTHEST = 16.0
+MAX_DISTANCE = 16.0
 _INT = {int}
 NOISE = 1.05
 
@@ -96,11 +96,11 @@ class Timing:
 
         The first one named stays the choice where another is faster by no more than noise.
         """
-        ways = [way for way in among if way in self.us]
-        if not ways:
+        names = [way for way in among if way in self.us]
+        if not names:
             return None
-        best = min(ways, key=self.us.__getitem__)
-        return ways[0] if self.us[ways[0]] <= NOISE * self.us[best] else best
+        best = min(names, key=self.us.__getitem__)
+        return names[0] if self.us[names[0]] <= NOISE * self.us[best] else best
 
     def __str__(self) -> str:
         times = ", ".join(f"{way} {us:.4g}" for way, us in sorted(self.us.items(), key=lambda pair: pair[1]))
@@ -136,11 +136,11 @@ def _nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int,
         return sum(abs(math.log(a / b)) for a, b in zip(timing.size, size, strict=True))
 
     found = min(measured, key=distance, default=None)
-    return found if found is not None and distance(found) <= math.log(FARTHEST) else None
+    return found if found is not None and distance(found) <= math.log(MAX_DISTANCE) else None
 
 
 def preferred(
-    op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], ways: tuple[str, ...]
+    op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], names: tuple[str, ...]
 ) -> tuple[str | None, str]:
     """The way that was fastest at the nearest size, of those named, the usual one first, and the row that says so.
 
@@ -148,26 +148,30 @@ def preferred(
     """
     if torch.compiler.is_compiling() or not _INT.issuperset(map(type, size)) or _ignored.get():
         return None, ""
-    return _preferred(op, device, dtype, size, ways)
+    return _preferred(op, device, dtype, size, names)
 
 
 def preferred_each(
-    op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[tuple[int, ...]], ways: tuple[str, ...]
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[tuple[int, ...]],
+    names: tuple[str, ...],
 ) -> list[str | None]:
     """The implementation of each size that :func:`preferred` names, outside of traced graphs."""
     if _ignored.get():
         return [None] * len(sizes)
-    return [_preferred(op, device, dtype, size, ways)[0] for size in sizes]
+    return [_preferred(op, device, dtype, size, names)[0] for size in sizes]
 
 
 @functools.lru_cache(maxsize=4096)
 def _preferred(
-    op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], ways: tuple[str, ...]
+    op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], names: tuple[str, ...]
 ) -> tuple[str | None, str]:
     timing = _nearest(op, device, dtype, size)
     if timing is None:
         return None, ""
-    way = timing.fastest(ways)
+    way = timing.fastest(names)
     if way is None:
         _warn(f"measurements of {op} are of {', '.join(timing.us)}, which are none of its implementations")
         return None, ""
@@ -291,13 +295,13 @@ def ranges(config: Any) -> dict[str, tuple[int, int]]:
 
 
 @contextmanager
-def trying(kernel: str, config: Any) -> Iterator[None]:
+def override_config(kernel: str, config: Any) -> Iterator[None]:
     """Launch the kernel with this configuration inside, in this thread."""
     with _override(_trying, {**_trying.get(), kernel: config}):
         yield
 
 
-def asked(kernel: str, call: Callable[[], object]) -> tuple[tuple[int, ...], Any] | None:
+def launches_of(kernel: str, call: Callable[[], object]) -> tuple[tuple[int, ...], Any] | None:
     """The size and the default configuration with which ``call`` launches the kernel; None if it doesn't."""
     launches: list[tuple[tuple[int, ...], Any]] = []
     with _override(_asked, {**_asked.get(), kernel: launches}):
@@ -306,7 +310,7 @@ def asked(kernel: str, call: Callable[[], object]) -> tuple[tuple[int, ...], Any
 
 
 @contextmanager
-def ignored() -> Iterator[None]:
+def disabled() -> Iterator[None]:
     """Use no measurement inside, in this thread."""
     with _override(_ignored, True):
         yield

@@ -296,7 +296,7 @@ def uninstall() -> None:
 
 @contextmanager
 def uncorrected() -> Iterator[None]:
-    """Triton's own behaviour, to show what the correction is for."""
+    """Triton's own behavior, to show what the correction is for."""
     uninstall()
     try:
         yield

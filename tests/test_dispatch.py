@@ -1,4 +1,4 @@
-"""Which backend serves a call: asked for and honoured, or refused with every reason; never silently another."""
+"""Which backend serves a call: asked for and honored, or refused with every reason; never silently another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_own_choice() -> None:
         dispatch.choose("residual_layernorm", {"torch": ["broken"], "reference": []})
 
 
-def test_a_request_is_honoured_or_raises() -> None:
+def test_a_request_is_honored_or_raises() -> None:
     with pyaccel.use_backend("reference"):
         assert dispatch.choose("residual_layernorm", ALL, "torch", "measured").backend == "reference"
         with pyaccel.use_backend("torch", ops=["residual_layernorm"]):
@@ -58,14 +58,14 @@ def process() -> Iterator[None]:
     """What is asked for process-wide is put back."""
     yield
     pyaccel.set_backend("auto")
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
 
 
 def test_a_process_wide_request_stays_until_the_next_and_blocks_override_it(process: None) -> None:
     pyaccel.set_backend("reference")
     assert dispatch.requested("varlen_attention") == "reference"
     pyaccel.set_backend("torch", ops=["int8_matmul"])
-    assert dispatch.requests() == (("", "reference"), ("int8_matmul", "torch"))
+    assert dispatch.overrides() == (("", "reference"), ("int8_matmul", "torch"))
     with pyaccel.use_backend("triton", ops=["varlen_attention"]):
         assert dispatch.requested("varlen_attention") == "triton"
         assert dispatch.requested("int8_matmul") == "torch"
@@ -75,14 +75,14 @@ def test_a_process_wide_request_stays_until_the_next_and_blocks_override_it(proc
         assert dispatch.requested("int8_matmul") == "auto", (
             "a block for every op overrides requests for single ones"
         )
-        assert dispatch.requests() == ()
+        assert dispatch.overrides() == ()
     pyaccel.set_backend("torch")
-    assert dispatch.requests() == (("", "torch"),), "a request for every op replaces those for single ops"
+    assert dispatch.overrides() == (("", "torch"),), "a request for every op replaces those for single ops"
     with pytest.raises(ValueError, match="unknown backend 'cuda'"):
         pyaccel.set_backend("cuda")
     with pytest.raises(TypeError, match="list of op names"):
         pyaccel.set_backend("torch", ops="int8_matmul")
-    assert dispatch.requests() == (("", "torch"),)
+    assert dispatch.overrides() == (("", "torch"),)
 
 
 def test_a_process_wide_request_is_every_thread_s(process: None) -> None:
@@ -93,14 +93,14 @@ def test_a_process_wide_request_is_every_thread_s(process: None) -> None:
 def test_without_a_with_statement_nothing_changes_and_a_warning_says_so() -> None:
     with pytest.warns(UserWarning, match="never entered and had no effect"):
         pyaccel.use_backend("reference")
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         request = pyaccel.use_backend("reference")
         for _ in range(2):
             with request:
                 assert dispatch.requested("varlen_attention") == "reference"
-            assert dispatch.requests() == ()
+            assert dispatch.overrides() == ()
         del request
 
 
@@ -111,13 +111,13 @@ def in_a_thread(call: Callable[[], Any]) -> Any:
 
 def test_a_block_is_for_its_own_thread() -> None:
     with pyaccel.use_backend("reference"), dispatch.record() as choices:
-        assert in_a_thread(dispatch.requests) == ()
+        assert in_a_thread(dispatch.overrides) == ()
         in_a_thread(lambda: dispatch.choose("int8_matmul", ALL))
         assert in_a_thread(dispatch.is_recording) is False
-        asked = dispatch.requests()
+        asked = dispatch.overrides()
 
         def elsewhere() -> str:
-            with dispatch.use_requests(asked):
+            with dispatch.use_overrides(asked):
                 return dispatch.requested("int8_matmul")
 
         assert in_a_thread(elsewhere) == "reference"
@@ -125,13 +125,13 @@ def test_a_block_is_for_its_own_thread() -> None:
 
 
 def test_requests_taken_elsewhere_ask_for_nothing_else() -> None:
-    taken = dispatch.requests()
-    with pyaccel.use_backend("reference"), dispatch.use_requests(taken):
-        assert dispatch.requests() == ()
+    taken = dispatch.overrides()
+    with pyaccel.use_backend("reference"), dispatch.use_overrides(taken):
+        assert dispatch.overrides() == ()
         with pyaccel.use_backend("torch", ops=["int8_matmul"]):
-            taken = dispatch.requests()
-    with dispatch.use_requests(taken):
-        assert dispatch.requests() == (("int8_matmul", "torch"),)
+            taken = dispatch.overrides()
+    with dispatch.use_overrides(taken):
+        assert dispatch.overrides() == (("int8_matmul", "torch"),)
 
 
 def test_threads_with_blocks_of_their_own_do_not_meet() -> None:
@@ -145,8 +145,8 @@ def test_threads_with_blocks_of_their_own_do_not_meet() -> None:
                 found = dispatch.choose("int8_matmul", ALL).backend
                 if found != name or [choice.backend for choice in choices] != [name]:
                     wrong.append((found, name))
-            if dispatch.requests():
-                wrong.append(dispatch.requests())
+            if dispatch.overrides():
+                wrong.append(dispatch.overrides())
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -154,7 +154,7 @@ def test_threads_with_blocks_of_their_own_do_not_meet() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
 
 
 def test_asyncio_tasks_do_not_meet() -> None:
@@ -186,14 +186,14 @@ def test_blocks_end_in_any_order(order: tuple[int, ...]) -> None:
         still.remove(number)
         assert dispatch.requested("int8_matmul") == (names[still[-1]] if still else "auto")
     blocks[0].__exit__(None, None, None)  # once more than it was entered
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
 
 
 def test_a_block_that_ends_in_another_thread_is_harmless() -> None:
     with pyaccel.use_backend("torch") as block:
         in_a_thread(lambda: block.__exit__(None, None, None))
         assert dispatch.requested("int8_matmul") == "torch"
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
 
 
 def test_recorders_end_in_any_order() -> None:
@@ -249,7 +249,7 @@ def test_blocks_inside_a_compiled_function(fullgraph: bool) -> None:
             outer = _served(x)
             with (
                 pyaccel.use_backend("triton", ops=["int8_matmul"]),
-                dispatch.use_requests(dispatch.requests()),
+                dispatch.use_overrides(dispatch.overrides()),
             ):
                 inner = _served(x)
         return before, outer, inner, _served(x)
@@ -258,7 +258,7 @@ def test_blocks_inside_a_compiled_function(fullgraph: bool) -> None:
     for name, number in (("auto", 2.0), ("triton", 1.0), ("auto", 2.0)):
         with pyaccel.use_backend(name):
             assert [y.item() for y in compiled(torch.zeros(1))] == [number, 3.0, 1.0, number]
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
     assert dispatch._traced == ()
 
 
@@ -272,7 +272,7 @@ def test_an_error_while_a_function_is_traced_leaves_no_block_behind() -> None:
 
     with pytest.raises(RuntimeError):
         broken(torch.zeros(1, 2))
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
     assert dispatch._traced == ()
 
 
@@ -285,7 +285,7 @@ def test_an_export_that_runs_python_serves_what_is_asked_for() -> None:
     for strict in (False, True):
         program = torch.export.export(Module(), (torch.zeros(1),), strict=strict)
         assert program.module()(torch.zeros(1)).item() == 3.0
-    assert dispatch.requests() == ()
+    assert dispatch.overrides() == ()
 
 
 def test_what_is_put_back_after_an_error() -> None:

@@ -104,7 +104,7 @@ def test_one_s_own_measurements_come_first_and_take_effect_at_once() -> None:
     assert way() == ("matmul", "measured here at 16 x 4 x 8: matmul 1, sdpa 2 us")
     assert by_products(16)
     assert not by_products(1025)  # its scores would be large
-    with tuned.ignored():
+    with tuned.disabled():
         assert way() == (None, "")
     assert way()[0] == "matmul"
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 9.0, "sdpa": 2.0}}, machine="another")
@@ -363,15 +363,15 @@ def test_trials_are_a_thread_s_own() -> None:
             return pool.submit(lambda: tuned.launch("kernel", x, (1,), "default", exactly=True)).result()
 
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
-    with tuned.trying("kernel", "tried"), tuned.ignored():
+    with tuned.override_config("kernel", "tried"), tuned.disabled():
         assert tuned.launch("kernel", x, (1,), "default", exactly=True) == "tried"
         assert elsewhere() == "default"
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(tuned.nearest, "varlen_attention", CPU, torch.float32, (16, 4, 8)).result()
         assert found is not None, "what one thread ignores another uses"
         assert tuned.nearest("varlen_attention", CPU, torch.float32, (16, 4, 8)) is None
-    assert tuned.asked("kernel", elsewhere) is None
-    assert tuned.asked("kernel", lambda: tuned.launch("kernel", x, (1,), "default", exactly=True)) == (
+    assert tuned.launches_of("kernel", elsewhere) is None
+    assert tuned.launches_of("kernel", lambda: tuned.launch("kernel", x, (1,), "default", exactly=True)) == (
         (1,),
         "default",
     )

@@ -44,7 +44,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return configs
 
 
-def normalise(cols: int = 64) -> tuple[torch.Tensor, ...]:
+def normalize(cols: int = 64) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x, residual, weight, bias = (
         torch.randn(*shape, generator=generator) for shape in ((9, cols), (9, cols), (cols,), (cols,))
@@ -67,14 +67,14 @@ def write(size: list[int], config: dict[str, int]) -> None:
 
 
 def test_a_kernel_is_launched_as_it_was_measured_to_be_fastest(launched: list[Any]) -> None:
-    normalise()
+    normalize()
     default = launched[-1]
     write([64], {"block_rows": default.block_rows // 4, "num_warps": 8})
-    assert_close_to_truth(*normalise())
+    assert_close_to_truth(*normalize())
     assert (launched[-1].block_rows, launched[-1].num_warps) == (default.block_rows // 4, 8)
     assert launched[-1].block_n == default.block_n
-    assert_bits_equal(normalise()[0], normalise()[0])
-    normalise(72)  # of another width the default's
+    assert_bits_equal(normalize()[0], normalize()[0])
+    normalize(72)  # of another width the default's
     assert launched[-1].num_warps == default.num_warps
 
 
@@ -158,7 +158,7 @@ def test_the_table_of_a_kernel(launched: list[Any]) -> None:
     tried = {(c.block_rows, c.num_warps) for c in launched}
     assert tried == {(32, 4), (16, 4), (64, 4), (32, 2), (32, 8)}
     tuned.write(tuned.user_folder() / "launch_residual_layernorm_forward.json", [table])
-    normalise()
+    normalize()
     expected = tune.dataclasses.replace(_default(), **row["config"])
     assert launched[-1] == expected
 
@@ -235,7 +235,7 @@ def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
 ) -> None:
     """Each field may be in its range, and the whole ask for more than there is."""
     module, name, call = launches_of(kernel)
-    found = tuned.asked(kernel, lambda: results(call))
+    found = tuned.launches_of(kernel, lambda: results(call))
     assert found is not None
     expected = results(call)
     size, default = found
@@ -268,7 +268,10 @@ def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
         results(call)
     assert tried
     assert all(each == default for each in tried)
-    with tuned.trying(kernel, tune.dataclasses.replace(default, **changed)), pytest.raises(OutOfResources):
+    with (
+        tuned.override_config(kernel, tune.dataclasses.replace(default, **changed)),
+        pytest.raises(OutOfResources),
+    ):
         results(call)  # who tries one is told
 
 
@@ -283,7 +286,7 @@ def test_an_error_of_the_call_itself_is_no_fault_of_the_measurement(monkeypatch:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="the device is gone"):
-            normalise()
+            normalize()
     assert not tuned._refused
 
 

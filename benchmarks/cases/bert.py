@@ -292,7 +292,7 @@ TRAINING = (OURS, *STOCK, contender("torch.compile, max-autotune", compiled(mode
 # ---- sizes ----
 
 
-def labelled(sizes: Iterator[Size]) -> dict[str, Size]:
+def labeled(sizes: Iterator[Size]) -> dict[str, Size]:
     return {
         f"{size.model}, {size.batch}x{SEQ[size.mix]}{'' if size.mix == 'full' else ' ' + size.mix}": size
         for size in sizes
@@ -327,7 +327,7 @@ def case(
     layers: int | None = None,
 ) -> Case:
     def changed(sizes: Iterator[Size]) -> dict[str, Size]:
-        return labelled(size._replace(training=training, layers=layers) for size in sizes)
+        return labeled(size._replace(training=training, layers=layers) for size in sizes)
 
     return Case(
         name=name,

@@ -1,4 +1,4 @@
-"""A deployed int8 layer (the weight is codes, x is quantised as it comes) with bias and erf GELU, in inference.
+"""A deployed int8 layer (the weight is codes, x is quantized as it comes) with bias and erf GELU, in inference.
 
 The truth is the floating layer in fp64 and the yardstick plain int8 in PyTorch: a contender may be as wrong as int8
 is, by the policy, and no more. Rows go from a single token, where the weight's bytes take the time, to full batches.

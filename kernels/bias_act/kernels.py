@@ -25,7 +25,7 @@ def forward_kernel(
     n_rows, n_cols,
     ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program, neighbours along a row first. bias_ptr may be None."""
+    """One tile a program, neighbors along a row first. bias_ptr may be None."""
     pid = tl.program_id(0)
     col_blocks = tl.cdiv(n_cols, BLOCK_N)
     o_row = (pid // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]

@@ -30,7 +30,7 @@ def keep_tile(key_ptr, o_row, first_col, stream, threshold, ROWS: tl.constexpr, 
     """Which elements of a tile [ROWS, COLS] dropout keeps, whose rows are ``o_row`` [ROWS] and whose columns
     begin at ``first_col``. ``stream`` is a scalar or [ROWS].
 
-    ``first_col`` is a multiple of 4: one Philox call gives the words of 4 neighbouring columns.
+    ``first_col`` is a multiple of 4: one Philox call gives the words of 4 neighboring columns.
     """
     seed = tl.load(key_ptr)
     c3 = tl.load(key_ptr + 1).to(tl.uint32)

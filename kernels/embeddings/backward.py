@@ -1,6 +1,6 @@
 """Word + position + token type lookup, LayerNorm and dropout, backward: one pass over the rows.
 
-The sum that was normalised is looked up again, not saved. Gives the gradient at that sum, which
+The sum that was normalized is looked up again, not saved. Gives the gradient at that sum, which
 :mod:`pyaccel.kernels.common.segment_sum` adds up for each table, and fp32 partial sums of the weight and bias
 gradients, one row a program of a persistent grid. No atomics: two runs give the same bits.
 """

@@ -138,11 +138,11 @@ def int8_row_sum() -> RowConfig:
 
 
 def int8_finish(n_cols: int, *, quantize: bool) -> RowConfig:
-    """Whole rows where they are quantised; else tiles of one row, since it is few rows that a split product has."""
+    """Whole rows where they are quantized; else tiles of one row, since it is few rows that a split product has."""
     if quantize:
         if n_cols > limits.MAX_QUANTIZED_ROW:
             raise ValueError(
-                f"rows of {limits.MAX_QUANTIZED_ROW} elements at most are quantised again, got {n_cols}"
+                f"rows of {limits.MAX_QUANTIZED_ROW} elements at most are quantized again, got {n_cols}"
             )
         return bias_gelu_quantize(n_cols)
     check_width(n_cols)

@@ -2,7 +2,7 @@
 
 ``act((sums * a_scale + a_offset * b_sum) * b_scale + bias) + residual``, the steps and their order of
 pyaccel/reference/int8.py. A tile's epilogue runs where its sums are. The kernel here takes sums from memory:
-those of a split inner dimension, which it adds up first, and those of rows whose result is quantised again, for which
+those of a split inner dimension, which it adds up first, and those of rows whose result is quantized again, for which
 a program must see a whole row.
 """
 

@@ -32,7 +32,7 @@ def rows_kernel(
     n_rows, n_cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A scale for each row and, with offset_ptr, the middle of its range, around which it is quantised."""
+    """A scale for each row and, with offset_ptr, the middle of its range, around which it is quantized."""
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
     o_col = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     m_row = o_row < n_rows
@@ -56,7 +56,7 @@ def tensor_kernel(
     n_rows, n_cols,
     BLOCK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One given scale for all of x; tiles, neighbours along a row first."""
+    """One given scale for all of x; tiles, neighbors along a row first."""
     pid = tl.program_id(0)
     col_blocks = tl.cdiv(n_cols, BLOCK_N)
     o_row = (pid // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]

@@ -19,7 +19,7 @@ from pyaccel.kernels.common.philox import dropout_scalars, dropout_tile
 def _load_tile(
     dy_ptr, sum_ptr, weight_ptr, mean, rstd, row, o_col, mask, m_col, stride_dy_row, stride_dy_col, n_cols
 ):
-    """dy, w * dy (0 where masked) and the normalised input of a tile, [rows, columns] each, in fp32."""
+    """dy, w * dy (0 where masked) and the normalized input of a tile, [rows, columns] each, in fp32."""
     col = o_col[None, :]
     dy = tl.load(dy_ptr + row * stride_dy_row + col.to(tl.int64) * stride_dy_col, mask=mask, other=0.0)
     dy = dy.to(tl.float32)

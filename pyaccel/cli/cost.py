@@ -21,8 +21,8 @@ from pyaccel.errors import NotSupportedError, UserInputError
 if TYPE_CHECKING:
     from pyaccel.cost.host import HostCost
     from pyaccel.cost.layer import LayerSize
-    from pyaccel.cost.model import Part
-    from pyaccel.cost.roofline import Card
+    from pyaccel.cost.model import Segment
+    from pyaccel.cost.roofline import DeviceSpec
 
 COLUMNS = ("launches", "backward", "moved MB", "of stock", "saved MB", "of stock", "least µs")
 CPU = "this CPU"
@@ -122,10 +122,10 @@ def cost(
 
 def _layer(size: LayerSize, card: str, dtype: str, as_json: bool) -> None:
     from pyaccel.cost import layer as lane
-    from pyaccel.cost.roofline import CARDS
+    from pyaccel.cost.roofline import DEVICE_SPECS
 
-    if card not in CARDS:
-        raise UserInputError(f"--card {card}: expected one of {', '.join(CARDS)}")
+    if card not in DEVICE_SPECS:
+        raise UserInputError(f"--card {card}: expected one of {', '.join(DEVICE_SPECS)}")
     try:
         costs = lane.layer_costs(size)
     except RuntimeError as error:  # no triton, or sizes that torch can't count
@@ -140,7 +140,7 @@ def _layer(size: LayerSize, card: str, dtype: str, as_json: bool) -> None:
             "activation_bytes_of_stock": one.activation_bytes / costs[lane.STOCK][mode].activation_bytes,
             "saved_bytes": one.saved_bytes,
             "saved_bytes_of_stock": one.saved_bytes / max(costs[lane.STOCK][mode].saved_bytes, 1),
-            "least_seconds": one.seconds(CARDS[card]),
+            "least_seconds": one.seconds(DEVICE_SPECS[card]),
         }
         for mode in lane.MODES
         for name, one in ((name, by_mode[mode]) for name, by_mode in costs.items())
@@ -200,7 +200,7 @@ def _model(
     costs = model_cost.model_costs(config, mix, DTYPES[dtype], training=training, backend=backend)
     device = resolve_device("auto")
     hosts = host.encoder_host_costs(config.num_hidden_layers, device)
-    cards = {**roofline.CARDS, CPU: roofline.measured_card(DTYPES[dtype])}
+    cards = {**roofline.DEVICE_SPECS, CPU: roofline.measured_card(DTYPES[dtype])}
     mode = "training" if training else "evaluation"
     title = f"{model}, {batch} x {seq_len} ({lengths}: {sum(mix)} tokens), {dtype}, {mode}"
     if as_json:
@@ -219,9 +219,9 @@ def _model(
         draw(title, costs, cards, plot)
 
 
-def draw(title: str, costs: dict[str, list[Part]], cards: dict[str, Card], file: Path) -> None:
+def draw(title: str, costs: dict[str, list[Segment]], cards: dict[str, DeviceSpec], file: Path) -> None:
     """Each card's least time, stock beside accelerated, as bars; the format is that of the file's name."""
-    from pyaccel.benchmarks.report import OUR_COLOUR, matplotlib_figure
+    from pyaccel.benchmarks.report import OUR_COLOR, matplotlib_figure
     from pyaccel.cost.model import least_seconds
 
     try:
@@ -231,8 +231,8 @@ def draw(title: str, costs: dict[str, list[Part]], cards: dict[str, Card], file:
         for shift, (side, parts) in zip((-0.2, 0.2), costs.items(), strict=True):
             times = [least_seconds(parts, card) * 1e3 for card in cards.values()]
             places = [i + shift for i in range(len(cards))]
-            colour = OUR_COLOUR if side == "accelerated" else "#6b7280"
-            axes.barh(places, times, height=0.38, label=side, color=colour)
+            color = OUR_COLOR if side == "accelerated" else "#6b7280"
+            axes.barh(places, times, height=0.38, label=side, color=color)
             for place, time_ms in zip(places, times, strict=True):
                 axes.annotate(f" {time_ms:.3g}", (time_ms, place), va="center", fontsize=8)
         axes.set_xscale("log")
@@ -246,7 +246,7 @@ def draw(title: str, costs: dict[str, list[Part]], cards: dict[str, Card], file:
         raise UserInputError(f"--plot {file}: {error}") from error
 
 
-def _as_dict(parts: list[Part], cards: dict[str, Card]) -> dict[str, Any]:
+def _as_dict(parts: list[Segment], cards: dict[str, DeviceSpec]) -> dict[str, Any]:
     from pyaccel.cost import model as model_cost
 
     return {
@@ -257,7 +257,7 @@ def _as_dict(parts: list[Part], cards: dict[str, Card]) -> dict[str, Any]:
     }
 
 
-def _parts_table(title: str, costs: dict[str, list[Part]], backend: str) -> Table:
+def _parts_table(title: str, costs: dict[str, list[Segment]], backend: str) -> Table:
     from pyaccel.cost.model import figures
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -297,7 +297,7 @@ def _cells(sides: list[dict[str, int] | None], columns: tuple[tuple[str, float, 
     ]
 
 
-def _grouped(parts: list[Part]) -> dict[str, Part]:
+def _grouped(parts: list[Segment]) -> dict[str, Segment]:
     """Name -> part, where layers that cost the same are one row."""
     from pyaccel.cost.model import figures
 
@@ -310,7 +310,7 @@ def _grouped(parts: list[Part]) -> dict[str, Part]:
     }
 
 
-def _ops_table(costs: dict[str, list[Part]]) -> Table:
+def _ops_table(costs: dict[str, list[Segment]]) -> Table:
     from pyaccel.cost.model import by_op
 
     table = Table(title="by operator", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -326,7 +326,7 @@ def _ops_table(costs: dict[str, list[Part]]) -> Table:
     return table
 
 
-def _cards_table(costs: dict[str, list[Part]], cards: dict[str, Card]) -> Table:
+def _cards_table(costs: dict[str, list[Segment]], cards: dict[str, DeviceSpec]) -> Table:
     from pyaccel.cost.model import least_seconds
 
     table = Table(title="least time", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

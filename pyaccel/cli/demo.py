@@ -97,7 +97,7 @@ class Result:
     report: Report
     compiled: list[float] | None = None  # torch.compile of the stock model in the accelerated one's dtype
     versions: dict[str, str] = field(default_factory=dict)
-    int8: str | None = None  # what quantisation did, in words
+    int8: str | None = None  # what quantization did, in words
 
     @property
     def right(self) -> bool:
@@ -163,7 +163,7 @@ def demo(
     dtype: Annotated[str, typer.Option(help="Of the accelerated model: fp32, bf16 or fp16.")] = "fp32",
     int8: Annotated[
         bool,
-        typer.Option(help="Quantise the accelerated model's encoder: dynamic int8, a scale for each token."),
+        typer.Option(help="Quantize the accelerated model's encoder: dynamic int8, a scale for each token."),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, help="Passages a batch.")] = 16,
     device: Annotated[

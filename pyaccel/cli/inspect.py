@@ -23,7 +23,7 @@ from rich.text import Text
 from pyaccel.cli.console import output, progress_output
 from pyaccel.errors import UserInputError
 from pyaccel.inspect.compile import CompilationError, MachineCode, compile_tasks, listings, tasks
-from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.gpus import GPU_SPECS
 from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs.registry import specs
 
@@ -55,7 +55,7 @@ def inspect(
         list[str] | None, typer.Option(help="An op, such as residual_layernorm; repeatable. Default: all.")
     ] = None,
     arch: Annotated[
-        list[str] | None, typer.Option(help=f"Any of {', '.join(PARTS)}; repeatable. Default: sm_90.")
+        list[str] | None, typer.Option(help=f"Any of {', '.join(GPU_SPECS)}; repeatable. Default: sm_90.")
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="A dtype label, such as bf16; repeatable. Default: all.")

@@ -36,7 +36,7 @@ def tune(
 ) -> None:
     """Measure each way to serve an op at the sizes of real models, and let dispatch choose by it from now on.
 
-    On a GPU also the launch configurations of kernels, beside their neighbours. Answers are checked before anything is
+    On a GPU also the launch configurations of kernels, beside their neighbors. Answers are checked before anything is
     timed. The tables hold for this kind of machine, come before those that ship with pyaccel, and are read by every
     process that starts; pyaccel.explain(model) shows the row that decided. Delete the folder to go back. A few minutes
     on a CPU. Exits with 1 where a way is wrong, with 2 for bad options.

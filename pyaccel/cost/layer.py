@@ -71,7 +71,7 @@ def _our_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], Ten
 
 
 def _int8_layer(size: LayerSize, *, training: bool) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
-    """Deployed, with int8 weights; in training, with weights that each forward quantises."""
+    """Deployed, with int8 weights; in training, with weights that each forward quantizes."""
     layer, run = _our_layer(size)
     for name, module in list(layer.named_modules()):
         if isinstance(module, torch.nn.Linear):

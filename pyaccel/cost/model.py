@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyaccel import checkpoints, dispatch, triton_support
 from pyaccel.cost.as_cuda import AsOnCuda
 from pyaccel.cost.recorder import Cost, Step, measure
-from pyaccel.cost.roofline import Card
+from pyaccel.cost.roofline import DeviceSpec
 from pyaccel.errors import NotSupportedError
 from pyaccel.packing import PackedLayout, pack, unpack
 
@@ -67,7 +67,7 @@ def bert_config(model: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """Embeddings, one layer, the pooler, or packing: the cost of its forward and, in training, backward."""
 
     name: str
@@ -78,7 +78,7 @@ class Part:
         return {"name": self.name, **figures([self])}
 
 
-def figures(parts: Sequence[Part]) -> dict[str, int]:
+def figures(parts: Sequence[Segment]) -> dict[str, int]:
     """Launches, FLOPs (in 16 bits; int8 counts half), bytes moved and bytes saved for backward, of all together."""
     steps = [step for part in parts for step in part.cost.steps]
     return {
@@ -89,7 +89,7 @@ def figures(parts: Sequence[Part]) -> dict[str, int]:
     }
 
 
-def by_op(parts: Sequence[Part]) -> dict[str, dict[str, int]]:
+def by_op(parts: Sequence[Segment]) -> dict[str, dict[str, int]]:
     """The same for each operator."""
     steps: dict[str, list[Step]] = {}
     for part in parts:
@@ -105,7 +105,7 @@ def by_op(parts: Sequence[Part]) -> dict[str, dict[str, int]]:
     }
 
 
-def least_seconds(parts: Sequence[Part], card: Card) -> float:
+def least_seconds(parts: Sequence[Segment], card: DeviceSpec) -> float:
     """The roofline's time, without launches and their gaps."""
     return sum(part.cost.seconds(card) for part in parts)
 
@@ -117,7 +117,7 @@ def model_costs(
     *,
     training: bool = False,
     backend: str = "auto",
-) -> dict[str, list[Part]]:
+) -> dict[str, list[Segment]]:
     """``"stock"`` (eager mode, SDPA) and ``"accelerated"``: the parts of a BERT in the order in which they run.
 
     Args:
@@ -160,7 +160,7 @@ def model_costs(
     return costs
 
 
-def _stock(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
+def _stock(model: Any, lengths: Sequence[int], *, training: bool) -> list[Segment]:
     batch, seq = len(lengths), max(lengths)
     mask = None
     if min(lengths) < seq:  # transformers makes it once for all layers
@@ -173,7 +173,7 @@ def _stock(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
     return run.parts
 
 
-def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[Part]:
+def _accelerated(model: Any, lengths: Sequence[int], *, training: bool) -> list[Segment]:
     batch, seq, total = len(lengths), max(lengths), sum(lengths)
     run = _Run(training, lengths)
     hidden = run.embeddings(model, batch, seq)
@@ -208,13 +208,13 @@ class _Run:
 
     def __init__(self, training: bool, lengths: Sequence[int] | None) -> None:
         self.training, self.lengths = training, lengths
-        self.parts: list[Part] = []
+        self.parts: list[Segment] = []
 
     def __call__(
         self, name: str, module: nn.Module, call: Callable[[Tensor], Tensor], hidden: Tensor
     ) -> None:
         cost = measure(module, call, hidden, training=self.training, lengths=self.lengths)
-        self.parts.append(Part(name, cost))
+        self.parts.append(Segment(name, cost))
 
     def embeddings(self, model: Any, batch: int, seq: int) -> Tensor:
         ids = torch.empty(batch, seq, dtype=torch.int64, device="meta")

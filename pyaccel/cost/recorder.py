@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pyaccel.cost.roofline import Card
+from pyaccel.cost.roofline import DeviceSpec
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cost:
         """What forward and backward read and write, parameters apart."""
         return sum(step.activation_bytes for step in (*self.forward, *self.backward))
 
-    def seconds(self, card: Card) -> float:
+    def seconds(self, card: DeviceSpec) -> float:
         """The least time on ``card``, without launches and their gaps."""
         return sum(
             max((step.activation_bytes + step.parameter_bytes) / card.bandwidth, step.flops / card.flops)
@@ -93,7 +93,7 @@ def _attention_backward_launches(arguments: dict[str, Any]) -> int:
 
 
 def _int8_matmul_launches(arguments: dict[str, Any]) -> int:
-    """The product, the weight's row sums where there are offsets, and what finishes split or requantised sums."""
+    """The product, the weight's row sums where there are offsets, and what finishes split or requantized sums."""
     from pyaccel.kernels.int8 import config as int8_matmul_config
 
     a, b = arguments["a"], arguments["b"]

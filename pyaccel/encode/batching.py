@@ -11,7 +11,7 @@ from torch import Tensor
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices by falling length, as many at a time as have ``batch_tokens`` tokens together, but at least one.
 
-    Neighbours have about the same length; the longest come first, so a batch that doesn't fit fails early.
+    Neighbors have about the same length; the longest come first, so a batch that doesn't fit fails early.
     """
     batch: list[int] = []
     tokens = 0

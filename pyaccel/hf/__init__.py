@@ -63,7 +63,7 @@ def accelerate(
             head (a subclass of one of transformers', or any module with ``qa_outputs``), whose loss is over all
             positions, padding is kept. Pass ``packing=False`` for a head of your own that reads padding.
             With False all layers run padded and padding positions are the stock model's.
-        int8: ``"dynamic"`` or ``"weight_only"``: also quantise the layers' linear modules, as
+        int8: ``"dynamic"`` or ``"weight_only"``: also quantize the layers' linear modules, as
             :func:`pyaccel.quantization.quantize` does. The floating ones are kept in memory for :func:`restore`.
         backend: ``"auto"``, or ``"triton"``, ``"torch"`` or ``"reference"`` for every op while this model
             runs.

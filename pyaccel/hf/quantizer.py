@@ -1,7 +1,7 @@
 """transformers' own way to int8: ``from_pretrained(..., quantization_config=PyaccelInt8Config())``, and reloading.
 
 Importing this module registers both classes under "pyaccel_int8". A floating checkpoint is loaded as it is and
-quantised in place afterwards, by :func:`pyaccel.quantization.quantize`: what that function makes of a model and what
+quantized in place afterwards, by :func:`pyaccel.quantization.quantize`: what that function makes of a model and what
 ``from_pretrained`` makes of its folder are the same bits, and nothing depends on how a release of transformers
 converts weights while it reads them.
 """
@@ -26,10 +26,10 @@ class PyaccelInt8Config(QuantizationConfigMixin):
 
     Args:
         method: "dynamic" or "weight_only", as of :func:`pyaccel.quantization.quantize`. Static scales and SmoothQuant
-            need data: quantise a loaded model with that function and save it; the folder loads without arguments.
+            need data: quantize a loaded model with that function and save it; the folder loads without arguments.
         skip: names or patterns of layers to leave in floating point, as of that function.
-        modules: of a quantised folder: the encoder's int8 layers, name -> method. Not to be given by hand.
-        smoothed: of a quantised folder: those of them whose input is smoothed.
+        modules: of a quantized folder: the encoder's int8 layers, name -> method. Not to be given by hand.
+        smoothed: of a quantized folder: those of them whose input is smoothed.
 
     Raises:
         ValueError: another method, or arguments that are unknown.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pyaccel.inspect.assembly import parse_amdgcn, parse_sass
-from pyaccel.inspect.gpus import Part, _check_arch
+from pyaccel.inspect.gpus import GpuSpec, _check_arch
 from pyaccel.inspect.spec import KernelSpec, Name
 
 _Result = TypeVar("_Result")
@@ -39,7 +39,7 @@ class MachineCode:
 
     Attributes:
         op, name, config, dtype: those of the spec.
-        arch: a key of :data:`PARTS`.
+        arch: a key of :data:`GPU_SPECS`.
         num_warps: warps a block.
         registers: 32-bit registers a thread (on AMD vector registers a lane, AccVGPRs included).
         spill_bytes: bytes a thread stores outside registers for want of registers.
@@ -102,7 +102,7 @@ def compile_spec(spec: KernelSpec, arch: str) -> MachineCode:
     compiled = _compile(spec, arch)
     if part.backend == "cuda":
         assembly = parse_sass(_disassemble(compiled.asm["cubin"]))
-        # The static part is the system's own, counted by Part.shared_reserved.
+        # The static part is the system's own, counted by GpuSpec.shared_reserved.
         shared_bytes = compiled.metadata.shared
     else:
         assembly = parse_amdgcn(compiled.asm["amdgcn"])
@@ -191,7 +191,9 @@ def _path(name: Name, arg_names: list[str]) -> tuple[int, ...]:
     return (arg_names.index(name),) if isinstance(name, str) else (arg_names.index(name[0]), name[1])
 
 
-def _attributes(spec: KernelSpec, part: Part, arg_names: list[str]) -> dict[tuple[int, ...], list[list[Any]]]:
+def _attributes(
+    spec: KernelSpec, part: GpuSpec, arg_names: list[str]
+) -> dict[tuple[int, ...], list[list[Any]]]:
     """Triton's hints for each argument, as its JIT gives them on a launch."""
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for name in spec.divisible:
@@ -235,7 +237,7 @@ def compile_all(
 
     Args:
         specs: what to compile.
-        archs: keys of :data:`PARTS`.
+        archs: keys of :data:`GPU_SPECS`.
         workers: processes; by default as many as this process may use cores.
 
     Triton's cache (TRITON_CACHE_DIR) is used, so that a second run takes seconds.

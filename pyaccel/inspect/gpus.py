@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuSpec:
     """The limits of a GPU architecture. "SM" stands for a compute unit on AMD, "warp" for a wave.
 
     Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"; AMD's CDNA 3
@@ -50,9 +50,9 @@ class Part:
 
 def _nvidia(
     capability: int, *, warps: int, blocks: int, shared_per_block_kib: int, shared_per_sm_kib: int
-) -> Part:
+) -> GpuSpec:
     # 64 Ki registers an SM, 16 Ki a scheduler: 512 for each of a warp's 32 lanes.
-    return Part(
+    return GpuSpec(
         "cuda",
         capability,
         32,
@@ -65,13 +65,13 @@ def _nvidia(
     )
 
 
-def _amd(target: str, *, shared_kib: int) -> Part:
+def _amd(target: str, *, shared_kib: int) -> GpuSpec:
     # 8 waves for each of the 4 SIMDs, which has 512 vector registers (VGPRs and AccVGPRs) a lane. A unit
     # takes 16 blocks of more than one wave.
-    return Part("hip", target, 64, 32, 16, shared_kib * 1024, shared_kib * 1024, 0, 512)
+    return GpuSpec("hip", target, 64, 32, 16, shared_kib * 1024, shared_kib * 1024, 0, 512)
 
 
-PARTS: dict[str, Part] = {
+GPU_SPECS: dict[str, GpuSpec] = {
     "sm_80": _nvidia(80, warps=64, blocks=32, shared_per_block_kib=163, shared_per_sm_kib=164),
     "sm_86": _nvidia(86, warps=48, blocks=16, shared_per_block_kib=99, shared_per_sm_kib=100),
     "sm_89": _nvidia(89, warps=48, blocks=24, shared_per_block_kib=99, shared_per_sm_kib=100),
@@ -82,7 +82,7 @@ PARTS: dict[str, Part] = {
 }
 
 
-def _check_arch(arch: str) -> Part:
-    if arch not in PARTS:
-        raise ValueError(f"unknown architecture {arch!r}: expected one of {', '.join(PARTS)}")
-    return PARTS[arch]
+def _check_arch(arch: str) -> GpuSpec:
+    if arch not in GPU_SPECS:
+        raise ValueError(f"unknown architecture {arch!r}: expected one of {', '.join(GPU_SPECS)}")
+    return GPU_SPECS[arch]

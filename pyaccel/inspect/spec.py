@@ -82,7 +82,7 @@ def kernel_spec(
     archs: frozenset[str] | None = None,
     fp_fusion: bool = True,
 ) -> KernelSpec:
-    """A :class:`KernelSpec` with the arguments specialised as Triton's JIT does it on a launch.
+    """A :class:`KernelSpec` with the arguments specialized as Triton's JIT does it on a launch.
 
     An argument is as a launch has it: a tensor (or ``"*bf16"`` for a pointer to bfloat16), a number, None or a tuple of
     integers. None, the integer 1 and arguments with upper-case names become constants, integers divisible by 16 and

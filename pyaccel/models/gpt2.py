@@ -5,7 +5,7 @@
     hidden = model(input_ids, attention_mask)
 
 As in BERT the padding is dropped once and everything works on `[total_tokens, n_embd]`. Between two blocks runs a
-residual stream that is never normalised; what a half block adds to it, and the LayerNorm with which the next half
+residual stream that is never normalized; what a half block adds to it, and the LayerNorm with which the next half
 begins, are one pass (`residual_layernorm(..., return_sum=True)`). It trains and gives hidden states; there is no cache.
 """
 
@@ -104,7 +104,7 @@ class GPT2Block(nn.Module):
     def forward(
         self, x: Tensor, stream: Tensor, tokens: PackedLayout, next_norm: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
-        """One block, from its normalised input to the next one's.
+        """One block, from its normalized input to the next one's.
 
         Args:
             x: `ln_1(stream)`, `[total_tokens, n_embd]`.

@@ -60,7 +60,7 @@ class BertWithHead(nn.Module):
         self.bert = BertModel(config, add_pooling_layer=self.needs_pooler)
 
     def _init_head(self) -> None:
-        """Initialise what is not in `bert` as BERT does; the last line of every __init__."""
+        """Initialize what is not in `bert` as BERT does; the last line of every __init__."""
         for name, module in self.named_children():
             if name != "bert":
                 module.apply(self.bert._init_weights)
@@ -71,7 +71,7 @@ class BertWithHead(nn.Module):
     ) -> Head:
         """Load a folder as `BertModel.from_pretrained` does, with its head.
 
-        Where the folder has no such head (a pre-trained encoder, to be fine-tuned) the head is initialised anew, with
+        Where the folder has no such head (a pre-trained encoder, to be fine-tuned) the head is initialized anew, with
         a warning that names its parameters. Heads of other kinds in the folder are left out.
 
         Raises:
@@ -98,7 +98,7 @@ class BertWithHead(nn.Module):
         if new_pooler is not None:
             new += [f"bert.pooler.{name}" for name, _ in new_pooler.named_parameters()]
         if new:
-            warnings.warn(f"{folder} has no {', '.join(new)}: newly initialised, train it", stacklevel=2)
+            warnings.warn(f"{folder} has no {', '.join(new)}: newly initialized, train it", stacklevel=2)
         return model.to(encoder.embeddings.word_embeddings.weight.dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -18,13 +18,13 @@ METHODS: tuple[Method, ...] = ("dynamic", "static", "weight_only")
 class Int8Linear(nn.Module):
     """``x @ weight^T + bias`` with x and weight, or weight alone, in int8: the same bits in training and deployed.
 
-    A floating ``weight`` is trainable: every forward quantises it by a scale for each output channel, and gradients are
+    A floating ``weight`` is trainable: every forward quantizes it by a scale for each output channel, and gradients are
     straight-through (:func:`pyaccel.ops.int8_linear`). :meth:`freeze` puts the int8 codes in its place, beside their
     ``weight_scale``; :meth:`unfreeze` goes back.
 
     Args:
         in_features, out_features, bias, device, dtype: as of ``nn.Linear``.
-        method: ``"dynamic"`` quantises each token around the middle of its own range, ``"static"`` all of them
+        method: ``"dynamic"`` quantizes each token around the middle of its own range, ``"static"`` all of them
             symmetrically, by ``input_scale``, and ``"weight_only"`` none: the weight takes a quarter of fp32's bytes
             and products are of x's dtype.
 
@@ -33,7 +33,7 @@ class Int8Linear(nn.Module):
         bias: Parameter ``[out_features]`` or None.
         weight_scale: fp32 ``[out_features]``; None while the weight is floating.
         input_scale: fp32 scalar, with "static"; 1 until it is calibrated.
-        smooth_scale: fp32 ``[in_features]`` or None: multiplies x before it is quantised (SmoothQuant,
+        smooth_scale: fp32 ``[in_features]`` or None: multiplies x before it is quantized (SmoothQuant,
             arXiv:2211.10438, where it can't be folded into what comes before).
 
     The scales stay fp32 whatever dtype the module is cast to, and an int8 weight stays int8. State dict: ``weight``,
@@ -63,7 +63,7 @@ class Int8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.method = method
-        # nn.Linear's own initialisation
+        # nn.Linear's own initialization
         like = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight = cast(nn.Parameter, like.weight)
         self.bias = cast(nn.Parameter | None, like.bias)
@@ -98,7 +98,7 @@ class Int8Linear(nn.Module):
         return module
 
     def to_linear(self) -> nn.Linear:
-        """The nn.Linear of the weight as it is (dequantised where frozen), for x as it comes."""
+        """The nn.Linear of the weight as it is (dequantized where frozen), for x as it comes."""
         dtype = self._float_dtype()
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype

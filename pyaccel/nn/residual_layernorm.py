@@ -30,7 +30,7 @@ class ResidualLayerNorm(nn.LayerNorm):
     ) -> None:
         if not isinstance(normalized_shape, int):
             raise ValueError(
-                f"ResidualLayerNorm normalises the last dimension: normalized_shape must be an int, "
+                f"ResidualLayerNorm normalizes the last dimension: normalized_shape must be an int, "
                 f"got {normalized_shape!r}"
             )
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)

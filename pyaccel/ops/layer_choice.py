@@ -32,7 +32,7 @@ def triton_serves(hidden: Tensor, rows: int, longest: int, inner: int, heads: in
         return False
     if not is_undisturbed(hidden) or autocast_dtype(device) is not None or forward_mode():
         return False
-    if dispatch.is_recording() or dispatch.requests():
+    if dispatch.is_recording() or dispatch.overrides():
         return False
     backends = ("triton", "torch")
     measured = [

@@ -105,7 +105,7 @@ def calibrate(model: nn.Module, data: Iterable[Any], *, progress: bool = True) -
 
 
 def encoder_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of an encoder by name: those inside the layers of a ModuleList, quantised ones too.
+    """The linear layers of an encoder by name: those inside the layers of a ModuleList, quantized ones too.
 
     Embeddings, poolers and heads are none of them.
     """

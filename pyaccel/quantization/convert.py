@@ -79,10 +79,10 @@ def quantize(
         progress: show a bar while calibrating.
 
     Returns:
-        what was quantised and what not. Embeddings, poolers and heads stay floating and are named.
+        what was quantized and what not. Embeddings, poolers and heads stay floating and are named.
 
     Raises:
-        ValueError: nothing to quantise, an unknown method or observer, a pattern that fits nothing, or no data where
+        ValueError: nothing to quantize, an unknown method or observer, a pattern that fits nothing, or no data where
             they are needed.
 
     An error, or Ctrl-C, leaves the model as it was: all layers are made before the first is put in its place.
@@ -119,7 +119,7 @@ def quantize_within(
     linears, report = _selected(model, method, skip)
     if method == "weight_only" and smooth:
         raise ValueError(
-            "quantize: smooth=True is for quantised inputs, and 'weight_only' leaves them as they are"
+            "quantize: smooth=True is for quantized inputs, and 'weight_only' leaves them as they are"
         )
     if observer not in OBSERVERS:
         raise ValueError(f"quantize: unknown observer {observer!r}: expected one of {', '.join(OBSERVERS)}")
@@ -278,8 +278,8 @@ def _selected(
             report.skipped[name] = "not in an encoder layer"
     if not chosen:
         already = any(isinstance(module, Int8Linear) for module in model.modules())
-        why = "it is quantised already" if already else "it has no nn.Linear inside a ModuleList of layers"
-        raise ValueError(f"quantize: there is nothing to quantise in this {type(model).__name__}: {why}")
+        why = "it is quantized already" if already else "it has no nn.Linear inside a ModuleList of layers"
+        raise ValueError(f"quantize: there is nothing to quantize in this {type(model).__name__}: {why}")
     return chosen, report
 
 

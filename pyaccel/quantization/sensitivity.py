@@ -67,7 +67,7 @@ def sensitivity(model: nn.Module, data: Iterable[Any], *, progress: bool = True)
         model, data: as :func:`pyaccel.quantization.calibrate` takes them.
 
     Raises:
-        ValueError: no data, or nothing to quantise.
+        ValueError: no data, or nothing to quantize.
     """
     power: dict[str, list[float]] = {}
     layers = {

@@ -5,7 +5,7 @@ weight's column multiplied by it: the same product, with a share of the input's 
 
 The paper folds the division into the LayerNorm before. In a post-norm layer, BERT's, that LayerNorm's output is the
 residual too, which must keep its size, and in front of the last product stands the activation. So the division stays
-where it belongs: ``Int8Linear.smooth_scale`` multiplies the input in the pass that quantises it.
+where it belongs: ``Int8Linear.smooth_scale`` multiplies the input in the pass that quantizes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyaccel.quantization.calibrate import Calibration
 
-# Projections of one input share their scales, so that it is quantised in the same way for each of them.
+# Projections of one input share their scales, so that it is quantized in the same way for each of them.
 SIBLINGS = ("query", "key", "value", "q_lin", "k_lin", "v_lin")
 
 

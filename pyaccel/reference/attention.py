@@ -236,14 +236,14 @@ def band_mask(
         return None
     rows = torch.arange(seq_q, device=device).unsqueeze(1)
     cols = torch.arange(seq_k, device=device).unsqueeze(0)
-    centre = rows + (seq_k - seq_q if shift is None else shift)
+    center = rows + (seq_k - seq_q if shift is None else shift)
     sides = []
     if is_causal:
         sides.append(cols <= rows)
     if left >= 0:
-        sides.append(cols >= centre - left)
+        sides.append(cols >= center - left)
     if right >= 0:
-        sides.append(cols <= centre + right)
+        sides.append(cols <= center + right)
     band = sides[0]
     for side in sides[1:]:
         band = band & side

@@ -1,7 +1,7 @@
 """BERT's embeddings in plain torch: word + position + token type, LayerNorm, dropout: the definition.
 
-Source: J. Devlin et al., arXiv:1810.04805 (2018), section 3; the dropout after the normalisation is that of the code
-published with it. Layer normalisation: arXiv:1607.06450.
+Source: J. Devlin et al., arXiv:1810.04805 (2018), section 3; the dropout after the normalization is that of the code
+published with it. Layer normalization: arXiv:1607.06450.
 """
 
 from __future__ import annotations

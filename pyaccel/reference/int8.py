@@ -38,7 +38,7 @@ def quantize_per_token_with_offset(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row around the middle of its range: int8 ``[..., features]``, fp32 scales and offsets ``[...]``.
 
-    ``x - offset`` is quantised symmetrically, by its own scale: a row of one sign, such as an activation's output, or
+    ``x - offset`` is quantized symmetrically, by its own scale: a row of one sign, such as an activation's output, or
     with one outlier, keeps up to a bit more. ``offset = max(x) / 2 + min(x) / 2`` in fp32. ``factor``, fp32
     ``[features]``, multiplies x first, in fp32.
     """
@@ -88,7 +88,7 @@ def scale_of(amax: Tensor) -> Tensor:
 def encode(x: Tensor, scale: Tensor) -> Tensor:
     """int8 codes of ``x`` for a broadcastable ``scale``.
 
-    A group with NaN or inf in it has a NaN or inf scale, so what is dequantised from it is NaN and shows; NaN
+    A group with NaN or inf in it has a NaN or inf scale, so what is dequantized from it is NaN and shows; NaN
     itself gets code 0, since converting it to an integer is undefined.
     """
     codes = (x.float() / scale).round_().clamp_(-INT8_MAX, INT8_MAX)
@@ -109,7 +109,7 @@ def int8_matmul(
     a_offset: Tensor | None = None,
     upcast: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Product of quantised activations and a quantised weight.
+    """Product of quantized activations and a quantized weight.
 
     Args:
         a: int8 ``[..., in_features]``.
@@ -121,8 +121,8 @@ def int8_matmul(
         residual: ``[..., out_features]``, any floating dtype; added after the activation.
         out_dtype: dtype of the result where ``upcast`` is False.
         quantize_output: return int8 ``[..., out_features]`` and fp32 scales of the leading shape instead,
-            quantised per token from the epilogue's own result, before any cast.
-        a_offset: fp32, of ``a``'s leading shape: ``a * a_scale + a_offset`` is what was quantised.
+            quantized per token from the epilogue's own result, before any cast.
+        a_offset: fp32, of ``a``'s leading shape: ``a * a_scale + a_offset`` is what was quantized.
         upcast: True does the epilogue in fp64 and returns fp64, the truth; False does it in fp32.
     """
     wide = torch.float64 if upcast else torch.float32
@@ -150,7 +150,7 @@ def int8_weight_only_matmul(
     *,
     upcast: bool = True,
 ) -> Tensor:
-    """Product of floating activations and a quantised weight.
+    """Product of floating activations and a quantized weight.
 
     Args:
         x: ``[..., in_features]``, floating.
@@ -197,9 +197,9 @@ def int8_linear(
         bias: ``[out_features]`` or None.
         activation: a name of :func:`pyaccel.reference.activation`, or None.
         weight_scale: fp32 ``[out_features]`` of int8 codes.
-        input_scale: fp32 scalar: x is quantised by it (static), not by a scale for each token.
+        input_scale: fp32 scalar: x is quantized by it (static), not by a scale for each token.
         smooth_scale: fp32 ``[in_features]``, multiplies x first, in fp32.
-        weight_only: x is not quantised at all.
+        weight_only: x is not quantized at all.
         upcast: True computes in fp64 and returns fp64; False in fp32, rounded to x's dtype at the end.
     """
     wide = torch.float64 if upcast else torch.float32

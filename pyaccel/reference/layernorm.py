@@ -1,6 +1,6 @@
 """Bias + dropout + residual + LayerNorm, in plain torch: the definition.
 
-Layer normalisation: J. Ba, J. Kiros, G. Hinton, arXiv:1607.06450 (2016); by the root mean square alone: B. Zhang,
+Layer normalization: J. Ba, J. Kiros, G. Hinton, arXiv:1607.06450 (2016); by the root mean square alone: B. Zhang,
 R. Sennrich, arXiv:1910.07467 (2019). The post-norm and pre-norm placements: R. Xiong et al., arXiv:2002.04745 (2020).
 """
 

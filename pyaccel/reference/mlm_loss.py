@@ -1,6 +1,6 @@
 """The masked-language-model head's loss, in plain torch: the definition.
 
-Masked language modelling: J. Devlin et al., BERT, arXiv:1810.04805 (2018). The loss is the mean over the masked
+Masked language modeling: J. Devlin et al., BERT, arXiv:1810.04805 (2018). The loss is the mean over the masked
 tokens of the negative log-likelihood of what was there.
 """
 

@@ -147,7 +147,7 @@ class without_dropout:
 
 
 def _weights_like(x: Tensor) -> Tensor:
-    """Fixed weights from -1 to 1 that favour nothing, the same in every dtype up to its rounding."""
+    """Fixed weights from -1 to 1 that favor nothing, the same in every dtype up to its rounding."""
     n = torch.arange(x.numel(), dtype=torch.float64, device=x.device)
     return torch.sin(n * 12.9898).view(x.shape).to(torch.bfloat16).to(x.dtype)
 

@@ -73,7 +73,7 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_real_embeddings_are_the_stock_models(dtype: torch.dtype) -> None:
-    """all-MiniLM-L6-v2: mean pooling, normalised, 256 tokens, as its sentence-transformers files say."""
+    """all-MiniLM-L6-v2: mean pooling, normalized, 256 tokens, as its sentence-transformers files say."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = demo_checkpoint()
@@ -99,7 +99,7 @@ def test_real_embeddings_are_the_stock_models(dtype: torch.dtype) -> None:
     )
 
 
-def test_cls_pooling_and_no_normalisation(tiny_bert: Path) -> None:
+def test_cls_pooling_and_no_normalization(tiny_bert: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     encoder = TextEncoder.from_pretrained(tiny_bert, pooling="cls", normalize=False)

@@ -16,7 +16,7 @@ from pyaccel import dispatch, ops, triton_support
 from pyaccel.cli import app
 from pyaccel.cost.layer import FUSED, INT8, OURS, STOCK, LayerSize, layer_costs
 from pyaccel.cost.recorder import Cost, Recorder, Step
-from pyaccel.cost.roofline import Card
+from pyaccel.cost.roofline import DeviceSpec
 from pyaccel.models.bert import BertConfig, BertLayer
 from pyaccel.ops.attention import custom_ops as attention_ops
 from pyaccel.ops.int8 import triton as int8
@@ -168,7 +168,7 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_least_time_is_the_greater_of_bytes_and_flops() -> None:
-    card = Card(bandwidth=10.0, flops=100.0)
+    card = DeviceSpec(bandwidth=10.0, flops=100.0)
     steps = (Step("a", 1, 15, 5, 100), Step("b", 1, 10, 0, 500))
     assert Cost(steps, (), 0).seconds(card) == 2.0 + 5.0
 

@@ -19,7 +19,7 @@ from pyaccel.verify.policy import judge_by_several, same_bits
 from tests.assertions import EQUIVALENT_EPS
 from tests.fuzz import Tried
 from tests.fuzz.draw import Draw
-from tests.hf.models import randomise
+from tests.hf.models import randomize
 
 VOCAB, POSITIONS = 61, 26
 FAMILIES = {
@@ -149,7 +149,7 @@ def make(case: Case, draw: Draw) -> Any:
     torch.manual_seed(draw.random.getrandbits(40))
     config = getattr(transformers, f"{case.family}Config")(**case.changes)
     config._attn_implementation = case.implementation
-    model = randomise(getattr(transformers, f"{case.family}{case.head}")(config)).to(case.dtype)
+    model = randomize(getattr(transformers, f"{case.family}{case.head}")(config)).to(case.dtype)
     return model.train(case.training)
 
 

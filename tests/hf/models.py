@@ -33,10 +33,10 @@ def tiny_config(**changes: Any) -> BertConfig:
 
 def tiny(kind: type[nn.Module] = BertModel, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A stock model in evaluation. LayerNorm's weights and biases are random: none can be forgotten."""
-    return randomise(kind(tiny_config(**changes))).to(dtype).eval()
+    return randomize(kind(tiny_config(**changes))).to(dtype).eval()
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """The same model with random parameters, LayerNorms' too."""
     norms = {id(m.weight) for m in model.modules() if isinstance(m, nn.LayerNorm)}
     with torch.no_grad():
@@ -54,13 +54,13 @@ def of_family(name: str) -> Any:
     """A small DistilBERT or ALBERT, or a BERT with the activation of that name, in evaluation."""
     if name == "distilbert":
         config = DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=3, n_heads=4, hidden_dim=72)
-        return randomise(DistilBertModel(config)).eval()
+        return randomize(DistilBertModel(config)).eval()
     if name == "albert":
         config = AlbertConfig(
             vocab_size=VOCAB, embedding_size=16, hidden_size=32, num_hidden_layers=3,
             num_attention_heads=4, intermediate_size=72,
         )  # fmt: skip
-        return randomise(AlbertModel(config)).eval()
+        return randomize(AlbertModel(config)).eval()
     return tiny(hidden_act=name)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import pyaccel
 from tests.assertions import assert_close_to_truth
-from tests.hf.models import mask_of, randomise
+from tests.hf.models import mask_of, randomize
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97, "n_positions": 40}),
@@ -35,7 +35,7 @@ def make(name: str) -> Any:
     config = getattr(transformers, kind.removesuffix("LMHeadModel").removesuffix("ForMaskedLM") + "Config")(
         **sizes
     )
-    return randomise(getattr(transformers, kind)(config)).eval()
+    return randomize(getattr(transformers, kind)(config)).eval()
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -71,7 +71,7 @@ def test_generation_with_a_cache(name: str) -> None:
 
 def test_a_decoder_with_cross_attention() -> None:
     sizes = {**MODELS["BERT decoder"][1], "add_cross_attention": True}
-    model = randomise(transformers.BertLMHeadModel(transformers.BertConfig(**sizes))).eval()
+    model = randomize(transformers.BertLMHeadModel(transformers.BertConfig(**sizes))).eval()
     states, keep = torch.randn(2, 6, 32), torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0]])
     ids = torch.randint(1, 97, (2, 5))
     naive, truth = copy.deepcopy(model), copy.deepcopy(model).double()

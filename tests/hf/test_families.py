@@ -24,7 +24,7 @@ from tests.assertions import (
     assert_same_distribution,
 )
 from tests.hf import accelerate_everything
-from tests.hf.models import VOCAB, mask_of, randomise, read
+from tests.hf.models import VOCAB, mask_of, randomize, read
 from tests.hf.test_attention_alone import MODELS
 from tests.pairwise import pairwise
 
@@ -90,7 +90,7 @@ def make(family: str, head: str = "Model", **changes: Any) -> Any:
             **changes,
         }
     )
-    return randomise(getattr(transformers, f"{prefix}{head}")(config)).eval()
+    return randomize(getattr(transformers, f"{prefix}{head}")(config)).eval()
 
 
 def batch_for(model: nn.Module, head: str, kind: str, labels: bool = True) -> dict[str, Tensor]:

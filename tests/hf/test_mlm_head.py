@@ -22,12 +22,12 @@ import pyaccel
 from pyaccel import ops
 from pyaccel.hf import mlm_head
 from tests.assertions import assert_close_to_truth, assert_equivalent
-from tests.hf.models import VOCAB, batch_of, randomise, tiny
+from tests.hf.models import VOCAB, batch_of, randomize, tiny
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def labelled(kind: str = "right") -> dict[str, Tensor]:
+def labeled(kind: str = "right") -> dict[str, Tensor]:
     batch = batch_of(kind)
     labels = torch.randint(0, VOCAB, batch["input_ids"].shape)
     batch["labels"] = labels.masked_fill(
@@ -90,7 +90,7 @@ def test_by_default_the_head_is_not_touched() -> None:
     assert "_pyaccel" not in decoder.__dict__
     assert not ours._forward_hooks
     assert not ours._forward_pre_hooks
-    out = assert_same_step(ours, stock, labelled(), skipped=False)
+    out = assert_same_step(ours, stock, labeled(), skipped=False)
     assert type(out.logits) is Tensor
     assert report_of(ours).served["masked_lm_loss"] == 0
 
@@ -102,7 +102,7 @@ def test_by_default_the_head_is_not_touched() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_loss_and_gradients_without_the_logits(dtype: torch.dtype, autocast: bool) -> None:
     ours, stock = (m.to(dtype) for m in pair())
-    truth, batch = copy.deepcopy(stock).double(), labelled()
+    truth, batch = copy.deepcopy(stock).double(), labeled()
     losses, grads = [], []
     for m in (ours, truth, stock):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and m is not truth):
@@ -134,7 +134,7 @@ def of_head(name: str) -> Any:
     if name.startswith("RoCBert"):
         sizes |= {"enable_pronunciation": False, "enable_shape": False}
     torch.manual_seed(3)
-    return randomise(kind(kind.config_class(**sizes))).train()
+    return randomize(kind(kind.config_class(**sizes))).train()
 
 
 MLM = [
@@ -151,8 +151,8 @@ SECOND = {
 }
 
 
-def labelled_for(name: str) -> dict[str, Tensor]:
-    batch = labelled()
+def labeled_for(name: str) -> dict[str, Tensor]:
+    batch = labeled()
     if name.startswith("DistilBert"):
         del batch["token_type_ids"]
     elif not name.startswith(("Bert", "Electra", "Ernie", "RoCBert", "Albert")):
@@ -165,7 +165,7 @@ def labelled_for(name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", [*MLM, *SECOND])
 def test_every_head(name: str) -> None:
     stock = of_head(name)
-    ours, batch = accelerated(stock), labelled_for(name)
+    ours, batch = accelerated(stock), labeled_for(name)
     out = assert_same_step(ours, stock, batch)
     assert report_of(ours).served["masked_lm_loss"] == 1
     assert not report_of(ours).refused["masked_lm_loss"]
@@ -183,7 +183,7 @@ def test_every_head(name: str) -> None:
 @pytest.mark.parametrize("name", SECOND)
 def test_a_head_of_two_losses_with_one_label_has_none(name: str) -> None:
     stock = of_head(name)
-    ours, batch = accelerated(stock), labelled_for(name)
+    ours, batch = accelerated(stock), labeled_for(name)
     del batch[SECOND[name]]
     out = ours(**batch)
     assert out.loss is None
@@ -208,7 +208,7 @@ def test_a_step_makes_no_logits_but_those_of_masked_tokens(monkeypatch: pytest.M
         return cross_entropy(hidden, weight, bias, labels, **options)
 
     monkeypatch.setattr(ops, "masked_lm_cross_entropy", spy)
-    batch = labelled()
+    batch = labeled()
     ours(**batch).loss.backward()
     assert rows == [(60, int((batch["labels"] != -100).sum()))]
 
@@ -216,7 +216,7 @@ def test_a_step_makes_no_logits_but_those_of_masked_tokens(monkeypatch: pytest.M
 def test_a_batch_in_which_nothing_is_masked() -> None:
     """Stock's mean over nothing is NaN and so are its gradients; here both are 0."""
     ours, _ = pair()
-    batch = labelled()
+    batch = labeled()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     loss = ours(**batch).loss
     loss.backward()
@@ -231,7 +231,7 @@ def test_a_batch_in_which_nothing_is_masked() -> None:
 @pytest.mark.parametrize("hidden", [False, True])
 def test_tuples(kind: type[nn.Module], hidden: bool) -> None:
     ours, stock = pair(kind)
-    batch: dict[str, Any] = {**labelled(), "output_hidden_states": hidden}
+    batch: dict[str, Any] = {**labeled(), "output_hidden_states": hidden}
     if kind is BertForPreTraining:
         batch["next_sentence_label"] = torch.arange(5) % 2
     expected, found = stock(**batch, return_dict=False), ours(**batch, return_dict=False)
@@ -247,7 +247,7 @@ def test_tuples(kind: type[nn.Module], hidden: bool) -> None:
 
 def test_labels_by_position_and_embeddings_for_ids() -> None:
     ours, stock = pair()
-    batch = labelled()
+    batch = labeled()
     place = list(inspect.signature(BertForMaskedLM.forward).parameters).index("labels") - 1
     embeds = stock.get_input_embeddings()(batch["input_ids"]).detach()
     args = [None, batch["attention_mask"], batch["token_type_ids"], None, embeds, *[None] * (place - 5)]
@@ -258,7 +258,7 @@ def test_labels_by_position_and_embeddings_for_ids() -> None:
 
 def test_evaluation_and_calls_without_labels_or_gradients() -> None:
     ours, stock = pair()
-    batch = labelled()
+    batch = labeled()
     with torch.no_grad():
         torch.testing.assert_close(ours(**batch).logits, stock(**batch).logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
@@ -282,7 +282,7 @@ def test_evaluation_and_calls_without_labels_or_gradients() -> None:
 
 def test_what_is_not_understood_fails_as_the_stock_model_does() -> None:
     ours, stock = pair()
-    batch = labelled()
+    batch = labeled()
     errors = []
     for m in (ours, stock):
         with pytest.raises((RuntimeError, ValueError)) as info:
@@ -302,14 +302,14 @@ def test_an_error_inside_a_call_leaves_the_head_as_it_was(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(BertModel, "forward", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
-            ours(**labelled())
+            ours(**labeled())
     hidden = torch.randn(5, 12, 32)
     torch.testing.assert_close(ours.cls(hidden), stock.cls(hidden))
 
 
 def test_labels_of_another_shape_with_as_many_elements() -> None:
     ours, stock = pair()
-    batch = labelled()
+    batch = labeled()
     batch["labels"] = batch["labels"].flatten()
     assert_same_step(ours, stock, batch, skipped=False)
 
@@ -317,7 +317,7 @@ def test_labels_of_another_shape_with_as_many_elements() -> None:
 @pytest.mark.parametrize("extra", [{"num_items_in_batch": torch.tensor(7)}, {"num_items_in_batch": 50}])
 def test_arguments_of_the_loss_count_as_in_the_stock_forward(extra: dict[str, Any]) -> None:
     ours, stock = pair()
-    assert_same_step(ours, stock, {**labelled(), **extra})
+    assert_same_step(ours, stock, {**labeled(), **extra})
 
 
 def test_a_forward_that_hands_arguments_to_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labe
         cached.cache_clear()
     try:
         ours, stock = pair()
-        batch = labelled()
+        batch = labeled()
         for extra in (
             {},
             {"num_items_in_batch": torch.tensor(7)},
@@ -350,11 +350,11 @@ def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labe
                 batch["labels"] = batch["labels"].masked_fill(batch["labels"] == -100, 3)
             assert_same_step(ours, stock, {**batch, **extra})
         ours.bfloat16(), stock.bfloat16()
-        assert ours(**labelled()).loss.dtype == stock(**labelled()).loss.dtype == torch.float32
+        assert ours(**labeled()).loss.dtype == stock(**labeled()).loss.dtype == torch.float32
         for m in (ours, stock):
             m.loss_function = lambda logits, labels, **_: logits.sum() + labels.sum()
         ours.float(), stock.float()
-        assert_same_step(ours, stock, labelled(), skipped=False)
+        assert_same_step(ours, stock, labeled(), skipped=False)
         assert "model.loss_function was replaced" in report_of(ours).refused["masked_lm_loss"]
     finally:
         for cached in (mlm_head._loss_of, mlm_head._parameters):
@@ -462,7 +462,7 @@ def test_who_would_notice_gets_all_logits(what: str) -> None:
 
 def assert_same_step_by_values(ours: Any, stock: Any, *, skipped: bool) -> None:
     """As above, where a change has given the parameters other names."""
-    batch = labelled()
+    batch = labeled()
     found, expected = ours(**batch), stock(**batch)
     torch.testing.assert_close(found.loss, expected.loss)
     assert (found.logits is None) == skipped
@@ -481,7 +481,7 @@ def test_a_patched_forward_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(BertForMaskedLM, "forward", patched)
-    assert_same_step(ours, stock, labelled(), skipped=False)
+    assert_same_step(ours, stock, labeled(), skipped=False)
 
 
 class Doubled(BertForMaskedLM):
@@ -502,12 +502,12 @@ class Quiet(BertForMaskedLM):
 
 def test_subclasses() -> None:
     ours, stock = pair(Quiet)
-    assert_same_step(ours, stock, labelled())
+    assert_same_step(ours, stock, labeled())
     stock = tiny(Doubled, **NO_DROPOUT).train()
     with pytest.raises(ValueError, match=r"has no effect on this Doubled.*forward is not transformers' own"):
         accelerated(stock)
     ours = accelerated(stock, strict=False)
-    assert_same_step(ours, stock, labelled(), skipped=False)
+    assert_same_step(ours, stock, labeled(), skipped=False)
     assert "skip_logits: " in "".join(report_of(ours).not_swapped.values())
 
 
@@ -515,7 +515,7 @@ def test_a_replaced_loss_of_distilbert() -> None:
     stock = of_head("DistilBertForMaskedLM")
     stock.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.1)
     ours = accelerated(stock)
-    assert_same_step(ours, stock, labelled_for("DistilBert"), skipped=False)
+    assert_same_step(ours, stock, labeled_for("DistilBert"), skipped=False)
     assert report_of(ours).refused["masked_lm_loss"] == {"model.mlm_loss_fct was replaced": 1}
 
 
@@ -532,13 +532,13 @@ def test_a_vocabulary_that_grows() -> None:
     for m in (ours, stock):
         torch.manual_seed(5)
         m.resize_token_embeddings(VOCAB + 20, mean_resizing=False)
-    assert_same_step(ours, stock, labelled())
+    assert_same_step(ours, stock, labeled())
     _replaced(ours)
     _replaced(stock)
-    assert_same_step(ours, stock, labelled(), skipped=False)
+    assert_same_step(ours, stock, labeled(), skipped=False)
     assert any("decoder was replaced" in reason for reason in report_of(ours).refused["masked_lm_loss"])
     pyaccel.accelerate(ours, packing=False, skip_logits=True)
-    assert_same_step(ours, stock, labelled())
+    assert_same_step(ours, stock, labeled())
     pyaccel.restore(ours)
     assert type(ours.cls.predictions.decoder) is nn.Linear
 
@@ -559,7 +559,7 @@ def test_lora(target: str, first: str) -> None:
         if ours and first == "peft":
             pyaccel.accelerate(model, packing=False, skip_logits=True, strict=False)
         both.append(model)
-    batch = labelled()
+    batch = labeled()
     for m in both:
         m(**batch).loss.backward()
     mine, theirs = map(gradients, both)
@@ -575,7 +575,7 @@ def test_lora(target: str, first: str) -> None:
 
 def test_restoring_copying_and_pickling() -> None:
     ours, stock = pair(BertForPreTraining)
-    batch = {**labelled(), "next_sentence_label": torch.arange(5) % 2}
+    batch = {**labeled(), "next_sentence_label": torch.arange(5) % 2}
     twin, copied = pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)
     for each in (twin, copied, ours):
         assert_same_step(each, stock, batch)
@@ -601,10 +601,10 @@ def test_hooks_of_the_user_outlive_ours() -> None:
     )
     ours.register_forward_hook(lambda m, args, out: seen.append("none" if out.loss is None else "loss"))
     pyaccel.accelerate(ours, packing=False, skip_logits=True)
-    assert_same_step(ours, stock, labelled())
+    assert_same_step(ours, stock, labeled())
     assert seen == ["labels", "loss"]
     pyaccel.restore(ours)
-    assert_same_step(ours, stock, labelled(), skipped=False)
+    assert_same_step(ours, stock, labeled(), skipped=False)
     assert seen == ["labels", "loss"] * 2
 
 
@@ -614,13 +614,13 @@ def test_a_second_call_adds_nothing() -> None:
     assert len(ours._forward_hooks) == len(ours._forward_pre_hooks) == 1
     with pytest.raises(RuntimeError, match="skip_logits=True"):
         pyaccel.accelerate(ours, packing=False)
-    assert_same_step(ours, stock, labelled())
+    assert_same_step(ours, stock, labeled())
 
 
 def test_the_signature_and_the_files_are_the_stock_model_s(tmp_path: Any) -> None:
     ours, stock = pair()
     assert inspect.signature(ours.forward) == inspect.signature(stock.forward)
-    ours(**labelled())
+    ours(**labeled())
     ours.save_pretrained(tmp_path)
     loaded = BertForMaskedLM.from_pretrained(tmp_path)
     assert loaded.config.architectures == ["BertForMaskedLM"]
@@ -630,7 +630,7 @@ def test_the_signature_and_the_files_are_the_stock_model_s(tmp_path: Any) -> Non
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(backend: str) -> None:
     ours, stock = pair()
-    batch = labelled()
+    batch = labeled()
     found = torch.compile(ours, backend=backend, fullgraph=True)(**batch)
     expected = stock(**batch)
     assert_equivalent(found.loss.detach(), expected.loss.detach())
@@ -639,7 +639,7 @@ def test_compiled(backend: str) -> None:
 
 def test_function_transforms_get_all_logits() -> None:
     ours, stock = pair()
-    batch = labelled()
+    batch = labeled()
     assert_same_step(ours, stock, batch)
     ids, rest = batch.pop("input_ids"), batch
     embeds = stock.get_input_embeddings()(ids).detach()
@@ -655,8 +655,8 @@ def test_checkpointed_layers_and_a_checkpointed_model() -> None:
     ours, stock = pair()
     for m in (ours, stock):
         m.gradient_checkpointing_enable()
-    assert_same_step(ours, stock, labelled())
-    batch = labelled()
+    assert_same_step(ours, stock, labeled())
+    batch = labeled()
     for m in (ours, stock):
         m.gradient_checkpointing_disable()
         m.zero_grad()
@@ -668,7 +668,7 @@ def test_checkpointed_layers_and_a_checkpointed_model() -> None:
 def test_mixed_precision_of_hugging_face_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
     ours, stock = pair()
-    batch = labelled()
+    batch = labeled()
     prepared = [
         accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(m) for m in (ours, stock)
     ]
@@ -680,7 +680,7 @@ def test_mixed_precision_of_hugging_face_accelerate() -> None:
 
 def test_threads_train_copies_of_their_own() -> None:
     ours, stock = pair()
-    batches = [labelled() for _ in range(4)]
+    batches = [labeled() for _ in range(4)]
     expected = [stock(**batch).loss.item() for batch in batches]
     found: dict[int, float] = {}
     barrier = threading.Barrier(4)
@@ -702,5 +702,5 @@ def test_a_backend_that_was_asked_for_serves_the_loss() -> None:
     stock = tiny(BertForMaskedLM, **NO_DROPOUT).train()
     ours = accelerated(stock, backend="reference")
     with pyaccel.dispatch.record() as choices:
-        assert_same_step(ours, stock, labelled())
+        assert_same_step(ours, stock, labeled())
     assert {c.backend for c in choices if c.op == "masked_lm_cross_entropy"} == {"reference"}

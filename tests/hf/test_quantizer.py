@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["dynamic", "weight_only"])
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification], ids=["encoder", "head"])
-def test_loaded_in_int8_as_quantised_in_place_and_again(auto: Any, method: str, folder: Path) -> None:
+def test_loaded_in_int8_as_quantized_in_place_and_again(auto: Any, method: str, folder: Path) -> None:
     expected = auto.from_pretrained(folder)
     stock = answer(expected)
     quantize(expected, method)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_loaded_in_int8_as_quantised_in_place_and_again(auto: Any, method: str, 
 
 
 @pytest.mark.parametrize("kind", ["static", "smooth"])
-def test_what_needs_data_is_quantised_in_place_and_loads(kind: str, tmp_path: Path) -> None:
+def test_what_needs_data_is_quantized_in_place_and_loads(kind: str, tmp_path: Path) -> None:
     model = tiny(BertForMaskedLM)
     batch = batch_of()
     options: dict[str, Any] = {"method": "static"} if kind == "static" else {"smooth": True}

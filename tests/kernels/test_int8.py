@@ -128,7 +128,7 @@ def terms(case: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], E
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_epilogue(case: dict[str, Any], device: torch.device, guarded_empty: Alloc) -> None:
-    """In the product's own launch, behind a split one, and quantised again: one result."""
+    """In the product's own launch, behind a split one, and quantized again: one result."""
     call, epilogue = terms(case, device)
     launched = here(case["config"], device)
     rows, _, n_out = case["size"]

@@ -1,4 +1,4 @@
-"""The launchers of quantisation: the definition's bits, all of them, and nothing beside them."""
+"""The launchers of quantization: the definition's bits, all of them, and nothing beside them."""
 
 from __future__ import annotations
 

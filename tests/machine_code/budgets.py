@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pyaccel.inspect.compile import MachineCode, compile_tasks
-from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.gpus import GPU_SPECS
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
 
 Compiled = list[tuple[KernelSpec, MachineCode]]
@@ -38,7 +38,7 @@ def no_spills_and_no_stack(_: KernelSpec, code: MachineCode) -> str:
 
 
 def shared_memory_fits(_: KernelSpec, code: MachineCode) -> str:
-    return f"{code.shared_bytes} B" * (code.shared_bytes > PARTS[code.arch].shared_per_block)
+    return f"{code.shared_bytes} B" * (code.shared_bytes > GPU_SPECS[code.arch].shared_per_block)
 
 
 def rows_stay_in_registers(_: KernelSpec, code: MachineCode) -> str:
@@ -48,7 +48,7 @@ def rows_stay_in_registers(_: KernelSpec, code: MachineCode) -> str:
 
 def persistent_grid_is_resident(spec: KernelSpec, code: MachineCode) -> str:
     """A persistent grid of more programs than the device holds runs in waves, the last one mostly empty."""
-    resident = round(code.occupancy * PARTS[code.arch].warps_per_sm / code.num_warps)
+    resident = round(code.occupancy * GPU_SPECS[code.arch].warps_per_sm / code.num_warps)
     too_many = resident < max(spec.programs_per_sm, 1)
     return f"{resident} programs fit an SM, {spec.programs_per_sm} are launched" * too_many
 
@@ -80,13 +80,13 @@ def occupancy(least: Callable[[KernelSpec], float]) -> Check:
 
 def wide_bits(code: MachineCode) -> int:
     """Bits a lane where a warp moves 512 bytes: 128, the widest there is, for 32 lanes; half of it for AMD's 64."""
-    return 512 * 8 // PARTS[code.arch].warp_size
+    return 512 * 8 // GPU_SPECS[code.arch].warp_size
 
 
 def wide_bytes_loaded(code: MachineCode) -> int:
     """Bytes that a program loads with such accesses, each counted once."""
     bits = sum(bits * n for bits, n in code.loads.items() if bits >= wide_bits(code))
-    return bits // 8 * PARTS[code.arch].warp_size * code.num_warps
+    return bits // 8 * GPU_SPECS[code.arch].warp_size * code.num_warps
 
 
 def wide_accesses(least: Callable[[KernelSpec], tuple[int, int]]) -> Check:

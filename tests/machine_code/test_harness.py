@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from pyaccel.cli.inspect import JSON_FIELDS, inspect
 from pyaccel.inspect import compile as machine_code
 from pyaccel.inspect.compile import CompilationError, MachineCode, compile_all, compile_spec
-from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.gpus import GPU_SPECS
 from pyaccel.inspect.spec import KernelSpec, kernel_spec
 from pyaccel.inspect.specs.registry import BUILDERS, specs
 
@@ -62,7 +62,7 @@ def test_access_widths(codes, arch: str) -> None:
     aligned, unaligned = codes["copy", arch], codes["unaligned copy", arch]
     assert (aligned.load_bits, aligned.store_bits) == (128, 128)
     assert (unaligned.load_bits, unaligned.store_bits) == (16, 16)
-    assert sum(unaligned.loads.values()) == 2048 // (4 * PARTS[arch].warp_size)
+    assert sum(unaligned.loads.values()) == 2048 // (4 * GPU_SPECS[arch].warp_size)
 
 
 def test_matrix_instructions(codes) -> None:
@@ -166,10 +166,10 @@ def test_parse_amdgcn() -> None:
     ],
 )
 def test_occupancy(arch: str, registers: int, shared_kib: int, warps: int, expected: float) -> None:
-    assert PARTS[arch].occupancy(registers, shared_kib * 1024, warps) == pytest.approx(expected)
+    assert GPU_SPECS[arch].occupancy(registers, shared_kib * 1024, warps) == pytest.approx(expected)
 
 
-def test_arguments_are_specialised_as_the_jit_does_it() -> None:
+def test_arguments_are_specialized_as_the_jit_does_it() -> None:
     arguments = {
         "p": "*bf16",
         "none": None,

@@ -1,8 +1,8 @@
-"""Machine code of quantisation and of the int8 products: every launch configuration that ships, for real GPUs.
+"""Machine code of quantization and of the int8 products: every launch configuration that ships, for real GPUs.
 
 What is compiled: products in bf16 with all terms and erf GELU by every configuration for every architecture; for sm_90
 in fp32, of inner dimensions that no block divides, of no epilogue (split products) and by the other activations with
-its largest configurations, with and without the copy engine. Rows that are finished or quantised: with all terms in
+its largest configurations, with and without the copy engine. Rows that are finished or quantized: with all terms in
 fp32, which takes most registers, for sm_90, and of the longest rows for gfx942; lean, and in bf16, for sm_90.
 PYACCEL_EVERY_ARCH=1 takes every configuration for each of these, and products without a residual. fp16 is left out: it
 is bf16 with another conversion instruction.

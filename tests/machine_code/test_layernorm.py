@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from pyaccel.inspect.compile import MachineCode
-from pyaccel.inspect.gpus import PARTS
+from pyaccel.inspect.gpus import GPU_SPECS
 from pyaccel.inspect.spec import KernelSpec
 from pyaccel.inspect.specs.registry import specs
 from pyaccel.kernels.common import configs, limits
@@ -105,7 +105,7 @@ def test_every_kernel_dtype_and_architecture_is_there(compiled: Compiled) -> Non
     for spec, code in compiled:
         there.setdefault((code.dtype, code.arch, spec.name), set()).add(spec.config)
     assert there == expected
-    assert not EVERY or {code.arch for _, code in compiled} == set(PARTS)
+    assert not EVERY or {code.arch for _, code in compiled} == set(GPU_SPECS)
 
 
 def registers(_: KernelSpec, code: MachineCode) -> str:

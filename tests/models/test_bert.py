@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 
 def randomize(model: nn.Module) -> None:
-    """As no initialisation does it: a LayerNorm of 1 and 0, or a zero bias, would hide mistakes."""
+    """As no initialization does it: a LayerNorm of 1 and 0, or a zero bias, would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -350,7 +350,7 @@ def test_a_step_lowers_the_loss():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_initialisation():
+def test_initialization():
     model = BertModel(BertConfig.from_dict({**SMALL, "vocab_size": 2000, "initializer_range": 0.05}))
     for name, parameter in model.named_parameters():
         if name.endswith("LayerNorm.weight"):

@@ -119,7 +119,7 @@ def test_a_new_head_says_so(name: str, tmp_path: Path) -> None:
     config = transformers.BertConfig(**SMALL)
     transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     kind = getattr(heads, name)
-    with pytest.warns(UserWarning, match="newly initialised, train it") as caught:
+    with pytest.warns(UserWarning, match="newly initialized, train it") as caught:
         model = kind.from_pretrained(tmp_path)
     said = str(caught[0].message)
     assert ("bert.pooler.dense.weight" in said) == kind.needs_pooler

@@ -315,10 +315,10 @@ def _table(chosen: list[tuple[str, Mutant]], outcomes: dict[str, Outcome]) -> Ta
     table.add_column("seconds", justify="right")
     for family, mutant in chosen:
         outcome = outcomes[mutant.name]
-        colour = "green" if outcome.verdict == "killed" else "red"
-        verdict = f"[{colour}]{outcome.verdict}[/{colour}]"
+        color = "green" if outcome.verdict == "killed" else "red"
+        verdict = f"[{color}]{outcome.verdict}[/{color}]"
         _, _, test = outcome.by.partition("::")
-        # Brackets of a parametrised test's name are no markup.
+        # Brackets of a parametrized test's name are no markup.
         by = (test or outcome.by).replace("[", r"\[")
         table.add_row(family, mutant.name, verdict, by, f"{outcome.seconds:.1f}")
     return table

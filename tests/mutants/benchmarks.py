@@ -25,13 +25,13 @@ TESTS = [
 ]
 
 MUTANTS = [
-    Mutant("tuned: the slowest way", TUNED, "best = min(ways, key=self.us.__getitem__)", "best = max(ways, key=self.us.__getitem__)"),
-    Mutant("tuned: noise decides", TUNED, "return ways[0] if self.us[ways[0]] <= NOISE * self.us[best] else best", "return best"),
+    Mutant("tuned: the slowest way", TUNED, "best = min(names, key=self.us.__getitem__)", "best = max(names, key=self.us.__getitem__)"),
+    Mutant("tuned: noise decides", TUNED, "return names[0] if self.us[names[0]] <= NOISE * self.us[best] else best", "return best"),
     Mutant("tuned: what ships comes before one's own", TUNED, '((lambda: FOLDER, "shipped"), (user_folder, "measured here"))', '((user_folder, "measured here"), (lambda: FOLDER, "shipped"))'),
-    Mutant("tuned: a size far away decides", TUNED, "if found is not None and distance(found) <= math.log(FARTHEST) else None", ""),
+    Mutant("tuned: a size far away decides", TUNED, "if found is not None and distance(found) <= math.log(MAX_DISTANCE) else None", ""),
     Mutant("tuned: another width's launch", TUNED, "or (exactly and found.size != size)", ""),
     Mutant("tuned: another machine's table is lost", TUNED, "[*kept, *new.values()]", "[*new.values()]"),
-    Mutant("tuned: old measurements decide what is measured", TUNE, "with ignored():  # what was", "if True:  # what was"),
+    Mutant("tuned: old measurements decide what is measured", TUNE, "with disabled():  # what was", "if True:  # what was"),
     Mutant("benchmarks: a wrong answer is timed", METHOD, "        if not right:\n", "        if right is None:\n"),
     Mutant("timing: always the same order", TIMING, "order.sample(sorted(contenders), len(contenders))", "contenders"),
     Mutant("timing: an interval too narrow", TIMING, "ordered[below], ordered[n - 1 - below]", "ordered[below + 1], ordered[n - 2 - below]"),

@@ -17,7 +17,7 @@ MUTANTS = [
     Mutant("graphs: the mask of the capture", GRAPHS, "            here.copy_(mask)\n", "            pass\n"),
     Mutant("graphs: all results are one buffer", GRAPHS, "self.out[:batch, :seq].clone()", "self.out[:batch, :seq]"),
     Mutant("graphs: one for every size", GRAPHS, "return bucket(batch), bucket(seq, _LEAST_SEQ), ", "return batch, seq, "),
-    Mutant("graphs: another backend's", GRAPHS, "        dispatch.requests(),\n", ""),
+    Mutant("graphs: another backend's", GRAPHS, "        dispatch.overrides(),\n", ""),
     Mutant("graphs: another precision's", GRAPHS, "        torch.get_float32_matmul_precision(),\n", ""),
     Mutant("graphs: those captured first make room", GRAPHS, "            self._captured.move_to_end(key)\n", ""),
     Mutant("graphs: kept without end", GRAPHS, "if len(self._captured) > MOST_GRAPHS:", "if False:"),

@@ -1,4 +1,4 @@
-"""Bugs of quantisation, of its product and of training through it: each must be caught by the family's tests."""
+"""Bugs of quantization, of its product and of training through it: each must be caught by the family's tests."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("backward: dresidual after the dropout", BACKWARD, "    if dresidual_ptr is not None:\n        tl.store(dresidual_ptr + row * n_cols + col, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)\n    if key_ptr is not None:", "    if dresidual_ptr is not None:\n        tl.store(dresidual_ptr + row * n_cols + col, dz.to(dresidual_ptr.dtype.element_ty), mask=mask & (dz > 0))\n    if key_ptr is not None:"),
     Mutant("backward: column stride of dy ignored", BACKWARD, "col.to(tl.int64) * stride_dy_col", "col.to(tl.int64)"),
     Mutant("backward: dx_bias before the dropout", BACKWARD, "            b_dx_bias += dx", "            b_dx_bias += dz"),
-    Mutant("backward: dweight without normalising", BACKWARD, "            b_dweight += dy * x_hat", "            b_dweight += dy * (x_hat / rstd[:, None])"),
+    Mutant("backward: dweight without normalizing", BACKWARD, "            b_dweight += dy * x_hat", "            b_dweight += dy * (x_hat / rstd[:, None])"),
     Mutant("backward: only a program's first rows count", BACKWARD, "            b_dbias += dy", "            b_dbias = dy"),
     Mutant("backward, tiled: partial sums start over at every block", BACKWARD, "tl.int32) > pid)", "tl.int32) < pid)"),
     Mutant("column sum: the last partial sums left out", COLUMN_SUM, "range(0, n_partials, BLOCK_P)", "range(0, n_partials - BLOCK_P + 1, BLOCK_P)"),

@@ -34,7 +34,7 @@ MUTANTS = [
     Mutant("sums: only the last block counts", KERNEL, "acc = tl.dot(x, tl.trans(weight), acc,", "acc = tl.dot(x, tl.trans(weight), acc * 0.0,"),
     Mutant("sums: rounded from block to block", KERNEL, "        x_ptrs += block_k", "        acc = acc.to(out_ptr.dtype.element_ty).to(tl.float32)\n        x_ptrs += block_k"),
     Mutant("epilogue: the halves of a wide tile are exchanged", KERNEL, "left, right = tl.split", "right, left = tl.split"),
-    Mutant("epilogue: neighbours are taken for halves", KERNEL, "tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))", "tl.split(tl.reshape(acc, (BLOCK_M, HALF, 2)))"),
+    Mutant("epilogue: neighbors are taken for halves", KERNEL, "tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))", "tl.split(tl.reshape(acc, (BLOCK_M, HALF, 2)))"),
     Mutant("epilogue: the second half over the first", KERNEL, "right, o_m, first_n + HALF,", "right, o_m, first_n,"),
     Mutant("epilogue: the last rows unmasked", KERNEL, "mask = (o_m < n_rows)[:, None] & m_n[None, :]", "mask = m_n[None, :]"),
     Mutant("epilogue: the last columns unmasked", KERNEL, "mask = (o_m < n_rows)[:, None] & m_n[None, :]", "mask = (o_m < n_rows)[:, None]"),

@@ -111,7 +111,7 @@ def test_back_to_a_linear(device: torch.device) -> None:
         assert type(linear) is nn.Linear
         assert linear.bias is module.bias
         error = (linear(x) - module(x)).abs().max()
-        assert 0 < error < 0.05  # what quantising x costs
+        assert 0 < error < 0.05  # what quantizing x costs
     without = Int8Linear.from_linear(
         nn.Linear(24, 10, bias=False, dtype=torch.bfloat16, device=device)
     ).freeze()

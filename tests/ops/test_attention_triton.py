@@ -397,7 +397,7 @@ def test_a_sequence_does_not_depend_on_its_batch(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_packed_sequence_does_not_depend_on_its_neighbours(dtype: str, device: torch.device) -> None:
+def test_a_packed_sequence_does_not_depend_on_its_neighbors(dtype: str, device: torch.device) -> None:
     """Alone, in other company, beside NaN, at another row: the same bits."""
     lens_q, lens_k = [17, 0, 65, 1], [20, 4, 70, 9]
     call = cases.packed(device, lengths=(lens_q, lens_k), heads=(4, 2), dtype=dtype, causal=True)

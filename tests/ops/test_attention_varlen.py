@@ -204,7 +204,7 @@ def test_long_sequences_take_matrix_products(
     calls = []
     baddbmm = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: calls.append(a[1].shape) or baddbmm(*a, **k))
-    with tuned.ignored():  # by the lengths that hold where nothing was measured
+    with tuned.disabled():  # by the lengths that hold where nothing was measured
         varlen_attention(*(map(leaf, inputs) if gradient else inputs), *args)
     assert len(calls) == matmuls
 
@@ -236,7 +236,7 @@ def test_a_nan_stays_in_its_sequence(path: str, device: torch.device) -> None:
         assert t[3:].isfinite().all()
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(path: str, device: torch.device) -> None:
+def test_a_sequence_does_not_depend_on_its_neighbors(path: str, device: torch.device) -> None:
     inputs, args = packed_inputs([5, 5, 3, 0, 7], [], F32, device)
     out = varlen_attention(*inputs, *args)
     assert_bits_equal(out, varlen_attention(*inputs, *args), name="a second run")

@@ -464,7 +464,7 @@ def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
         ops.bert_embeddings(ids, t["word"], None, None, None, None, position_ids=ids, token_type_ids=ids)
 
 
-def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -> None:
+def test_a_backend_asked_for_is_honored_or_says_why_not(device: torch.device) -> None:
     ids, word = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.randn(4, 32, device=device)
     with dispatch.use_backend("triton"), pytest.raises(NotSupportedError, match="not float64"):
         ops.bert_embeddings(ids, word.double(), None, None, None, None)

@@ -96,7 +96,7 @@ def test_every_argument_from_far_below_to_far_above(
 @pytest.mark.parametrize("backend", dispatch.BACKENDS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_int8_output_is_the_fp32_result_quantised(
+def test_int8_output_is_the_fp32_result_quantized(
     activation: str, dtype: torch.dtype, backend: str, device: torch.device, poison: None
 ) -> None:
     x = (torch.randn(2, 5, 300, device=device) * 3).to(dtype)
@@ -343,7 +343,7 @@ def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
         ops.bias_gelu(x, torch.empty(32, device="meta"))
 
 
-def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -> None:
+def test_a_backend_asked_for_is_honored_or_says_why_not(device: torch.device) -> None:
     x = torch.randn(4, 32, device=device, dtype=torch.float64)
     with pytest.raises(NotSupportedError, match="not float64"):
         call(x)

@@ -31,7 +31,7 @@ def test_as_many_are_kept_as_should_be(dropout_p: float) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 512])
-def test_neighbours_know_nothing_of_each_other(step: int) -> None:
+def test_neighbors_know_nothing_of_each_other(step: int) -> None:
     torch.manual_seed(1)
     keep = keep_mask_on_host((N,), 0.3)
     both = (keep[:-step:2] & keep[step::2]).double()

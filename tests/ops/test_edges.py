@@ -65,7 +65,7 @@ def test_embeddings_are_summed_in_fp32(dtype: torch.dtype, backend: str, device:
     truth = reference.bert_embeddings(ids, *wide, token_type_ids=types, eps=1e-5, padding_idx=1).output
     ours, right = (torch.autograd.grad(o, t, dout.to(o.dtype)) for o, t in ((out, leaves), (truth, wide)))
     for grad, expected in zip(ours, right, strict=True):
-        # The sum that is normalised is rounded to its dtype by PyTorch, and so is its gradient before it is added up.
+        # The sum that is normalized is rounded to its dtype by PyTorch, and so is its gradient before it is added up.
         assert_close_to_truth(grad, expected, expected.to(dtype) * (1 + torch.finfo(dtype).eps * 0.5))
 
 
@@ -98,7 +98,7 @@ def test_a_row_of_one_element_has_no_gradient(dtype: torch.dtype, backend: str, 
 @every_backend
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("width", [1, 3, 100, 768])
-def test_constant_rows_are_normalised_to_zero(
+def test_constant_rows_are_normalized_to_zero(
     width: int, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     values = torch.tensor([100.3, 0.1, -3.3333, 1234.5, 1e-4], device=device).to(dtype)

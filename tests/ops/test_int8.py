@@ -1,4 +1,4 @@
-"""int8 quantisation and matrix product: the public functions against the reference and the fp64 truth."""
+"""int8 quantization and matrix product: the public functions against the reference and the fp64 truth."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_rows_that_have_no_ordinary_scale(
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
-def test_nothing_to_quantise(backend: str, device: torch.device) -> None:
+def test_nothing_to_quantize(backend: str, device: torch.device) -> None:
     for shape in ((0, 5), (3, 0)):
         with dispatch.use_backend(backend):
             codes, scale = quantize_per_token(torch.zeros(shape, device=device))
@@ -370,16 +370,16 @@ def test_autocast_and_compile_change_nothing(backend: str, device: torch.device)
     torch._dynamo.reset()
     inputs = operands(7, 33, 17, device)
 
-    def quantised_linear(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+    def quantized_linear(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
         x = int8_matmul(a, b, a_scale, b_scale, activation="gelu")
         codes, scale = quantize_per_token(x)
         return int8_matmul(codes, codes, scale, scale)
 
     with dispatch.use_backend(backend):
-        expected = quantised_linear(*inputs)
+        expected = quantized_linear(*inputs)
         with torch.autocast(device.type, BF16):
-            assert_bits_equal(quantised_linear(*inputs), expected)
-        compiled = torch.compile(quantised_linear, fullgraph=True, backend="aot_eager")
+            assert_bits_equal(quantized_linear(*inputs), expected)
+        compiled = torch.compile(quantized_linear, fullgraph=True, backend="aot_eager")
         assert_bits_equal(compiled(*inputs), expected)
 
 
@@ -402,7 +402,7 @@ def test_every_reason_is_named_at_once(device: torch.device) -> None:
         int8_matmul(a, b, a_scale, b_scale, bias)
 
 
-def test_quantise_errors(device: torch.device) -> None:
+def test_quantize_errors(device: torch.device) -> None:
     x = torch.ones(3, 4, device=device)
     for call, message in (
         (lambda: quantize_per_token(x.int()), "must be floating point"),

@@ -96,7 +96,7 @@ def test_gradients_are_autograds_through_the_definition(
 
 
 def naive_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, **options: Any) -> Tensor:
-    """The definition as plain PyTorch has it in x's dtype: dequantised operands of that dtype, F.linear, activation."""
+    """The definition as plain PyTorch has it in x's dtype: dequantized operands of that dtype, F.linear, activation."""
     dtype = x.dtype
     if "smooth_scale" in options:
         x = (x * options["smooth_scale"]).to(dtype)

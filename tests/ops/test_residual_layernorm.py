@@ -494,7 +494,7 @@ def test_every_bad_argument_is_named_in_one_error(device: torch.device) -> None:
         ops.residual_layernorm(x[:, :0], None, None, None)
 
 
-def test_a_backend_asked_for_is_honoured_or_says_why_not(device: torch.device) -> None:
+def test_a_backend_asked_for_is_honored_or_says_why_not(device: torch.device) -> None:
     x = torch.randn(4, 32, device=device, dtype=torch.float64)
     with dispatch.use_backend("triton"), pytest.raises(NotSupportedError, match="not float64"):
         ops.residual_layernorm(x, x, None, None)

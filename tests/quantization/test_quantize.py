@@ -1,4 +1,4 @@
-"""Quantisation of a real encoder: how right it is, what it changes, and the way back."""
+"""Quantization of a real encoder: how right it is, what it changes, and the way back."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_done_is_said() -> None:
         (lambda: quantize(model, skip=["*.nowhere"]), r"fits '\*\.nowhere'"),
         (lambda: quantize(model, skip="query"), "skip must be a list"),
         (lambda: quantize(model, observer="mean"), "unknown observer 'mean'"),
-        (lambda: quantize(nn.Linear(3, 3)), "nothing to quantise"),
+        (lambda: quantize(nn.Linear(3, 3)), "nothing to quantize"),
         (lambda: dequantize(model), "no Int8Linear"),
         (lambda: freeze(model), "no Int8Linear"),
         (lambda: sensitivity(nn.Linear(3, 3), [torch.ones(3)]), "no floating linear layer"),
@@ -145,7 +145,7 @@ def test_what_cannot_be_done_is_said() -> None:
             call()
     assert not any(isinstance(module, (Int8Linear, ObservedLinear)) for module in model.modules())
     quantize(model)
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         quantize(model)
 
 
@@ -245,7 +245,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         trainable.save_pretrained(tmp_path)
 
 
-def test_gradients_flow_through_a_quantised_encoder() -> None:
+def test_gradients_flow_through_a_quantized_encoder() -> None:
     """A frozen int8 encoder under a head that trains, and its own biases and LayerNorms."""
     model = small_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     quantize(model)

@@ -59,7 +59,7 @@ def test_packed_is_padded_without_the_padding() -> None:
         assert torch.equal(packed[first:last], alone)
 
 
-def test_dropout_is_after_the_normalisation() -> None:
+def test_dropout_is_after_the_normalization() -> None:
     word, position, kind, weight, bias = tables()
     ids, key = torch.randint(20, (2, 5)), torch.tensor([3, 4])
     plain = reference.bert_embeddings(ids, word, position, kind, weight, bias).output

@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 def test_codes_by_hand(dtype: torch.dtype) -> None:
     x = torch.tensor(
         [
-            [127.0, -63.5, 0.5, 1.5, -2.5, 3.0],  # scale 1: halves go to the even neighbour
+            [127.0, -63.5, 0.5, 1.5, -2.5, 3.0],  # scale 1: halves go to the even neighbor
             [-254.0, 127.0, 1.0, 3.0, -5.0, 0.0],  # scale 2: the largest is negative
             [0.0, -0.0, 0.0, 0.0, 0.0, 0.0],
         ],
@@ -116,7 +116,7 @@ def test_epilogue_by_hand() -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu"])
-def test_it_is_the_linear_of_the_dequantised_operands(activation: str | None) -> None:
+def test_it_is_the_linear_of_the_dequantized_operands(activation: str | None) -> None:
     a, a_scale = quantize_per_token(torch.randn(2, 5, 32) * torch.tensor([0.1, 1.0, 4.0, 9.0, 0.5])[:, None])
     b, b_scale = quantize_per_channel(torch.randn(12, 32) * 0.2)
     bias = torch.randn(12)

@@ -31,7 +31,7 @@ from pyaccel.verify.op_checks import check_op, check_ops
 from pyaccel.verify.policy import RunningMoments, judge_random
 from pyaccel.verify.report import Check, read_budget
 from pyaccel.verify.trace import layout_reason
-from tests.hf.models import MASKS, batch_of, mask_of, randomise, tiny
+from tests.hf.models import MASKS, batch_of, mask_of, randomize, tiny
 from tests.hf.test_families import TINY
 
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def test_other_families_are_compared_part_by_part(family: str, batch: dict[str, 
     prefix, sizes = TINY[family]
     torch.manual_seed(0)
     kind = getattr(transformers, f"{prefix}Model")
-    model = randomise(kind(kind.config_class(vocab_size=97, **sizes))).eval()
+    model = randomize(kind(kind.config_class(vocab_size=97, **sizes))).eval()
     if family == "DistilBERT":
         batch.pop("token_type_ids")
     report = verify(model, batch, **QUICK)

@@ -229,7 +229,7 @@ def _why_not(hidden: Tensor) -> str | None:
 def _settings() -> tuple[Any, ...]:
     """What decides which kernels run, and can be changed between two calls."""
     return (
-        dispatch.requests(),
+        dispatch.overrides(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,

@@ -65,7 +65,7 @@ class EagerLayers:
             return "no gradients are recorded"
         if torch.is_autocast_enabled("cpu"):
             return "autocast"
-        if not dispatch.nobody_asks(_OPS) or not runs_now(hidden):
+        if not dispatch.is_default(_OPS) or not runs_now(hidden):
             return "a backend was asked for, choices are recorded, or a mode is active"
         if not hidden.is_cpu or hidden.dtype is not self._parameters[0].dtype:
             return "hidden states of another device or dtype than the weights'"

@@ -112,7 +112,7 @@ class OneDnn(Packed):
             return "gradients may be recorded: call under torch.inference_mode() or torch.no_grad()"
         if torch.is_autocast_enabled("cpu"):
             return "autocast"
-        if not dispatch.nobody_asks(_OPS):
+        if not dispatch.is_default(_OPS):
             return "a backend was asked for, or choices are recorded"
         if type(hidden) is not Tensor or not hidden.is_cpu or hidden.dtype is not self._parameters[0].dtype:
             return "hidden states of another device or dtype than the weights'"

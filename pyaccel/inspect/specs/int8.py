@@ -25,7 +25,7 @@ ACTIVATIONS = {"gelu": tuple(DTYPES), "gelu_tanh": ("bf16",), "relu": ("bf16",),
 N_ROWS, N_OUT, N_IN = 4099, 3072, 768
 # An inner dimension that no block divides.
 UNEVEN_IN = 784
-# Rows of each configuration that quantises them again.
+# Rows of each configuration that quantizes them again.
 WIDTHS = (512, 1024, 2048, 4096, limits.MAX_QUANTIZED_ROW)
 # Those of each configuration that quantizes them first, and that quantizes tiles by a given scale.
 QUANTIZED_WIDTHS = (512, 1024, 2048, 4096, 8192, limits.MAX_ROW)

@@ -1,4 +1,4 @@
-"""int8 quantisation and products on a CPU, in stock PyTorch: the torch backend's loops over blocks of rows.
+"""int8 quantization and products on a CPU, in stock PyTorch: the torch backend's loops over blocks of rows.
 
 The product itself (``torch._int_mm``, oneDNN's) is several times as fast as one in fp32 where the CPU has VNNI (and
 wrong where it has not: :func:`product`), so that what follows it would take most of the time: a block is small enough

@@ -1,7 +1,7 @@
 """A linear layer that multiplies in int8 and trains: the autograd Function and the public function.
 
 What is saved for the backward is what was multiplied: int8 codes and their scales, a quarter of fp32's bytes and half
-of 16 bits'. The gradients are straight-through (arXiv:1308.3432): those of the product of the dequantised operands.
+of 16 bits'. The gradients are straight-through (arXiv:1308.3432): those of the product of the dequantized operands.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ def int8_linear(
     weight_only: bool = False,
     int8_grad_input: bool = False,
 ) -> Tensor:
-    """``activation(x @ weight^T + bias)`` with both operands quantised to int8, or the weight alone; differentiable.
+    """``activation(x @ weight^T + bias)`` with both operands quantized to int8, or the weight alone; differentiable.
 
     Args:
         x: ``[..., in_features]``, fp32, bf16 or fp16.
-        weight: ``[out_features, in_features]``: floating point, quantised in every call by a scale for each output
+        weight: ``[out_features, in_features]``: floating point, quantized in every call by a scale for each output
             channel (training), or int8 codes with ``weight_scale`` (deployed): the same bits come out.
         bias: ``[out_features]``, floating point, or None.
         activation: None, ``"gelu"`` (erf, BERT's), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
         weight_scale: fp32 ``[out_features]``, with an int8 weight only.
-        input_scale: fp32 scalar: x is quantised by this one (static); by default each token by its own,
+        input_scale: fp32 scalar: x is quantized by this one (static); by default each token by its own,
             around the middle of its range (dynamic).
-        smooth_scale: fp32 ``[in_features]``, multiplies x in the pass that quantises it (SmoothQuant,
+        smooth_scale: fp32 ``[in_features]``, multiplies x in the pass that quantizes it (SmoothQuant,
             arXiv:2211.10438).
         weight_only: x is multiplied as it is (in autocast's dtype), see
             :func:`pyaccel.ops.int8_weight_only_matmul`: for few rows, where the weight's bytes are what takes time, and
             closer to the floating layer. Saved for the backward is x then, not codes.
-        int8_grad_input: the gradient of x too is an int8 product: the incoming gradient quantised per token, the weight
+        int8_grad_input: the gradient of x too is an int8 product: the incoming gradient quantized per token, the weight
             per input channel. Faster where int8 is, and biased by their rounding.
 
     Returns:
@@ -74,7 +74,7 @@ def int8_linear(
     reasons = not_supported_reasons(x, weight, bias, activation, weight_scale, input_scale, smooth_scale)
     if weight_only and (input_scale is not None or smooth_scale is not None):
         reasons.append(
-            "input_scale and smooth_scale go with a quantised input; weight_only leaves it as it is"
+            "input_scale and smooth_scale go with a quantized input; weight_only leaves it as it is"
         )
     dispatch.invalid("int8_linear", reasons)
     out_dtype = autocast_dtype(x.device) or x.dtype
@@ -210,7 +210,7 @@ class Int8LinearFunction(torch.autograd.Function):
             bias if activation is not None else None,
             smooth_scale if wants_x else None,
         )
-        ctx.requests = dispatch.requests()
+        ctx.overrides = dispatch.overrides()
         ctx.options = _Options(activation, out_dtype, weight_only, int8_grad_input, input_scale is not None)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
@@ -224,7 +224,7 @@ class Int8LinearFunction(torch.autograd.Function):
             found = _gradients(*arguments)
         else:
             # What was asked for in the forward is asked for here too: on a GPU, backward runs in another thread.
-            with dispatch.use_requests(ctx.requests):
+            with dispatch.use_overrides(ctx.overrides):
                 found = _gradients(*arguments)
         return *(g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False)), *nothing[3:]
 

@@ -65,7 +65,7 @@ def int8_matmul(
     *,
     a_offset: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``activation((a @ b^T) * a_scale * b_scale + bias) + residual``: a quantised Linear, for inference.
+    """``activation((a @ b^T) * a_scale * b_scale + bias) + residual``: a quantized Linear, for inference.
 
     With ``a_offset``, ``a * a_scale + a_offset`` takes the place of ``a * a_scale``.
 
@@ -80,7 +80,7 @@ def int8_matmul(
         residual: ``[..., out_features]``, any floating dtype; added after the activation.
         out_dtype: fp32, bf16 or fp16.
         quantize_output: return int8 codes ``[..., out_features]`` and fp32 scales of the leading shape in
-            place of floats: quantised per token from the fp32 result, so ``out_dtype`` plays no part.
+            place of floats: quantized per token from the fp32 result, so ``out_dtype`` plays no part.
         a_offset: fp32, of a's leading shape, from :func:`pyaccel.ops.quantize_per_token_with_offset`, or None. It
             multiplies the sums of b's rows, which are exact in fp32 up to 132104 input features.
 
@@ -93,7 +93,7 @@ def int8_matmul(
         pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
 
     Triton does all of it in one launch; in two, with the sums between them, where few rows make it split the inner
-    dimension, and where the output is quantised again, for which a program must see a whole row. The torch backend
+    dimension, and where the output is quantized again, for which a program must see a whole row. The torch backend
     multiplies with ``torch._int_mm``: any shape on CPUs, in blocks of rows that stay in the cache; padded with zeros to
     what cuBLAS takes (more than 16 rows, other sizes multiples of 8) on CUDA.
     """
@@ -182,7 +182,7 @@ def not_supported_reasons(
     reasons = []
     for name, codes in (("a", a), ("b", b)):
         if codes.dtype != torch.int8:
-            reasons.append(f"{name} must be int8, got {codes.dtype}: quantise it first")
+            reasons.append(f"{name} must be int8, got {codes.dtype}: quantize it first")
     if a.dim() == 0 or b.dim() != 2 or a.shape[-1] != b.shape[-1]:
         got = f"{tuple(a.shape)} and {tuple(b.shape)}"
         return [*reasons, f"a must be [..., in_features] and b [out_features, in_features], got {got}"]

@@ -1,4 +1,4 @@
-"""Symmetric int8 quantisation: the public functions.
+"""Symmetric int8 quantization: the public functions.
 
 Every backend gives the bits of :mod:`pyaccel.reference.int8`, which says what scale and codes are.
 Nothing here records gradients: a rounded value has none.
@@ -20,7 +20,7 @@ from pyaccel.reference import int8 as reference
 
 @torch.no_grad()
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise each row by its own scale: dynamic quantisation of activations.
+    """Quantize each row by its own scale: dynamic quantization of activations.
 
     Args:
         x: ``[..., features]``, fp16, bf16, fp32 or fp64; any strides.
@@ -40,7 +40,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_per_token_with_offset(
     x: Tensor, *, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise each row around the middle of its range: ``codes * scale + offset`` approximates ``x``.
+    """Quantize each row around the middle of its range: ``codes * scale + offset`` approximates ``x``.
 
     With two fp32 numbers a row the codes stay symmetric and a row that isn't keeps up to a bit more; the offset's part
     of a matrix product is of rank 1 (``a_offset`` of :func:`pyaccel.ops.int8_matmul`).
@@ -69,7 +69,7 @@ def quantize_per_token_with_offset(
 
 @torch.no_grad()
 def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a weight ``[out_features, in_features]`` by one scale for each output channel.
+    """Quantize a weight ``[out_features, in_features]`` by one scale for each output channel.
 
     Returns:
         int8 codes ``[out_features, in_features]`` and fp32 scales ``[out_features]``.
@@ -85,7 +85,7 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_per_tensor(
     x: Tensor, scale: Tensor | None = None, *, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Quantise all of ``x`` by one scale: static quantisation, with a scale that calibration found.
+    """Quantize all of ``x`` by one scale: static quantization, with a scale that calibration found.
 
     Args:
         x: any shape, floating point.
@@ -138,7 +138,7 @@ def _factor_reasons(x: Tensor, factor: Tensor | None) -> list[str]:
 
 
 def not_supported_reasons(name: str, x: Tensor, dim: int | None = None) -> list[str]:
-    """Why ``x`` can't be quantised: it must be floating point, of ``dim`` dimensions, or of one at least."""
+    """Why ``x`` can't be quantized: it must be floating point, of ``dim`` dimensions, or of one at least."""
     reasons = []
     if not x.is_floating_point():
         reasons.append(f"{name} must be floating point, got {x.dtype}")

@@ -1,4 +1,4 @@
-"""The Triton backend of quantisation and of int8 products: registered ops, and the functions that call them.
+"""The Triton backend of quantization and of int8 products: registered ops, and the functions that call them.
 
 Arguments are checked by :mod:`pyaccel.ops.int8.quantize`, :mod:`pyaccel.ops.int8.matmul` and
 :mod:`pyaccel.ops.int8.weight_only`, which call these. Nothing here has a gradient.
@@ -18,7 +18,7 @@ from pyaccel.ops.common import custom_op, rows
 
 
 def rows_reasons(x: Tensor, factor: Tensor | None = None) -> list[str]:
-    """Why the kernels can't quantise these rows here; empty if they can."""
+    """Why the kernels can't quantize these rows here; empty if they can."""
     reasons = triton_support.unsupported_reasons(x, factor)
     if not 1 <= x.shape[-1] <= MAX_ROW:
         reasons.append(f"the kernels take rows of 1 to {MAX_ROW} elements, not {x.shape[-1]}")
@@ -26,7 +26,7 @@ def rows_reasons(x: Tensor, factor: Tensor | None = None) -> list[str]:
 
 
 def tensor_reasons(x: Tensor, factor: Tensor | None = None) -> list[str]:
-    """Why the kernels can't quantise x by a given scale here; empty if they can."""
+    """Why the kernels can't quantize x by a given scale here; empty if they can."""
     reasons = triton_support.unsupported_reasons(x, factor)
     if x.dim() == 0 or x.shape[-1] == 0:
         reasons.append("there are no rows")
@@ -49,7 +49,7 @@ def matmul_reasons(
         reasons.append("a dimension of the weight is 0")
     if quantize_output and n_out > MAX_QUANTIZED_ROW:
         reasons.append(
-            f"rows of more than {MAX_QUANTIZED_ROW} elements don't fit in registers to be quantised"
+            f"rows of more than {MAX_QUANTIZED_ROW} elements don't fit in registers to be quantized"
         )
     return reasons
 

@@ -24,7 +24,7 @@ MANY_ROWS = 128
 def int8_weight_only_matmul(
     x: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """``activation((x @ b^T) * b_scale + bias)``: a Linear whose weight alone is quantised, for inference.
+    """``activation((x @ b^T) * b_scale + bias)``: a Linear whose weight alone is quantized, for inference.
 
     Args:
         x: ``[..., in_features]``, fp32, bf16 or fp16, of any strides.
@@ -86,7 +86,7 @@ def not_supported_reasons(
     if x.dtype not in DTYPES:
         reasons.append(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if b.dtype != torch.int8:
-        reasons.append(f"b must be int8, got {b.dtype}: quantise it first")
+        reasons.append(f"b must be int8, got {b.dtype}: quantize it first")
     if x.dim() == 0 or b.dim() != 2 or x.shape[-1] != b.shape[-1]:
         got = f"{tuple(x.shape)} and {tuple(b.shape)}"
         return [*reasons, f"x must be [..., in_features] and b [out_features, in_features], got {got}"]

@@ -1,6 +1,6 @@
 """A BERT layer from attention's output on: LayerNorm and the feed-forward network, as one autograd Function.
 
-From LayerNorm's input on it saves two things a token, the sum that is normalised and the pre-activation. The normalised
+From LayerNorm's input on it saves two things a token, the sum that is normalized and the pre-activation. The normalized
 hidden states and the activation, five hidden sizes a token, are made again in the backward, by two kernels at the speed
 of memory. Source of the method: recomputation, arXiv:1604.06174.
 """
