@@ -45,6 +45,7 @@ class Call:
         is_packed: the caller has packed the sequences into one row.
         keeps_padding: why its padding must not be dropped, once it was asked; None: it may.
         tokens: where the tokens are, once it was asked.
+        graph: which CUDA graph is of its size, once it was asked.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Call:
         self.mask = mask
         self.keeps_padding: str | None = None
         self.tokens: PackedLayout | None = None
+        self.graph: tuple[Any, ...] = ()
         self.kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs} if args else kwargs
         self.is_packed = kwargs.get("cu_seq_lens_q") is not None
 
@@ -69,9 +71,10 @@ def call_reason(config: Any, call: Call) -> str | None:
             return reason
         if type(hidden) not in _PLAIN:
             return f"hidden states are a {type(hidden).__name__}"
-    if config._attn_implementation not in NAMES:
-        return f"the attention implementation is now {config._attn_implementation!r}"
-    if config._attn_implementation == EAGER and torch.is_grad_enabled():
+    implementation = config._attn_implementation
+    if implementation not in NAMES:
+        return f"the attention implementation is now {implementation!r}"
+    if implementation == EAGER and torch.is_grad_enabled():
         return "the model was made with eager attention, whose gradients can be differentiated again"
     if given.get("output_attentions", config.output_attentions):
         return "output_attentions"

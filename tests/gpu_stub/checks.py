@@ -445,6 +445,7 @@ def fewer_calls_than_stock() -> None:
     assert forward["accelerated"] < 0.75 * forward["stock"], forward
     assert forward["accelerated"] < 2400, forward
     assert step["accelerated"] < 7000, step
+    assert host.counted_by_graph() <= 500
 
 
 @check

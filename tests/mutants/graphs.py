@@ -31,7 +31,7 @@ MUTANTS = [
     Mutant("graphs: first positions are cleared", GRAPHS, "            read[:, 0] = True\n", ""),
     Mutant("graphs: without dropout in training", GRAPHS, "            return \"dropout\"\n", "            pass\n"),
     Mutant("graphs: a watched layer is called once", PLAN, "not is_kept or any(map(has_opaque, layers))", "not is_kept"),
-    Mutant("graphs: chosen ones are captured at the first batch", GRAPHS, "if self._ineligible is not None or self._is_asked_for:", "if True:"),
+    Mutant("graphs: chosen ones are captured at the first batch", GRAPHS, "if self._is_asked_for or key in self._captured or key in self._met:", "if True:"),
     Mutant("graphs: chosen ones raise where they can't be captured", GRAPHS, "            if self._is_asked_for:\n                raise\n", "            raise\n"),
     Mutant("graphs: chosen ones are tried again where they couldn't be captured", GRAPHS, "            self._ineligible = str(error)\n", ""),
     Mutant("packing waits for the device in a capture", "pyaccel/hf/eligibility.py", "if hidden.is_cuda and is_capturing():", "if False:"),

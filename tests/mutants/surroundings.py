@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant("surroundings: changed options are passed by", FINGERPRINT, "                and list(map(getitem, self._dicts, self._names)) == self._options\n", ""),
     Mutant("surroundings: the layers that run are those of before", FINGERPRINT, "not self._order or [getattr(around.config, x) for x in self._order] == self._order_before", "True"),
     Mutant("surroundings: a plan keeps lent parameters", PLAN, "is_kept = have_own_parameters(layers)", "is_kept = True"),
-    Mutant("surroundings: eager models lose their second gradients", ELIGIBILITY, "if config._attn_implementation == EAGER and torch.is_grad_enabled():", "if False:"),
+    Mutant("surroundings: eager models lose their second gradients", ELIGIBILITY, "if implementation == EAGER and torch.is_grad_enabled():", "if False:"),
     Mutant("surroundings: masks of three dimensions are taken", ATTENTION, "if attention_mask is not None and attention_mask.dim() != 4:", "if False:"),
     Mutant("surroundings: question answering is known by its last name alone", PATCHING, "for kind in type(head).__mro__)", "for kind in type(head).__mro__[:1])"),
     Mutant(

@@ -10,6 +10,7 @@ reallocated all graphs are captured again. What is no tensor (a LayerNorm's eps,
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections import OrderedDict
@@ -41,12 +42,14 @@ _TRAINING = attrgetter("training")
 _lock = threading.Lock()
 
 
+@functools.lru_cache(maxsize=4096)
 def bucket(size: int, least: int = 1) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that is neither below ``size`` nor ``least``."""
     power = 1 << (max(size, least) - 1).bit_length()
     return power * 3 // 4 if max(size, least) <= power * 3 // 4 else power
 
 
+@functools.lru_cache(maxsize=4096)
 def graphable(batch: int, seq: int) -> bool:
     """Whether a batch of that size counts as small, as the one of its bucket."""
     return bucket(batch) * bucket(seq, _LEAST_SEQ) <= MOST_TOKENS
@@ -127,10 +130,10 @@ class CudaGraph:
             return "input packed by the caller"
         if any(map(_TRAINING, self._dropping)) and any(map(drops, map(self._family.view, self._modules))):
             return "dropout"
-        if self._ineligible is not None or self._is_asked_for:
+        if self._ineligible is not None:
             return self._ineligible
-        key = self._key(hidden)
-        if key in self._captured or key in self._met:
+        key = call.graph = self._key(hidden)
+        if self._is_asked_for or key in self._captured or key in self._met:
             return None
         self._met.add(key)
         return "the first batch of its size: a graph is captured when the size comes up again"
@@ -140,7 +143,7 @@ class CudaGraph:
         if self._family.enter is not None:
             hidden = self._family.enter(module, hidden)
         try:
-            return self._launch(hidden, call.mask)
+            return self._launch(hidden, call.mask, call.graph)
         except CaptureError as error:
             if self._is_asked_for:
                 raise
@@ -157,7 +160,7 @@ class CudaGraph:
             hidden = hidden.masked_fill(~read.unsqueeze(-1), 0.0)
         return hidden
 
-    def _launch(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _launch(self, hidden: Tensor, mask: Tensor | None, key: tuple[Any, ...]) -> Tensor:
         """By a graph, which is captured where there is none.
 
         Raises:
@@ -168,7 +171,6 @@ class CudaGraph:
             if addresses != self._addresses:
                 self._captured.clear()
                 self._addresses = addresses
-            key = self._key(hidden)
             graph = self._captured.get(key)
             if graph is None:
                 graph = self._captured[key] = self._capture(key[:2], hidden, key[3])
