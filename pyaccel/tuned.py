@@ -50,7 +50,6 @@ from pyaccel.tuning_tables import read
 
 FOLDER = Path(__file__).parent / "kernels" / "tuned"
 
-
 # Farther from every size that was measured (by the product of the ratios), nothing is said.
 MAX_DISTANCE = 16.0
 _INT = {int}
@@ -142,7 +141,7 @@ def _nearest(op: str, device: torch.device, dtype: torch.dtype, size: tuple[int,
 def preferred(
     op: str, device: torch.device, dtype: torch.dtype, size: tuple[int, ...], names: tuple[str, ...]
 ) -> tuple[str | None, str]:
-    """The way that was fastest at the nearest size, of those named, the usual one first, and the row that says so.
+    """The implementation that was fastest at the nearest size, of those named, the usual one first, and the row of it.
 
     (None, "") where nothing near was measured, and in a traced graph, which serves many sizes.
     """
@@ -180,22 +179,17 @@ def _preferred(
 
 # ---- launch configurations ----
 
-
 Config = TypeVar("Config")
 Result = TypeVar("Result")
 
-
 # Kernels with measured configurations that could not be launched.
 _refused: set[tuple[str, Any]] = set()
-
 
 # Of this thread or asyncio task. Kernel -> the configuration to launch; kernel -> where to note what is launched.
 _trying: ContextVar[dict[str, Any]] = ContextVar("pyaccel_trying", default={})  # noqa: B039  never written to
 _asked: ContextVar[dict[str, list[tuple[tuple[int, ...], Any]]]] = ContextVar("pyaccel_asked", default={})  # noqa: B039
 _ignored: ContextVar[bool] = ContextVar("pyaccel_ignored", default=False)
-_overridden: ContextVar[bool] = ContextVar(
-    "pyaccel_overridden", default=False
-)  # whether one of the three is set
+_overridden: ContextVar[bool] = ContextVar("pyaccel_overridden", default=False)  # one of the three is set
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class BertWithHead(nn.Module):
     ) -> Head:
         """Load a folder as `BertModel.from_pretrained` does, with its head.
 
-        Where the folder has no such head (a pre-trained encoder, to be fine-tuned) the head is initialized anew, with
+        Where the folder has no such head (a pre-trained encoder, to be fine-tuned) the head is initialized, with
         a warning that names its parameters. Heads of other kinds in the folder are left out.
 
         Raises:

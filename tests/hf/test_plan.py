@@ -200,7 +200,7 @@ def test_a_rate_of_dropout_that_makes_no_sense_is_an_error(unchecked: list[Any])
         model(**batch_of("right"))
 
 
-# ---- CUDA graphs that nobody asked for ----
+# ---- CUDA graphs by default ----
 
 
 @pytest.fixture
