@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyaccel import dispatch, ops
 from pyaccel.cost import recorder
-from pyaccel.kernels import residual_layernorm as layernorm_kernels
 from pyaccel.kernels.bias_act import kernels as bias_gelu_kernels
+from pyaccel.kernels.layernorm import forward as layernorm_kernels
 from tests.gpu_stub import card, host
 from tests.gpu_stub.card import Launch
 
