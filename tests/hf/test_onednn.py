@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
 import pyaccel
@@ -364,6 +365,17 @@ def test_an_activation_that_is_changed_in_place_is_seen(calls: Counter[str]) -> 
             layer.intermediate.intermediate_act_fn.approximate = "tanh"
     judge(stock, model, batch)
     assert calls["onednn"] >= 2 * LAYERS
+
+
+def test_a_mode_that_counts_operators_counts_them_all(calls: Counter[str]) -> None:
+    model, batch = accelerated(tiny()), batch_of("right")
+    states(model, batch)
+    calls.clear()
+    with FlopCounterMode(display=False) as counter:
+        states(model, batch)
+    assert not calls
+    tokens = int(batch["attention_mask"].sum())
+    assert counter.get_total_flops() >= LAYERS * 2 * tokens * 32 * (4 * 32 + 2 * 72)
 
 
 def test_copies_have_their_own(calls: Counter[str]) -> None:

@@ -48,4 +48,5 @@ MUTANTS = [
     Mutant("model: layers without checks take kept padding for keys", EAGER, "if tokens.key_indices is not None else None", "if False else None"),
     Mutant("model: layers without checks run under autocast", EAGER, 'if torch.is_autocast_enabled("cpu"):', "if False:"),
     Mutant("model: layers without checks add the residual of attention twice", EAGER, "return _end(view.output, activated, hidden)", "return _end(view.output, activated, context)"),
+    Mutant("model: oneDNN's layers run where operators are counted", ONEDNN, "if torch._C._len_torch_dispatch_stack():", "if False:"),
 ]  # fmt: skip

@@ -112,6 +112,8 @@ class OneDnn(Packed):
             return "gradients may be recorded: call under torch.inference_mode() or torch.no_grad()"
         if torch.is_autocast_enabled("cpu"):
             return "autocast"
+        if torch._C._len_torch_dispatch_stack():
+            return "a dispatch mode is active"  # which may count operators, and knows nothing of oneDNN's
         if not dispatch.is_default(_OPS):
             return "a backend was asked for, or choices are recorded"
         if type(hidden) is not Tensor or not hidden.is_cpu or hidden.dtype is not self._parameters[0].dtype:
