@@ -163,14 +163,14 @@ def test_onednn_gets_what_it_can_read(
                 onednn.evaluate_with_residual(t["x"], t["residual"], t["weight"], t["bias"])
                 for t in (o, copied)
             ]
-            outs = [onednn.evaluate(t["x"], t["weight"], t["bias"], activation) for t in (o, copied)]
+            outs = [onednn.by_onednn(t["x"], t["weight"], t["bias"], activation) for t in (o, copied)]
             assert_equivalent(*sums, name=argument)
             assert_equivalent(*outs, name=argument)
     if onednn.can_prepack():
         packed = onednn.prepacked(layout(given["weight"]))
-        out = onednn.evaluate(given["x"], packed, every_other(given["bias"]), activation)
+        out = onednn.by_onednn(given["x"], packed, every_other(given["bias"]), activation)
         assert_equivalent(
-            out, onednn.evaluate(given["x"], apart(layout(given["weight"])), given["bias"], activation)
+            out, onednn.by_onednn(given["x"], apart(layout(given["weight"])), given["bias"], activation)
         )
 
 

@@ -106,11 +106,6 @@ def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
     return reference.activation(F.linear(x, weight, bias), activation)
 
 
-def faster_way(x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
-    """On a CPU where oneDNN can serve: :func:`by_onednn` or :func:`by_torch`, whichever was faster near this size."""
-    return by_torch if not weight.is_mkldnn and measured(x, weight)[0] == "plain" else by_onednn
-
-
 def fused(activation: str | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """:func:`by_onednn` of x, weight and bias without its questions.
 
@@ -136,7 +131,7 @@ def measured_each(rows: int, weights: Sequence[Tensor]) -> list[str | None]:
 
 def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias + residual`` in the faster way."""
-    if faster_way(x, weight) is by_torch:
+    if measured(x, weight)[0] == "plain":
         return F.linear(x, weight, bias) + residual
     return by_onednn(x, weight, bias, residual=residual)
 
