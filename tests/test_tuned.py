@@ -450,7 +450,7 @@ def test_on_a_card_the_faster_backend_serves(
     us: dict[str, float], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Meta tensors stand for a card's: what would serve them is chosen, and nothing runs."""
-    monkeypatch.setattr(tuned, "machine", lambda device: "a card" if device.type == "meta" else "cpu")
+    monkeypatch.setattr(tuned.machine, "kind", lambda device: "a card" if device.type == "meta" else "cpu")
     monkeypatch.setattr(triton_support, "has_triton", lambda: True)
 
     def x(*shape: int) -> torch.Tensor:

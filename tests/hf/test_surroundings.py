@@ -59,11 +59,11 @@ def test_a_function_transform(transform: str, options: dict[str, Any], called_be
     mask = batch["attention_mask"]
     if called_before:
         model(**batch)
-    before = model.encoder._pyaccel.structure
+    before = model.encoder._pyaccel.plan
     each = mask[:1] if transform == "per-sample" else mask
     run = TRANSFORMS[transform]
     assert_equivalent(run(lambda x: pooled(model, x, each)), run(lambda x: pooled(stock, x, each)))
-    assert model.encoder._pyaccel.structure is before, "a plan was made inside a transform"
+    assert model.encoder._pyaccel.plan is before, "a plan was made inside a transform"
     assert report.refused["padded"]["inside a torch.func transform"] >= 3
     Truth(stock).check(model, batch, ["pooler_output"])
     assert report.served["packed"] == 3 + 3 * called_before
@@ -75,7 +75,7 @@ def test_other_parameters_are_used_and_not_kept() -> None:
     pyaccel.accelerate(model, prepack=True)
     others = {name: (1.3 * p).detach() for name, p in stock.named_parameters()}
     for called_before in (False, True):
-        before = model.encoder._pyaccel.structure
+        before = model.encoder._pyaccel.plan
         assert (before is not None) == called_before
         with torch.no_grad():
             found = torch.func.functional_call(model, others, kwargs=batch).pooler_output
@@ -83,7 +83,7 @@ def test_other_parameters_are_used_and_not_kept() -> None:
             exact = copy.deepcopy(stock)
             exact.load_state_dict(others, strict=False)
             assert_close_to_truth(found, exact.double()(**batch).pooler_output, naive)
-        assert model.encoder._pyaccel.structure is before
+        assert model.encoder._pyaccel.plan is before
         Truth(stock).check(model, batch, ["pooler_output"])
 
 
@@ -128,7 +128,7 @@ def test_inside_another_s_mode_the_stock_modules_run(mode: type[Any], packing: b
         found, expected = model(**batch).pooler_output, stock(**batch).pooler_output
     assert_equivalent(found, expected)
     assert report.refused["padded"] == {f"inside a {mode.__name__}": 3}
-    assert model.encoder._pyaccel.structure is None
+    assert model.encoder._pyaccel.plan is None
     Truth(stock).check(model, batch, ["pooler_output"])
     assert report.served.total() == 3
 
@@ -140,7 +140,7 @@ def test_fake_tensors_leave_a_model_as_it_was() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         out = model(**{name: mode.from_tensor(x) for name, x in batch.items()}).last_hidden_state
     assert out.shape == (5, 12, 32)
-    assert model.encoder._pyaccel.structure is None
+    assert model.encoder._pyaccel.plan is None
     Truth(stock).check(model, batch, ["pooler_output"])
 
 
@@ -247,7 +247,7 @@ def test_a_patched_forward_is_not_passed_by(
         if report.swapped:
             report.reset()
             assert_equivalent(model(**batch).pooler_output, plain)
-            assert report.served == {"packed": 3}
+            assert report.served == {"onednn": 3}
 
 
 # ---- options ----
@@ -323,7 +323,7 @@ def test_fewer_layers_by_the_config_alone() -> None:
         report.reset()
         model.config.num_hidden_layers = stock.config.num_hidden_layers = count
         Truth(stock).check(model, batch, ["last_hidden_state"], read(batch["attention_mask"]))
-        assert report.served == {"packed": count}
+        assert report.served == {"onednn": count}
 
 
 def test_a_forward_that_is_wrapped_survives_restore() -> None:

@@ -58,9 +58,7 @@ def make_call(
 def packed(call: AttentionCall, lens_q: list[int], lens_k: list[int]) -> AttentionCall:
     """The call of sequences of these lengths that lie one behind the other in its rows."""
     cu_q, cu_k = (offsets(lens, call.query.device) for lens in (lens_q, lens_k))
-    return dataclasses.replace(
-        call, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seq_q=max(lens_q), seq_k=max(lens_k)
-    )
+    return call._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, seq_q=max(lens_q), seq_k=max(lens_k))
 
 
 def define(call: AttentionCall, dout: Tensor, dlse: Tensor, upcast: bool) -> dict[str, Tensor]:
@@ -273,7 +271,7 @@ def test_every_option_is_right(
     call = make_call(device, lengths, dtype=dtype, heads=heads, **options)
     if option == "dims strided":
         strided = {name: in_order(getattr(call, name), 0, 1, 3, 2) for name in ("query", "key", "value")}
-        call = dataclasses.replace(call, **strided)
+        call = call._replace(**strided)
     settings = choose(kernel, call.shape)
     assert settings is not None
     launch = Launch(call, guarded_empty)
@@ -287,7 +285,7 @@ def test_every_option_is_right(
         poisoned = {name: getattr(call, name).clone() for name in ("key", "value")}
         for t in poisoned.values():
             t[:, :, unread[option]] = NAN
-        launch.call = dataclasses.replace(call, **poisoned)
+        launch.call = call._replace(**poisoned)
     for skip_masked in {settings.skip_masked, option != "mask"}:
         getattr(launch, kernel)(dataclasses.replace(settings, skip_masked=skip_masked))
 
@@ -304,7 +302,7 @@ def test_a_score_that_is_masked_may_be_nan(kernel: str, device: torch.device, gu
     key[:, :, 7] = NAN
     launch = Launch(call, guarded_empty)
     found = []
-    for changed in (call, dataclasses.replace(call, key=key)):
+    for changed in (call, call._replace(key=key)):
         out, lse, error = launch.like(call.query, 24), launch.like_lse(), launch.like_lse()
         getattr(attention if kernel == "forward" else attention_short, kernel)(
             out, lse, error, changed, settings
@@ -404,7 +402,7 @@ def test_descriptors_are_not_made_of_what_they_cannot_read(device: torch.device)
     for change in (
         {"key_mask": keys}, {"attn_mask": keys[:, :, None].expand(1, 2, 20, 30)}, {"window_size": (3, -1)},
     ):  # fmt: skip
-        other = dataclasses.replace(call, **change)
+        other = call._replace(**change)
         assert not other.tma_can_read(call.key, call.value), change
     for bad in (call.key.mT.contiguous().mT, call.key[..., 1:], torch.cat([call.key, call.key[..., :1]], -1)):
         assert not call.tma_can_read(call.key, bad)
