@@ -41,7 +41,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in inside:
             with self:  # what the op's Python does, which happens below the dispatcher
-                out = inside[func]._init_fn(*args, **kwargs)
+                out = inside[func].registered._init_fn(*args, **kwargs)
             gc.collect()  # Triton's interpreter leaves cycles behind that hold a kernel's arguments
             return out
         given = {id(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
