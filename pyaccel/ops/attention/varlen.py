@@ -42,7 +42,7 @@ class Group(NamedTuple):
     Attributes:
         sequences: how many; ``len_q`` and ``len_k`` tokens each.
         by: what serves it: "matmul", batched matrix products and a softmax; "torch", PyTorch's SDPA; "sdpa", that with
-            :func:`pyaccel.ops.attention.sdpa.sdpa` around it, which looks after masks and after NaN in few keys.
+            :func:`pyaccel.ops.attention.sdpa.sdpa` around it, for masks and NaN; "few", the latter where there is NaN.
     """
 
     len_q: int
@@ -89,7 +89,7 @@ def groups_of(
         products.served(query, {*lens_q, *lens_k}, training=training, dropout_p=dropout_p) if plain else ()
     )
     for (len_q, len_k), run in itertools.groupby(zip(lens_q, lens_k, strict=True)):
-        by = "sdpa" if guarded or not len_q or (len_k < FEW_KEYS and dropout_p == 0.0) else "torch"
+        by = "sdpa" if guarded or not len_q else "few" if len_k < FEW_KEYS and dropout_p == 0.0 else "torch"
         if len_q in served and len_k in served:
             by, largest = "matmul", max(largest, len_q * len_k)
         count = len(list(run))
@@ -112,15 +112,9 @@ def varlen_by_group(
     dropout_p: float,
 ) -> Tensor:
     """One call for each run of neighboring sequences of equal lengths, on views; one copy, of the result."""
-    plain = not is_causal and window_size is None
-    groups = groups_of(
-        query,
-        lens_q,
-        lens_k,
-        training=records(query, key, value),
-        dropout_p=dropout_p,
-        plain=plain and query.shape[1] == key.shape[1],
-    )
+    training = records(query, key, value)
+    plain = not is_causal and window_size is None and query.shape[1] == key.shape[1]
+    groups = groups_of(query, lens_q, lens_k, training=training, dropout_p=dropout_p, plain=plain)
     return attend_by_group(query, key, value, groups, is_causal, scale, window_size)
 
 
@@ -147,6 +141,10 @@ def attend_by_group(
         if len_q == 0 or len_k == 0:
             out.append(reference.zero_output(q, value_dim))
         elif by != "matmul":
+            if by == "few":  # what is finite can't hide a NaN; see sdpa
+                wide = torch.float32 if q.dtype == torch.float16 else None
+                total = q.detach().sum(dtype=wide) + k.detach().sum(dtype=wide)
+                by = "torch" if math.isfinite(total.item()) else "sdpa"
             q = q.view(count, len_q, heads, -1).transpose(1, 2)
             k = k.view(count, len_k, kv_heads, -1).transpose(1, 2)
             v = v.view(count, len_k, kv_heads, value_dim).transpose(1, 2)
