@@ -6,7 +6,7 @@ from tests.mutants import Mutant
 
 GRAPHS = "pyaccel/hf/executors/cuda_graph.py"
 PLAN = "pyaccel/hf/plan.py"
-TESTS = ["tests/hf/test_cuda_graph.py"]
+TESTS = ["tests/hf/test_cuda_graph.py", "tests/hf/test_plan.py"]
 
 MUTANTS = [
     Mutant("graphs: weights that moved are read where they were", GRAPHS, "if addresses != self._addresses:", "if not self._addresses:"),

@@ -12,6 +12,7 @@ ONEDNN = "pyaccel/hf/executors/onednn.py"
 EAGER = "pyaccel/hf/executors/eager.py"
 TESTS = [
     "tests/test_packing.py",
+    "tests/hf/test_plan.py",
     "tests/hf/test_onednn.py",
     "tests/verify/test_verify.py::test_an_unharmed_model_is_right",
     "tests/hf/test_accelerate.py",
