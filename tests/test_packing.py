@@ -41,7 +41,7 @@ def test_sorted_layout_by_hand():
 
 
 def test_keep_first_by_hand():
-    """Rows 1 and 3 keep position 0 as a query (flat 4 and 12); it is nobody's key."""
+    """Rows 1 and 3 keep position 0 as a query (flat 4 and 12); no query attends to it."""
     tokens = layout(MASK, keep_first=True)
     assert tokens.indices.tolist() == [0, 1, 2, 4, 6, 7, 8, 10, 12, 16, 17, 18, 19]
     assert tokens.cu_seqlens.tolist() == [0, 3, 6, 8, 9, 13]

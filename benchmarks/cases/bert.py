@@ -91,7 +91,7 @@ def call(model: Any, p: Problem) -> Outputs:
 
 
 def compared(p: Problem, given: Outputs) -> Outputs:
-    """Padding is nobody's; gradients are judged together, but for keys' biases', which are rounding alone."""
+    """Padding positions are ignored; gradients are judged together, but for keys' biases', which are rounding alone."""
     if not p.training:
         return (given[0][p.batch["attention_mask"].bool()],)
     names = [name for name, x in p.model.named_parameters() if x.requires_grad]

@@ -87,7 +87,7 @@ def varlen_attention(
     Returns:
         ``[total_q, heads, value_dim]`` in query's dtype, or ``(output, lse)`` with lse ``[heads, total_q]``.
 
-    On CPUs the torch backend serves each run of neighboring sequences of equal lengths at once (so sort a batch by
+    On CPUs the torch backend serves each run of neighboring sequences of equal lengths in one call (sort a batch by
     length), on views of the packed tensors: by ``F.scaled_dot_product_attention``, or by two matrix products and a
     softmax where those are faster; with dropout, they save the weights for backward. On GPUs it is
     ``torch.nn.attention.varlen.varlen_attn`` where that serves the call. Else, and on CPUs under
