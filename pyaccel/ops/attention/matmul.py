@@ -47,38 +47,39 @@ def serve(query: Tensor, length: int, *, training: bool, dropout_p: float) -> tu
 
     ``query`` is ``[total, heads, head_dim]``; ``training``: a gradient is recorded.
     """
-    heads, head_dim = query.shape[1:]
     if length > LONGEST:
-        return False, f"longer than {LONGEST}, where products would take much memory"
-    if not _takes(query.dtype, dropout_p):
-        return False, "products take fp32 and bf16, a dropout_p below 1, and have no forward-mode derivative"
-    if dropout_p > 0.0:
-        return True, "with dropout PyTorch's way is products too, and a slower one"
-    op = "varlen_attention_training" if training else "varlen_attention"
-    way, row = tuned.preferred(op, _CPU, query.dtype, (length, heads, head_dim), WAYS)
-    if way is not None:
-        return way == "matmul", row
-    known = (_TRAINING if training else _EVALUATION).get(query.dtype, range(0))
-    return length in known, "nothing near was measured on this machine: `pyaccel tune` does"
+        why = f"longer than {LONGEST}, where products would take much memory"
+    elif not _takes(query.dtype, dropout_p):
+        why = "products take fp32 and bf16, a dropout_p below 1, and have no forward-mode derivative"
+    elif dropout_p > 0.0:
+        why = "with dropout PyTorch takes products too, and slower ones"
+    else:
+        size = (length, *query.shape[1:])
+        _, why = tuned.preferred(_table(training), _CPU, query.dtype, size, WAYS)
+        why = why or "nothing near was measured on this machine: `pyaccel tune` does"
+    return length in served(query, {length}, training=training, dropout_p=dropout_p), why
 
 
 def served(query: Tensor, lengths: set[int], *, training: bool, dropout_p: float) -> set[int]:
-    """Those of these lengths that products :func:`serve`."""
+    """Those of these lengths that products serve, where they are faster."""
     if not _takes(query.dtype, dropout_p):
         return set()
     lengths = {length for length in lengths if 0 < length <= LONGEST}
     if dropout_p > 0.0 or not lengths:
         return lengths
     heads, head_dim = query.shape[1:]
-    op = "varlen_attention_training" if training else "varlen_attention"
     sizes = [(length, heads, head_dim) for length in lengths]
-    names = tuned.preferred_each(op, _CPU, query.dtype, sizes, WAYS)
+    names = tuned.preferred_each(_table(training), _CPU, query.dtype, sizes, WAYS)
     known = (_TRAINING if training else _EVALUATION).get(query.dtype, range(0))
     found = set()
     for length, name in zip(lengths, names, strict=True):
         if length in known if name is None else name == "matmul":
             found.add(length)
     return found
+
+
+def _table(training: bool) -> str:
+    return "varlen_attention_training" if training else "varlen_attention"
 
 
 def _takes(dtype: torch.dtype, dropout_p: float) -> bool:
