@@ -301,6 +301,12 @@ def layers_of(family: Family, module: Any) -> list[Any]:
     return family.layers(module) if is_encoder(module) else [module]
 
 
+def attention_of(family: Family, layer: nn.Module) -> nn.Module:
+    """The module of a layer whose mode says whether attention drops."""
+    kind = stock(family).attention
+    return next(module for module in layer.modules() if isinstance(module, kind))
+
+
 # ---- modules of other packages ----
 
 # Called in the place of an nn.Linear, whose rows they treat one by one: a LoRA adapter and the layer it is around.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyaccel import ops, reference
 from pyaccel.activations import activation_name
-from pyaccel.nn import Int8Linear
+from pyaccel.nn import Int8Linear, ResidualLayerNorm
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.packing import PackedLayout
 
@@ -39,8 +39,7 @@ def encoder_layer(
         `[..., hidden_size]`. Dropout acts where the layer's dropout modules are in training mode.
     """
     attention = layer.attention
-    heads = (attention.self.num_attention_heads, attention.self.attention_head_size)
-    context = attend(*(x.unflatten(-1, heads) for x in project_qkv(attention.self, hidden)))
+    context = attend(*(x.unflatten(-1, heads_of(layer)) for x in project_qkv(attention.self, hidden)))
 
     name = activation_name(layer.intermediate.intermediate_act_fn)
     dense = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
@@ -189,3 +188,27 @@ def packed_attention(
         is_causal=is_causal,
     )
     return context.flatten(-2)
+
+
+def heads_of(view: Any) -> tuple[int, int]:
+    """Heads of a layer's attention, and the dimension of one."""
+    return view.attention.self.num_attention_heads, view.attention.self.attention_head_size
+
+
+def plain_modules(view: Any) -> tuple[Any, ...]:
+    """Products and norms of a layer, in the order of their use."""
+    heads, first, second = view.attention.self, view.attention.output, view.output
+    inner = view.intermediate.dense
+    return (
+        heads.query, heads.key, heads.value, first.dense, first.LayerNorm, inner, second.dense, second.LayerNorm
+    )  # fmt: skip
+
+
+def is_plain(view: Any) -> bool:
+    """Whether its products are nn.Linear with bias and its norms LayerNorm with both parameters, all plain tensors."""
+    kinds = [type(x) for x in plain_modules(view)]
+    return (
+        all(kind is nn.Linear for kind in (*kinds[:4], *kinds[5:7]))
+        and all(kind in (nn.LayerNorm, ResidualLayerNorm) for kind in (kinds[4], kinds[7]))
+        and all(type(p) in (Tensor, nn.Parameter) for x in plain_modules(view) for p in (x.weight, x.bias))
+    )

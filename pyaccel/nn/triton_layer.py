@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel.activations import activation_name
-from pyaccel.nn.encoder_layer import encoder_layer
-from pyaccel.nn.residual_layernorm import ResidualLayerNorm
+from pyaccel.nn.encoder_layer import encoder_layer, is_plain
 from pyaccel.ops.attention.custom_ops import forward_op as attention
 from pyaccel.ops.attention.triton import AttentionFunction
 from pyaccel.ops.bias_act.triton import forward_op as bias_gelu
@@ -67,17 +66,8 @@ class TritonLayer:
         Args:
             attention_module: whose ``training`` says whether attention drops.
         """
-        heads, first, second = layer.attention.self, layer.attention.output, layer.output
-        linears = (heads.query, heads.key, heads.value, first.dense, layer.intermediate.dense, second.dense)
-        norms = (first.LayerNorm, second.LayerNorm)
         name = activation_name(layer.intermediate.intermediate_act_fn)
-        if name is None or not all(type(x) is nn.Linear for x in linears):
-            return None
-        if not all(type(x) in (nn.LayerNorm, ResidualLayerNorm) for x in norms):
-            return None
-        if not all(type(p) in _PLAIN for x in (*linears, *norms) for p in (x.weight, x.bias)):
-            return None
-        return cls(layer, attention_module, name)
+        return cls(layer, attention_module, name) if name is not None and is_plain(layer) else None
 
     def is_ready(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether all parameters are of that dtype, on that device, and laid out as the kernels read them."""

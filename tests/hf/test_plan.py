@@ -21,7 +21,7 @@ import pyaccel
 from pyaccel import dispatch, triton_support
 from pyaccel.hf.executors import cuda_graph
 from tests.assertions import assert_bits_equal
-from tests.hf.models import MASKS, batch_of, of_family, tiny
+from tests.hf.models import MASKS, Truth, batch_of, of_family, tiny
 
 PROJECT = str(Path(pyaccel.__file__).parent)
 
@@ -161,6 +161,21 @@ def test_training_of_every_kind_of_layer(name: str, unchecked: list[Any]) -> Non
         for one, other in zip(ours, expected, strict=True):
             assert_bits_equal(one, other)
     assert len(unchecked) == 3
+
+
+def test_layers_of_other_numbers_of_heads(unchecked: list[Any]) -> None:
+    stock, batch = tiny(), batch_of("right")
+    model = copy.deepcopy(stock)
+    pyaccel.accelerate(model)
+    for grad in (False, True):
+        for heads in (2, 8):
+            for each in (stock, model):
+                attention = each.encoder.layer[1].attention.self
+                attention.num_attention_heads, attention.attention_head_size = heads, 32 // heads
+                attention.scaling = (32 // heads) ** -0.5
+            with torch.set_grad_enabled(grad):
+                Truth(stock).check(model, batch, ["pooler_output"])
+    assert not unchecked
 
 
 def test_gradient_checkpointing_gives_the_same(unchecked: list[Any]) -> None:

@@ -50,4 +50,6 @@ MUTANTS = [
     Mutant("model: layers without checks run under autocast", EAGER, 'if torch.is_autocast_enabled("cpu"):', "if False:"),
     Mutant("model: layers without checks add the residual of attention twice", EAGER, "return _end(view.output, activated, hidden)", "return _end(view.output, activated, context)"),
     Mutant("model: oneDNN's layers run where operators are counted", ONEDNN, "if torch._C._len_torch_dispatch_stack():", "if False:"),
+    Mutant("model: oneDNN's layers have the first one's heads", ONEDNN, "len(set(map(heads_of, views))) > 1", "False"),
+    Mutant("model: layers without checks have the first one's heads", EAGER, "if len(set(map(heads_of, views))) > 1:", "if False:"),
 ]  # fmt: skip

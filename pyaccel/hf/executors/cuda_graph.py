@@ -16,7 +16,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 
 from pyaccel import dispatch
 from pyaccel.hf.device import is_capturing, on_gpu, stream_of
-from pyaccel.hf.eligibility import Call, drops
+from pyaccel.hf.eligibility import Call
+from pyaccel.hf.executors.packed import Dropouts
 from pyaccel.hf.executors.padded import run_layer
-from pyaccel.hf.families import Family, stock
+from pyaccel.hf.families import Family
 from pyaccel.hf.fingerprint import storage
 from pyaccel.hf.report import Report
 
@@ -36,7 +36,6 @@ MOST_TOKENS = 4096
 # Graphs of one encoder; the one that was used longest ago makes room.
 MOST_GRAPHS = 64
 _LEAST_SEQ = 16
-_TRAINING = attrgetter("training")
 
 # Captures and the three steps of a replay: copy in, launch, copy out. All of it is asynchronous, so nobody waits long.
 _lock = threading.Lock()
@@ -109,10 +108,7 @@ class CudaGraph:
         self._is_asked_for = is_asked_for
         self._ineligible = ineligible
         self._report = report
-        kinds = (nn.Dropout, stock(family).attention)
-        self._dropping = [
-            module for layer in layers for module in layer.modules() if isinstance(module, kinds)
-        ]
+        self._dropouts = Dropouts(family, layers)
         tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
         self._tensors = [t for t in tensors if t is not None]
         self._addresses: list[int] = []
@@ -128,7 +124,7 @@ class CudaGraph:
             return reason
         if call.is_packed:
             return "input packed by the caller"
-        if any(map(_TRAINING, self._dropping)) and any(map(drops, map(self._family.view, self._modules))):
+        if self._dropouts.act():
             return "dropout"
         if self._ineligible is not None:
             return self._ineligible

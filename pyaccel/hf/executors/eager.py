@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pyaccel import dispatch, reference
 from pyaccel.activations import activation_name
-from pyaccel.hf.families import Family, stock
-from pyaccel.nn import ResidualLayerNorm
+from pyaccel.hf.families import Family, attention_of
+from pyaccel.nn.encoder_layer import heads_of, is_plain, plain_modules
 from pyaccel.ops.attention.varlen import Groups, attend_by_group, groups_of
 from pyaccel.ops.common import runs_now
 from pyaccel.ops.dropout import dropout_reasons
@@ -37,8 +37,6 @@ class EagerLayers:
         # Attention asks its own module whether to drop, and a view of it may be older than its mode.
         self._attentions = attentions
         self._parameters = [p for view in views for x in plain_modules(view) for p in (x.weight, x.bias)]
-        heads = views[0].attention.self
-        self._heads = (heads.num_attention_heads, heads.attention_head_size)
 
     @classmethod
     def of(cls, family: Family, layers: list[Any]) -> EagerLayers | None:
@@ -52,8 +50,9 @@ class EagerLayers:
                 or min(view.attention.output.LayerNorm.eps, view.output.LayerNorm.eps) < 0.0
             ):
                 return None
-        kind = stock(family).attention
-        made = cls(views, [next(x for x in layer.modules() if isinstance(x, kind)) for layer in layers])
+        if len(set(map(heads_of, views))) > 1:
+            return None
+        made = cls(views, [attention_of(family, layer) for layer in layers])
         if len({(p.dtype, p.device) for p in made._parameters}) > 1 or not made._parameters[0].is_cpu:
             return None
         return made
@@ -73,7 +72,8 @@ class EagerLayers:
 
     def bound(self, hidden: Tensor, tokens: PackedLayout) -> list[Callable[[Tensor], Tensor]]:
         """Each layer's math, from packed hidden states to packed hidden states, for batches of these lengths."""
-        like, chosen = hidden.view(-1, *self._heads), {}
+        heads = heads_of(self._views[0])
+        like, chosen = hidden.view(-1, *heads), {}
         calls: list[Callable[[Tensor], Tensor]] = []
         for view, attention in zip(self._views, self._attentions, strict=True):
             dropout_p = view.attention.self.dropout.p if attention.training else 0.0
@@ -81,7 +81,7 @@ class EagerLayers:
                 dispatch.invalid("varlen_attention", dropout_reasons(dropout_p))
                 lengths = tokens.lengths
                 chosen[dropout_p] = groups_of(like, lengths, lengths, training=True, dropout_p=dropout_p)
-            calls.append(partial(_layer, view, self._heads, chosen[dropout_p]))
+            calls.append(partial(_layer, view, heads, chosen[dropout_p]))
         return calls
 
 
@@ -113,22 +113,3 @@ def _end(module: Any, x: Tensor, residual: Tensor) -> Tensor:
         x.dtype,
     )
     return out
-
-
-def plain_modules(view: Any) -> tuple[Any, ...]:
-    """Products and norms of a layer, in the order of their use."""
-    heads, first, second = view.attention.self, view.attention.output, view.output
-    inner = view.intermediate.dense
-    return (
-        heads.query, heads.key, heads.value, first.dense, first.LayerNorm, inner, second.dense, second.LayerNorm
-    )  # fmt: skip
-
-
-def is_plain(view: Any) -> bool:
-    """Whether its products are nn.Linear with bias and its norms LayerNorm with both parameters, all plain tensors."""
-    kinds = [type(x) for x in plain_modules(view)]
-    return (
-        all(kind is nn.Linear for kind in (*kinds[:4], *kinds[5:7]))
-        and all(kind in (nn.LayerNorm, ResidualLayerNorm) for kind in (kinds[4], kinds[7]))
-        and all(type(p) in (Tensor, nn.Parameter) for x in plain_modules(view) for p in (x.weight, x.bias))
-    )

@@ -10,26 +10,24 @@ and value as one, and are made again when a parameter is reallocated or modified
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyaccel import dispatch, reference
 from pyaccel.activations import activation_name
-from pyaccel.hf.eligibility import Call, drops
-from pyaccel.hf.executors.eager import is_plain, plain_modules
-from pyaccel.hf.executors.packed import Packed, tokens_of
-from pyaccel.hf.families import Family, stock
+from pyaccel.hf.eligibility import Call
+from pyaccel.hf.executors.packed import Dropouts, Packed, tokens_of
+from pyaccel.hf.families import Family
 from pyaccel.hf.fingerprint import versions
+from pyaccel.nn.encoder_layer import heads_of, is_plain, plain_modules
 from pyaccel.ops.attention.varlen import attend_by_group, groups_of
 from pyaccel.ops.linear import onednn
 from pyaccel.packing import PackedLayout
 
 _OPS = ("linear_activation", "residual_layernorm", "varlen_attention")
-_TRAINING = attrgetter("training")
 
 
 class LayerTensors(NamedTuple):
@@ -64,20 +62,18 @@ class OneDnn(Packed):
     name = "onednn"
 
     def __init__(
-        self, family: Family, layers: list[Any], keeps_padding: str | None, views: list[Any], activation: str
+        self,
+        family: Family,
+        layers: list[Any],
+        keeps_padding: str | None,
+        tensors: list[LayerTensors],
+        heads: tuple[int, int],
+        activation: str,
     ) -> None:
         super().__init__(family, layers, keeps_padding)
-        heads = views[0].attention.self
-        self._heads = (heads.num_attention_heads, heads.attention_head_size)
-        self._views = views
-        # Attention asks its own module whether to drop, not the dropout's, as transformers has it.
-        self._dropping = [
-            module
-            for layer in layers
-            for module in layer.modules()
-            if isinstance(module, (nn.Dropout, stock(family).attention))
-        ]
-        self._layers = [_tensors(view) for view in views]
+        self._heads = heads
+        self._dropouts = Dropouts(family, layers)
+        self._layers = tensors
         self._parameters = [t for layer in self._layers for pair in layer for t in pair[:2]]
         self._hidden_size = (len(self._layers[0].first[0]),)
         self._activation = activation
@@ -88,8 +84,8 @@ class OneDnn(Packed):
 
     @classmethod
     def of(cls, family: Family, layers: list[Any], keeps_padding: str | None) -> OneDnn | None:
-        """None where a layer's products aren't nn.Linear with bias, of the sizes of the first layer's, in one dtype
-        and on the CPU, or its norms aren't LayerNorm, or oneDNN has its activation not fused."""
+        """None where a layer's products aren't nn.Linear with bias, of one size in all layers, of one
+        dtype and on the CPU, or its norms aren't LayerNorm, or oneDNN has its activation not fused."""
         views = [family.view(layer) for layer in layers]
         names = {activation_name(view.intermediate.intermediate_act_fn) for view in views}
         if len(names) != 1 or any(view.chunk_size_feed_forward for view in views):
@@ -99,12 +95,12 @@ class OneDnn(Packed):
             return None
         tensors = [_tensors(view) for view in views]
         parameters = [t for layer in tensors for pair in layer for t in pair[:2]]
-        shapes = [[t.shape for pair in layer for t in pair[:2]] for layer in tensors]
-        if any(shape != shapes[0] for shape in shapes) or not all(p.is_cpu for p in parameters):
+        shapes = {tuple(t.shape for pair in layer for t in pair[:2]) for layer in tensors}
+        if len(shapes) > 1 or len(set(map(heads_of, views))) > 1 or not all(p.is_cpu for p in parameters):
             return None
         if len({p.dtype for p in parameters}) > 1 or parameters[0].dtype not in onednn.supported_dtypes():
             return None
-        return cls(family, layers, keeps_padding, views, activation)
+        return cls(family, layers, keeps_padding, tensors, heads_of(views[0]), activation)
 
     def why_not(self, call: Call) -> str | None:
         hidden = call.hidden
@@ -118,7 +114,7 @@ class OneDnn(Packed):
             return "a backend was asked for, or choices are recorded"
         if type(hidden) is not Tensor or not hidden.is_cpu or hidden.dtype is not self._parameters[0].dtype:
             return "hidden states of another device or dtype than the weights'"
-        if any(map(_TRAINING, self._dropping)) and any(map(drops, map(self.family.view, self._modules))):
+        if self._dropouts.act():
             return "dropout"
         if not all(map(Tensor.is_contiguous, self._parameters)):
             return "a parameter is not contiguous"

@@ -7,17 +7,20 @@ states and, in the mask's place, a :class:`PackedCall`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyaccel import dispatch
-from pyaccel.hf.eligibility import Call
+from pyaccel.hf.eligibility import Call, drops
 from pyaccel.hf.executors.eager import EagerLayers
 from pyaccel.hf.executors.padded import run_layer
-from pyaccel.hf.families import Family
+from pyaccel.hf.families import Family, stock
 from pyaccel.packing import PackedLayout, layout, layout_from_cu_seqlens, pack, unpack
+
+_TRAINING = attrgetter("training")
 
 
 class PackedCall(NamedTuple):
@@ -31,6 +34,22 @@ class PackedCall(NamedTuple):
 
     tokens: PackedLayout
     run: Callable[[Tensor], Tensor] | None = None
+
+
+class Dropouts:
+    """The dropouts of layers: whether any acts is asked in microseconds where all modules are in evaluation."""
+
+    def __init__(self, family: Family, layers: list[Any]) -> None:
+        self._family = family
+        self._layers = layers
+        # Attention asks its own module whether to drop, not the dropout's, as transformers has it.
+        kinds = (nn.Dropout, stock(family).attention)
+        self._modules = [
+            module for layer in layers for module in layer.modules() if isinstance(module, kinds)
+        ]
+
+    def act(self) -> bool:
+        return any(map(_TRAINING, self._modules)) and any(map(drops, map(self._family.view, self._layers)))
 
 
 class Packed:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyaccel.hf.eligibility import Call
 from pyaccel.hf.executors.packed import Packed, tokens_of
-from pyaccel.hf.families import Family, stock
+from pyaccel.hf.families import Family, attention_of
 from pyaccel.nn.triton_layer import TritonLayer, serves
 from pyaccel.packing import PackedLayout
 
@@ -31,11 +31,10 @@ class Triton(Packed):
     @classmethod
     def of(cls, family: Family, layers: list[Any], keeps_padding: str | None) -> Triton | None:
         """None where a layer can't be run so: see :meth:`pyaccel.nn.triton_layer.TritonLayer.of`."""
-        kind, made = stock(family).attention, []
+        made = []
         for layer in layers:
             view = family.view(layer)
-            attention = next(module for module in layer.modules() if isinstance(module, kind))
-            one = None if view.chunk_size_feed_forward else TritonLayer.of(view, attention)
+            one = None if view.chunk_size_feed_forward else TritonLayer.of(view, attention_of(family, layer))
             if one is None:
                 return None
             made.append(one)
