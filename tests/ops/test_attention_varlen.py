@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyaccel import dispatch, tuned
 from pyaccel.ops import common
-from pyaccel.ops.attention import sdpa as sdpa_backend
+from pyaccel.ops.attention import varlen as varlen_backend
 from pyaccel.ops.attention.packed import varlen_attention
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
@@ -180,14 +180,14 @@ def test_reference_backend_serves_packed(device: torch.device) -> None:
 def test_one_call_a_group_on_views_of_the_packed_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     (q, k, v), args = packed_inputs([5, 5, 5, 3, 0, 7, 7, 5], [], F32, torch.device("cpu"))
     calls = []
-    sdpa = sdpa_backend.torch_sdpa
+    sdpa = varlen_backend.torch_sdpa
 
     def spy(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(tuple(args[0].shape))
         assert {t.untyped_storage().data_ptr() for t in args[:3]} == {q.untyped_storage().data_ptr()}
         return sdpa(*args, **kwargs)
 
-    monkeypatch.setattr(sdpa_backend, "torch_sdpa", spy)
+    monkeypatch.setattr(varlen_backend, "torch_sdpa", spy)
     varlen_attention(q, k, v, *args)
     assert calls == [(3, H, 5, D), (1, H, 3, D), (2, H, 7, D), (1, H, 5, D)]
 
