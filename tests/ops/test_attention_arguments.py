@@ -293,7 +293,7 @@ def test_triton_reads_no_mask_on_the_host(
     given = []
 
     def padded(*args: Any) -> Tensor:
-        given.append(args[4])
+        given.append(args[3].key_padding_mask)
         return q
 
     monkeypatch.setattr(module.triton_backend, "padded", padded)

@@ -18,6 +18,7 @@ from pyaccel import dispatch
 from pyaccel.ops import common
 from pyaccel.ops.attention import varlen as torch_backend
 from pyaccel.ops.attention.packed import varlen_attention
+from pyaccel.ops.attention.params import AttentionParams, CuSeqlens
 from pyaccel.reference import attention as reference
 from tests.assertions import assert_statistic
 from tests.ops.attention_helpers import BF16, F16, F32, NAN, Options, check, leaf
@@ -51,11 +52,8 @@ def reasons(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
     if changes.pop("transposed", False):
         k = OnCuda(torch.zeros(9, D, H, dtype=dtype).mT)
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
-    options: Options = {
-        "cu_seqlens_q": cu, "cu_seqlens_k": cu.clone() if changes.pop("cross", False) else cu,
-        "is_causal": False, "scale": None, "window_size": None, "dropout_p": 0.0, "return_lse": False,
-    }  # fmt: skip
-    return torch_backend.varlen_attn_reasons(q, k, v, **{**options, **changes})
+    offsets = CuSeqlens(cu, cu.clone() if changes.pop("cross", False) else cu, 5, 5)
+    return torch_backend.varlen_attn_reasons(q, k, v, AttentionParams(**changes, cu_seqlens=offsets))
 
 
 @pytest.mark.parametrize(

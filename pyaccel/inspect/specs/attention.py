@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (32, 64, 128, 256)
-MAX_FP32_DIM = 64  # above it dispatch leaves fp32 to PyTorch: pyaccel.ops.attention.api.triton.slow_reason
+MAX_FP32_DIM = 64  # above it dispatch leaves fp32 to PyTorch: pyaccel.ops.attention.triton.slow_reason
 BATCH, HEADS = 3, 12
 # What a call may have. The configurations know two kinds of call; the last of each takes most registers.
 PLAIN = ("packed", "key mask, causal")

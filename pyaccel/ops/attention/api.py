@@ -1,7 +1,7 @@
 """Scaled-dot-product attention over padded and packed batches: the public functions.
 
 What masks mean is written once, in :mod:`pyaccel.reference.attention`, what arguments may be in
-:mod:`pyaccel.ops.attention.api.checks`. More that holds for every function here:
+:mod:`pyaccel.ops.attention.checks`. More that holds for every function here:
 
 * query, key and value share one dtype. Under autocast they (fp64 aside) are cast to its dtype first, as
   ``F.scaled_dot_product_attention`` does, so there they may differ; the output has that dtype.
@@ -22,8 +22,8 @@ from torch import Tensor
 from pyaccel.ops import common
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
-from pyaccel.ops.attention.checks import Window
 from pyaccel.ops.attention.choice import cast_under_autocast, choose, refuse, without_leading
+from pyaccel.ops.attention.params import AttentionParams, Window
 from pyaccel.ops.attention.sdpa import may_hold, sdpa
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
@@ -126,52 +126,40 @@ def scaled_dot_product_attention(
     # On a CPU in eager mode the torch backend drops by PyTorch's mask: ours takes it three times the attention.
     drops_itself = backend == "torch" and common.on_host(query) and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
-    result: Tensor | tuple[Tensor, Tensor]
-    if backend == "triton":
-        result = triton_backend.padded(
-            query,
-            key,
-            value,
-            attn_mask,
-            key_padding_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            window_size,
-            seed,
-            return_lse,
-        )
-        return without_leading(result, absent) if absent else result
-    if key_padding_mask is not None and not may_hold(~key_padding_mask):
-        key_padding_mask = None
-    if backend == "torch" and seed is None and not return_lse:
-        if is_causal and attn_mask is None and key_padding_mask is None and window_size is None:
-            result = sdpa(query, key, value, None, None, scale, is_causal=True, dropout_p=dropout_p)
-        else:
-            allowed, bias = reference.combine_masks(
-                query, key, attn_mask, key_padding_mask, is_causal, window_size
-            )
-            result = sdpa(query, key, value, allowed, bias, scale, dropout_p=dropout_p)
-    else:
-        result = cast(
-            "Tensor | tuple[Tensor, Tensor]",
-            reference.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale,
-                query.shape[1] != key.shape[1],
-                key_padding_mask=key_padding_mask,
-                window_size=window_size,
-                dropout_key=seed,
-                return_lse=return_lse,
-                upcast=False,
-            ),
-        )
-    return without_leading(result, absent) if absent else result
+    params = AttentionParams(
+        dropout_p, is_causal, scale, window_size, seed, return_lse, attn_mask, key_padding_mask
+    )
+    serve = {"triton": triton_backend.padded, "torch": _torch}.get(backend, _reference)
+    return without_leading(serve(query, key, value, params), absent)
+
+
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> Tensor | tuple[Tensor, Tensor]:
+    result = reference.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        enable_gqa=query.shape[1] != key.shape[1],
+        **{name: x for name, x in params._asdict().items() if name != "cu_seqlens"},
+        upcast=False,
+    )
+    return cast("Tensor | tuple[Tensor, Tensor]", result)
+
+
+def _torch(
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+) -> Tensor | tuple[Tensor, Tensor]:
+    if params.key_padding_mask is not None and not may_hold(~params.key_padding_mask):
+        params = params._replace(key_padding_mask=None)
+    if params.dropout_key is not None or params.return_lse:
+        return _reference(query, key, value, params)
+    dropout_p, is_causal, scale, window_size, *_ = params
+    attn_mask, key_padding_mask = params.attn_mask, params.key_padding_mask
+    if is_causal and attn_mask is None and key_padding_mask is None and window_size is None:
+        return sdpa(query, key, value, None, None, scale, is_causal=True, dropout_p=dropout_p)
+    allowed, bias = reference.combine_masks(query, key, attn_mask, key_padding_mask, is_causal, window_size)
+    return sdpa(query, key, value, allowed, bias, scale, dropout_p=dropout_p)
 
 
 @cast_under_autocast("query", "key")
@@ -222,20 +210,20 @@ def attention_probs(
         )
     backend = choose(op, query, key, key, no_kernel)
     if backend == "triton":
-        probs = triton_backend.probs(
-            query, key, lse, attn_mask, key_padding_mask, is_causal, scale, window_size
+        params = AttentionParams(
+            0.0, is_causal, scale, window_size, attn_mask=attn_mask, key_padding_mask=key_padding_mask
         )
-    else:
-        probs = reference.attention_probs(
-            query,
-            key,
-            lse,
-            attn_mask,
-            is_causal,
-            scale,
-            query.shape[1] != key.shape[1],
-            key_padding_mask=key_padding_mask,
-            window_size=window_size,
-            upcast=False,
-        )
-    return cast(Tensor, without_leading(probs, absent)) if absent else probs
+        return without_leading(triton_backend.probs(query, key, lse, params), absent)
+    probs = reference.attention_probs(
+        query,
+        key,
+        lse,
+        attn_mask,
+        is_causal,
+        scale,
+        query.shape[1] != key.shape[1],
+        key_padding_mask=key_padding_mask,
+        window_size=window_size,
+        upcast=False,
+    )
+    return without_leading(probs, absent)

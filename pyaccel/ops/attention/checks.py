@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyaccel.ops.attention.params import Window
 from pyaccel.ops.dropout import dropout_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NUMBER = (int, float, torch.SymInt, torch.SymFloat)
-Window = tuple[int, int]
 Shape = tuple[int, ...]
 Scores = tuple[int | None, ...]  # [batch, heads, seq_q, seq_k], None where arguments contradict each other
 

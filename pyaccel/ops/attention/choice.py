@@ -17,6 +17,7 @@ from pyaccel.ops.common import autocast_dtype
 
 SERVE_ALL: dict[str, list[str]] = {"triton": [], "torch": [], "reference": []}
 Attention = TypeVar("Attention", bound=Callable[..., Any])
+Result = TypeVar("Result", Tensor, "Tensor | tuple[Tensor, Tensor]")
 
 
 def cast_under_autocast(*names: str) -> Callable[[Attention], Attention]:
@@ -85,8 +86,10 @@ def choose(
     return dispatch.choose(op, {**SERVE_ALL, "triton": triton}, *measured).backend
 
 
-def without_leading(result: Tensor | tuple[Tensor, Tensor], dims: int) -> Tensor | tuple[Tensor, Tensor]:
+def without_leading(result: Result, dims: int) -> Result:
     """The result without the leading dimensions of size 1 that query, key and value came without."""
+    if not dims:
+        return result
     first = (0,) * dims
     return (result[0][first], result[1][first]) if isinstance(result, tuple) else result[first]
 

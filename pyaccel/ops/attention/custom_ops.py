@@ -1,20 +1,23 @@
 """The registered ops of attention's Triton backend, with their launches' configurations and their FLOPs.
 
 Padded and packed batches go through the same ops: a packed ``[total, heads, dim]`` is the view ``[1, heads, total,
-dim]`` with offsets. Their autograd Function and what calls them: :mod:`pyaccel.ops.attention.api.triton`.
+dim]`` with offsets. Their autograd Function and what calls them: :mod:`pyaccel.ops.attention.triton`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyaccel import tuned
 from pyaccel.ops.common import custom_op
+
+if TYPE_CHECKING:
+    from pyaccel.kernels.attention.params import AttentionCall
 
 
 def forward_flops(query: Tensor, value: Tensor, seq_k: int, lengths: Sequence[int] | None = None) -> int:
@@ -96,7 +99,7 @@ def forward_op(
     return outputs
 
 
-def _launch(kernel: str, query: Tensor, call: Any, launch: Callable[[Any], None]) -> None:
+def _launch(kernel: str, query: Tensor, call: AttentionCall, launch: Callable[[Any], None]) -> None:
     """``launch`` with the kernel's configuration for this call."""
     from pyaccel.kernels.attention import config as attention_config
 
@@ -204,40 +207,25 @@ def probs_op(
     return probs
 
 
-def _call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dropout_key: Tensor | None,
-    seq_q: int,
-    seq_k: int,
-    scale: float,
-    dropout_p: float,
-    is_causal: bool,
-    window_left: int,
-    window_right: int,
-) -> Any:
+def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionCall:
+    """The kernels' view of a call; ``rest`` as :meth:`pyaccel.ops.attention.params.AttentionParams.flat` has it."""
     from pyaccel.kernels.attention.params import AttentionCall
 
+    attn_mask, key_mask, cu_q, cu_k, dropout_key, seq_q, seq_k, scale, dropout_p, is_causal, *window = rest
     batch, heads = query.shape[:2]
-    full = (batch, heads, seq_q, seq_k)
     return AttentionCall(
         query,
         key,
         value,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        cu_q,
+        cu_k,
         # A packed batch may have nothing but rows beyond its last offset, and these want a launch too.
-        seq_q if cu_seqlens_q is None else max(seq_q, 1),
-        seq_k if cu_seqlens_k is None else max(seq_k, 1),
+        seq_q if cu_q is None else max(seq_q, 1),
+        seq_k if cu_k is None else max(seq_k, 1),
         None if key_mask is None else key_mask.expand(batch, heads, seq_k),
-        None if attn_mask is None else attn_mask.expand(full),
+        None if attn_mask is None else attn_mask.expand(batch, heads, seq_q, seq_k),
         is_causal,
-        (window_left, window_right),
+        tuple(window),
         scale,
         dropout_key,
         dropout_p,

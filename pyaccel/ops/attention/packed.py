@@ -12,8 +12,8 @@ from pyaccel.ops import common
 from pyaccel.ops.attention import checks as arguments
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention import varlen as torch_backend
-from pyaccel.ops.attention.checks import Window
 from pyaccel.ops.attention.choice import cast_under_autocast, choose, lengths_of, refuse
+from pyaccel.ops.attention.params import AttentionParams, CuSeqlens, Window
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.reference import attention as reference
 
@@ -112,22 +112,12 @@ def varlen_attention(
     on_host = common.on_host(query)
     drops_itself = backend == "torch" and on_host and not return_lse
     seed = dropout_key(query.device) if dropout_p > 0.0 and not drops_itself else None
+    cu_seqlens = CuSeqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    params = AttentionParams(
+        dropout_p, is_causal, scale, window_size, seed, return_lse, cu_seqlens=cu_seqlens
+    )
     if backend == "torch" and not on_host:
-        return torch_backend.varlen_on_device(
-            query,
-            key,
-            value,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            is_causal,
-            scale,
-            window_size,
-            dropout_p,
-            seed,
-            return_lse,
-        )
+        return torch_backend.varlen_on_device(query, key, value, params)
     no_values = query.is_meta or (not torch.compiler.is_compiling() and torch._C._is_tracing())
     if backend == "reference" and no_values:
         raise NotSupportedError(
@@ -141,33 +131,14 @@ def varlen_attention(
         if cu_seqlens_k is not cu_seqlens_q or (key.shape[0], max_seqlen_k) != (query.shape[0], max_seqlen_q):
             lens_k = lengths_of("k", cu_seqlens_k, key.shape[0], max_seqlen_k)
     if backend == "triton":
-        return triton_backend.packed(
-            query,
-            key,
-            value,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            is_causal,
-            scale,
-            window_size,
-            seed,
-            return_lse,
-        )
+        return triton_backend.packed(query, key, value, params)
     if backend == "torch" and seed is None and not return_lse:
-        return torch_backend.varlen_by_group(
-            query, key, value, lens_q, lens_k, is_causal, scale, window_size, dropout_p
-        )
+        return torch_backend.varlen_by_group(query, key, value, lens_q, lens_k, params)
     return reference.varlen_attention(
         query,
         key,
         value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        *cu_seqlens,
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,

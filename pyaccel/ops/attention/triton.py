@@ -1,12 +1,11 @@
 """The Triton backend of attention: the autograd Function of its registered ops, and what calls them.
 
 Arguments are checked by :mod:`pyaccel.ops.attention.api`, which calls this; the ops are in
-:mod:`pyaccel.ops.attention.api.custom_ops`.
+:mod:`pyaccel.ops.attention.custom_ops`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from torch.autograd import forward_ad
 from pyaccel import triton_support
 from pyaccel.kernels.common.limits import MAX_HEAD_DIM
 from pyaccel.ops.attention.custom_ops import backward_op, forward_op, probs_op
+from pyaccel.ops.attention.params import AttentionParams
 from pyaccel.ops.attention.sdpa import forward_mode
 from pyaccel.ops.common import apply, differentiable_once
 
 MAX_FP32_HEAD_DIM = 64
-Window = tuple[int, int]
 
 
 def not_supported_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
@@ -126,14 +125,15 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
         )
 
 
-def _attend(*arguments: Any, want_lse: bool) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor]:
+    arguments = (query, key, value, *params.flat(query, key))
     _refuse_forward_mode(*arguments[:4])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
         if torch.compiler.is_compiling():
             arguments = _distinct(arguments)
         out, lse, _ = apply(AttentionFunction, *arguments)
     else:
-        out, lse, _ = forward_op(*arguments, want_lse)
+        out, lse, _ = forward_op(*arguments, params.return_lse)
     return out, lse
 
 
@@ -150,83 +150,25 @@ def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-    seed: Tensor | None,
-    return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`pyaccel.ops.scaled_dot_product_attention` of valid 4-D arguments."""
-    attn_mask, key_mask = _masks(attn_mask, key_padding_mask)
-    out, lse = _attend(
-        query, key, value, attn_mask, key_mask, None, None, seed, query.shape[2], key.shape[2],
-        _scale(query, scale), dropout_p, is_causal, *(window_size or (-1, -1)), want_lse=return_lse,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    out, lse = _attend(query, key, value, params)
+    return (out, lse) if params.return_lse else out
 
 
 def packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-    seed: Tensor | None,
-    return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`pyaccel.ops.varlen_attention` of valid arguments."""
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    out, lse = _attend(
-        q, k, v, None, None, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), seed, max_seqlen_q,
-        max_seqlen_k, _scale(query, scale), dropout_p, is_causal, *(window_size or (-1, -1)), want_lse=return_lse,
-    )  # fmt: skip
+    out, lse = _attend(q, k, v, params)
     out = out.squeeze(0).transpose(0, 1)
-    return (out, lse.squeeze(0)) if return_lse else out
+    return (out, lse.squeeze(0)) if params.return_lse else out
 
 
-def probs(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-) -> Tensor:
+def probs(query: Tensor, key: Tensor, lse: Tensor, params: AttentionParams) -> Tensor:
     """:func:`pyaccel.ops.attention_probs` of valid 4-D arguments."""
-    _refuse_forward_mode(query, key, lse, attn_mask)
-    attn_mask, key_mask = _masks(attn_mask, key_padding_mask)
-    window = window_size or (-1, -1)
-    return probs_op(
-        query, key, lse.contiguous(), attn_mask, key_mask, _scale(query, scale), is_causal, *window
-    )
-
-
-def _scale(query: Tensor, scale: float | None) -> float:
-    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-
-
-def _masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """attn_mask as 4-D, and a mask of keys [1 or batch, 1 or heads, seq_k]: what is known by key is read by key."""
-    key_mask = None if key_padding_mask is None else key_padding_mask[:, None]
-    if attn_mask is None:
-        return None, key_mask
-    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    by_key = attn_mask.shape[2] == 1 or attn_mask.stride(2) == 0
-    if attn_mask.dtype != torch.bool or not by_key:
-        return attn_mask, key_mask
-    keys = attn_mask[:, :, 0]
-    return None, keys if key_mask is None else keys & key_mask
+    _refuse_forward_mode(query, key, lse, params.attn_mask)
+    attn_mask, key_mask, *_, scale, _, is_causal, left, right = params.flat(query, key)
+    return probs_op(query, key, lse.contiguous(), attn_mask, key_mask, scale, is_causal, left, right)

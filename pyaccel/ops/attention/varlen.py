@@ -1,4 +1,4 @@
-"""The torch backend of packed attention: stock PyTorch ops; of padded, see :mod:`pyaccel.ops.attention.api.sdpa`.
+"""The torch backend of packed attention: stock PyTorch ops; of padded, see :mod:`pyaccel.ops.attention.sdpa`.
 
 On a CPU, by groups of sequences of equal lengths; elsewhere and in graphs, by
 PyTorch's own kernel for packed batches where it serves, else padded on the device. Arguments are checked by
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyaccel.ops.attention import matmul as products
+from pyaccel.ops.attention.params import AttentionParams, CuSeqlens
 from pyaccel.ops.attention.sdpa import FEW_KEYS, sdpa, torch_sdpa
 from pyaccel.reference import attention as reference
 
-Window = tuple[int, int]
+_DEFAULT = AttentionParams()
 
 
 def records(*tensors: Tensor) -> bool:
@@ -106,16 +107,13 @@ def varlen_by_group(
     value: Tensor,
     lens_q: list[int],
     lens_k: list[int],
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-    dropout_p: float,
+    params: AttentionParams,
 ) -> Tensor:
     """One call for each run of neighboring sequences of equal lengths, on views; one copy, of the result."""
     training = records(query, key, value)
-    plain = not is_causal and window_size is None and query.shape[1] == key.shape[1]
-    groups = groups_of(query, lens_q, lens_k, training=training, dropout_p=dropout_p, plain=plain)
-    return attend_by_group(query, key, value, groups, is_causal, scale, window_size)
+    plain = not params.is_banded and query.shape[1] == key.shape[1]
+    groups = groups_of(query, lens_q, lens_k, training=training, dropout_p=params.dropout_p, plain=plain)
+    return attend_by_group(query, key, value, groups, params)
 
 
 def attend_by_group(
@@ -123,11 +121,10 @@ def attend_by_group(
     key: Tensor,
     value: Tensor,
     groups: Groups,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window_size: Window | None = None,
+    params: AttentionParams = _DEFAULT,
 ) -> Tensor:
-    """:func:`varlen_by_group` of groups that were chosen before."""
+    """:func:`varlen_by_group` of groups that were chosen before, whose ``dropout_p`` holds."""
+    _, is_causal, scale, window_size, *_ = params
     heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[2]
     dropout_p, training = groups.dropout_p, groups.training
     # split, not a slice for each group: its backward is one concatenation, a slice's a full-size tensor.
@@ -181,56 +178,25 @@ def _joined_to(out: Tensor, *tensors: Tensor) -> Tensor:
 
 
 def varlen_on_device(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> Tensor | tuple[Tensor, Tensor]:
     """By ``varlen_attn`` where it serves, else padded: nothing leaves the device."""
-    if 0 in (cu_seqlens_q.shape[0] - 1, query.shape[0], key.shape[0], max_seqlen_q, max_seqlen_k):
+    cu = _cu_seqlens(params)
+    if 0 in (cu.q.shape[0] - 1, query.shape[0], key.shape[0], cu.max_q, cu.max_k):
         out = _joined_to(reference.zero_output(query, value.shape[2]), key, value)
-        return (out, reference.no_lse(query)) if return_lse else out
-    args = (
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        is_causal,
-        scale,
-        window_size,
-    )
-    if varlen_attn_reasons(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, window_size, dropout_p, return_lse
-    ):
-        return varlen_padded(*args, dropout_p, seed, return_lse)
-    return varlen_by_varlen_attn(*args, return_lse)
+        return (out, reference.no_lse(query)) if params.return_lse else out
+    serve = varlen_padded if varlen_attn_reasons(query, key, value, params) else varlen_by_varlen_attn
+    return serve(query, key, value, params)
 
 
-def varlen_attn_reasons(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-    dropout_p: float,
-    return_lse: bool,
-) -> list[str]:
+def _cu_seqlens(params: AttentionParams) -> CuSeqlens:
+    assert params.cu_seqlens is not None
+    return params.cu_seqlens
+
+
+def varlen_attn_reasons(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> list[str]:
     """Why ``torch.nn.attention.varlen.varlen_attn`` can't serve this call as :mod:`pyaccel.reference` defines it."""
+    cu = _cu_seqlens(params)
     if query.device.type != "cuda":
         return [f"it is for CUDA, not {query.device.type}"]
     reasons = []
@@ -243,20 +209,19 @@ def varlen_attn_reasons(
         reasons.append("it takes one head_dim, a multiple of 8, for query, key and value, of up to 256")
     if any(t.stride(2) != 1 for t in (query, key, value)):
         reasons.append("it wants a last dimension of stride 1")
-    if dropout_p > 0.0:
+    if params.dropout_p > 0.0:
         reasons.append("it has no dropout")
-    banded = is_causal or window_size is not None
-    if banded and cu_seqlens_q is not cu_seqlens_k:
+    if params.is_banded and cu.q is not cu.k:
         # Its causal is aligned at the bottom right, and a key that no query sees, NaN say, may lie in a tile of
         # those that one does. With equal lengths the alignments agree and every key is seen.
         reasons.append("is_causal and window_size need keys as long as queries: one tensor as both offsets")
-    if return_lse and records(query, key, value):
+    if params.return_lse and records(query, key, value):
         reasons.append("its LSE has no gradient")
     needed = {
-        "scale": scale is not None,
-        "window_size": banded,
+        "scale": params.scale is not None,
+        "window_size": params.is_banded,
         "enable_gqa": query.shape[1] != key.shape[1],
-        "return_aux": return_lse,
+        "return_aux": params.return_lse,
     }
     missing = {name for name, need in needed.items() if need} - set(_varlen_attn_parameters())
     if missing:
@@ -285,17 +250,7 @@ def _varlen_attn_parameters() -> tuple[str, ...]:
 
 
 def varlen_by_varlen_attn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-    return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``torch.nn.attention.varlen.varlen_attn``, and what it leaves undefined: rows that see, or serve, nothing.
 
@@ -303,24 +258,23 @@ def varlen_by_varlen_attn(
     """
     from torch.nn.attention import varlen
 
-    idle_q, idle_k = _idle_rows(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+    cu = _cu_seqlens(params)
+    idle_q, idle_k = _idle_rows(cu.q, cu.k, query.shape[0], key.shape[0])
     if records(query, key, value):  # gradients of idle rows aren't written either
         query = query.masked_fill(idle_q[:, None, None], 0.0)
         key, value = (t.masked_fill(idle_k[:, None, None], 0.0) for t in (key, value))
     options: dict[str, Any] = {}
-    if scale is not None:
-        options["scale"] = scale
-    if is_causal or window_size is not None:
-        left, right = window_size or (-1, -1)
-        options["window_size"] = (left, 0 if is_causal else right)
+    if params.scale is not None:
+        options["scale"] = params.scale
+    if params.is_banded:
+        left, right = params.window_size or (-1, -1)
+        options["window_size"] = (left, 0 if params.is_causal else right)
     if query.shape[1] != key.shape[1]:
         options["enable_gqa"] = True
-    if return_lse:
+    if params.return_lse:
         options["return_aux"] = varlen.AuxRequest(lse=True)
-    result: Any = varlen.varlen_attn(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
-    )
-    if not return_lse:
+    result: Any = varlen.varlen_attn(query, key, value, *cu, **options)
+    if not params.return_lse:
         return result.masked_fill(idle_q[:, None, None], 0.0)
     out, lse = result  # [heads, total_q]
     return out.masked_fill(idle_q[:, None, None], 0.0), lse.masked_fill(idle_q | (lse == math.inf), -math.inf)
@@ -354,32 +308,22 @@ def _slots(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
 
 
 def varlen_padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    is_causal: bool,
-    scale: float | None,
-    window_size: Window | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Pad, attend under a key mask, pack again: nothing leaves the device."""
+    dropout_p, is_causal, scale, window_size, seed, return_lse, *_ = params
+    cu = _cu_seqlens(params)
     total, heads, _ = query.shape
-    rows_q, real_q = _slots(cu_seqlens_q, max_seqlen_q)
-    rows_k, real_k = _slots(cu_seqlens_k, max_seqlen_k)
+    rows_q, real_q = _slots(cu.q, cu.max_q)
+    rows_k, real_k = _slots(cu.k, cu.max_k)
     # Indexing, not index_select: its backward sums in a fixed order on a GPU. Unused slots repeat row 0.
     q, k, v = query[rows_q], key[rows_k], value[rows_k]  # [batch, max_seqlen, heads, head_dim]
     q = q.masked_fill(~real_q[..., None, None], 0.0)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     # A key that only unused slots would read counts as unread: what it holds must not leak.
     allowed = (real_k & real_q.any(-1, keepdim=True))[:, None, None, :]
-    shift = (cu_seqlens_k.diff() - cu_seqlens_q.diff())[:, None, None, None]
-    band = reference.band_mask(max_seqlen_q, max_seqlen_k, is_causal, window_size, query.device, shift)
+    shift = (cu.k.diff() - cu.q.diff())[:, None, None, None]
+    band = reference.band_mask(cu.max_q, cu.max_k, is_causal, window_size, query.device, shift)
     if band is not None:
         allowed = allowed & band & real_q[:, None, :, None]
     if seed is None and not return_lse:
@@ -390,8 +334,8 @@ def varlen_padded(
         out, lse, _ = reference.masked_attention(
             q, k, v, allowed, None, scale, dropout_p, dropout_key=seed, return_lse=return_lse, upcast=False
         )
-    rows, sequence, real = _sequence_of(cu_seqlens_q, total)
-    position = (rows - cu_seqlens_q[sequence]).masked_fill(~real, 0)
+    rows, sequence, real = _sequence_of(cu.q, total)
+    position = (rows - cu.q[sequence]).masked_fill(~real, 0)
     out = out.transpose(1, 2)[sequence, position].masked_fill(~real[:, None, None], 0.0)
     if not return_lse:
         return out
