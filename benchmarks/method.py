@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.benchmarks.registry import Case, Variant
+from pyaccel.benchmarks.case import Case, Variant
 from pyaccel.machine import provenance
 from pyaccel.timing import Taken, interval, time_in_turn
 from pyaccel.verify.policy import judge

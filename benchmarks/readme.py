@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pyaccel.benchmarks.case import OURS
 from pyaccel.benchmarks.figures import FILE
 from pyaccel.benchmarks.method import ROOT, Row
-from pyaccel.benchmarks.registry import OURS
 from pyaccel.benchmarks.table import Cell, cells, read
 from pyaccel.tuned import FOLDER as TUNED
 from pyaccel.tuning_tables import read as read_tables

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyaccel.benchmarks.case import OURS
 from pyaccel.benchmarks.method import Row
-from pyaccel.benchmarks.registry import OURS, cases
+from pyaccel.benchmarks.registry import cases
 from pyaccel.benchmarks.table import Cell, by_case, notes, timed_variants, verdict
 
 OUR_COLOR = "#c2410c"

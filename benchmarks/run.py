@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from pyaccel.benchmarks.case import OURS, Case
 from pyaccel.benchmarks.method import Row, measure
-from pyaccel.benchmarks.registry import OURS, Case, cases
+from pyaccel.benchmarks.registry import cases
 from pyaccel.benchmarks.table import append
 
 # Rounds, and seconds after which a size has no further one.

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pyaccel.benchmarks.case import OURS
 from pyaccel.benchmarks.method import Row
-from pyaccel.benchmarks.registry import OURS
 
 
 def is_ours(row: Row) -> bool:

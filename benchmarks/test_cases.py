@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from pyaccel.benchmarks.case import Case, Variant
 from pyaccel.benchmarks.method import check
-from pyaccel.benchmarks.registry import Case, Variant, cases
+from pyaccel.benchmarks.registry import cases
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 

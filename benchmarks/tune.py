@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from pyaccel.benchmarks.case import Case, Variant
 from pyaccel.benchmarks.cases import (
     attention,
     bias_act,
@@ -26,7 +27,6 @@ from pyaccel.benchmarks.cases import (
 from pyaccel.benchmarks.cases.attention_shapes import Shape, results
 from pyaccel.benchmarks.cases.common import Outputs, Problem
 from pyaccel.benchmarks.method import Row, measure
-from pyaccel.benchmarks.registry import Case, Variant
 from pyaccel.benchmarks.table import bad
 from pyaccel.machine import kind, provenance
 from pyaccel.ops.attention import matmul as products

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import importlib.metadata
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 import venv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -33,12 +37,13 @@ class Rule:
 
     parts: tuple[str, ...] = ()  # parts of pyaccel
     packages: tuple[str, ...] = ("torch",)  # other people's
-    lazily: tuple[str, ...] = ()  # of either kind, by full name, but only inside functions
+    lazily: tuple[str, ...] = ()  # of either kind, by full name, but only inside functions or for types
     modules: tuple[str, ...] = ()  # of a part that isn't named above, by full name, anywhere
 
 
 # kernels <- ops <- nn <- models <- quantization <- hf <- encode, verify, inspect, cost <- benchmarks <- cli.
-# Only kernels import triton at the top of a file, and only hf transformers.
+# Only kernels import triton at the top of a file, and only hf transformers. A folder of a part may have a rule of its
+# own, by its dotted name. Circles are failures whatever the rules say, unless a lazy import in them is listed.
 RULES = {
     "kernels": Rule(packages=("torch", "triton")),
     "reference": Rule(),
@@ -117,16 +122,21 @@ RULES = {
         lazily=("transformers", "pyaccel.kernels"),
     ),
     "benchmarks": Rule(
-        packages=("pyaccel", "torch", "numpy", "rich", "pytest"),  # pytest: of test_cases.py
-        lazily=(
-            "transformers",
-            "matplotlib",
-            "torchao",
-            "liger_kernel",
-            "onnxruntime",
-            "openvino",
-            "pyaccel.kernels",
+        (
+            "triton_support",
+            "machine",
+            "timing",
+            "tuned",
+            "tuning_tables",
+            "ops",
+            "verify",
         ),
+        packages=("torch", "numpy", "rich", "pytest"),  # pytest: of test_cases.py
+        lazily=("matplotlib", "pyaccel.checkpoints", "pyaccel.encode", "pyaccel.quantization"),
+    ),
+    "benchmarks.cases": Rule(
+        ("dispatch", "reference", "ops", "hf", "cost"),
+        lazily=("transformers", "torchao", "liger_kernel", "onnxruntime", "openvino"),
     ),
     "cli": Rule(  # the top: all of pyaccel, by its public face too
         packages=("pyaccel", "torch", "numpy", "safetensors", "typer", "rich", "click"),
@@ -134,26 +144,63 @@ RULES = {
     ),
     "__main__": Rule(("cli",), ()),
     "__init__": Rule(
-        (
-            "dispatch",
-            "encode",
-            "errors",
-            "hf",
-            "models",
-            "nn",
-            "ops",
-            "packing",
-            "quantization",
-            "reference",
-            "verify",
+        packages=(),
+        lazily=(
+            "pyaccel.dispatch",
+            "pyaccel.encode",
+            "pyaccel.errors",
+            "pyaccel.hf",
+            "pyaccel.models",
+            "pyaccel.nn",
+            "pyaccel.ops",
+            "pyaccel.packing",
+            "pyaccel.quantization",
+            "pyaccel.reference",
+            "pyaccel.verify",
         ),
-        (),
     ),
 }
 
 
-def imports(tree: ast.AST, package: list[str], lazy: bool = False) -> Iterator[tuple[int, str, bool]]:
-    """(line, absolute dotted name, whether inside a function) of every import in a file of `package`."""
+@dataclass(frozen=True)
+class Import:
+    """One import statement.
+
+    Attributes:
+        module: the file, as a dotted name; an ``__init__`` is spelled out.
+        place: path and line.
+        name: what is imported, absolute and dotted; "*" at its end: any file of that folder.
+        lazy: whether it stands inside a function, or is for type checkers.
+        rule: of the file.
+    """
+
+    module: str
+    place: str
+    name: str
+    lazy: bool
+    rule: Rule
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether it is one of those that the rules allow because they are lazy."""
+        parts = self.name.split(".")
+        return self.lazy and ".".join(parts[: 2 if parts[0] == "pyaccel" else 1]) in self.rule.lazily
+
+
+def rule_of(module: str) -> Rule | None:
+    """The rule of the file, or of the innermost folder that has one."""
+    parts = module.split(".")[1:]
+    names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((RULES[name] for name in names if name in RULES), None)
+
+
+@functools.cache
+def statements_of(source: str, package: str) -> list[tuple[int, str, bool]]:
+    return list(statements(ast.parse(source), package.split(".")))
+
+
+def statements(tree: ast.AST, package: list[str], lazy: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """Line, name and laziness, as in Import, of every import in a file of `package`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -163,44 +210,115 @@ def imports(tree: ast.AST, package: list[str], lazy: bool = False) -> Iterator[t
             base = base + (node.module.split(".") if node.module else [])
             for alias in node.names:
                 yield node.lineno, ".".join([*base, alias.name]), lazy
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        elif isinstance(node, ast.Call) and node.args:
             function = (
                 node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             )
-            if function in ("import_module", "__import__"):
-                yield node.lineno, str(node.args[0].value), lazy
+            name = text_of(node.args[0], ".".join(package))
+            if function in ("import_module", "__import__") and name is not None:
+                yield node.lineno, name, lazy
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from statements(ast.Module(node.body, []), package, lazy=True)
+            node = ast.Module(node.orelse, [])
         inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        yield from imports(node, package, lazy or inside)
+        yield from statements(node, package, lazy or inside)
+
+
+def text_of(argument: ast.expr, package: str) -> str | None:
+    """A string, or an f-string of which what is known only at run time comes last and is given as "*"."""
+    text = ""
+    for part in argument.values if isinstance(argument, ast.JoinedStr) else [argument]:
+        if isinstance(part, ast.Constant):
+            text += str(part.value)
+        elif isinstance(part, ast.FormattedValue) and ast.unparse(part.value) == "__package__":
+            text += package
+        else:
+            return f"{text}*" if text.endswith(".") else None
+    return text
+
+
+def imports(root: Path) -> list[Import]:
+    """Every import under root/pyaccel (and so, through the links, root/kernels and root/benchmarks)."""
+    return [
+        Import(module, f"{path.relative_to(root)}:{line}", name, lazy, rule)
+        for module, path in modules(root).items()
+        if (rule := rule_of(module)) is not None
+        for line, name, lazy in statements_of(path.read_text(), module.rpartition(".")[0])
+    ]
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """The files under root/pyaccel by their dotted names."""
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path
+        for path in python_files(root / "pyaccel")
+    }
 
 
 def violations(root: Path) -> list[str]:
-    """Every import under root/pyaccel (and so, through the link, root/kernels) that RULES does not allow."""
-    found = []
-    for path in python_files(root / "pyaccel"):
-        module = ["pyaccel", *path.relative_to(root / "pyaccel").with_suffix("").parts]
-        part = module[1]
-        if part not in RULES:
-            found.append(
-                f"{path.relative_to(root)}: a part of pyaccel without a rule in {Path(__file__).name}"
-            )
-            continue
-        rule = RULES[part]
-        for line, name, lazy in imports(ast.parse(path.read_text()), module[:-1]):
-            top, *rest = name.split(".")
-            if top == "pyaccel":
-                # A bare `import pyaccel` opens every part; the version belongs to nobody.
-                target = ".".join(["pyaccel", *rest[:1]])
-                within = bool(rest) and rest[0] in (part, "__version__", *rule.parts)
-                within = within or any(f"{name}.".startswith(f"{module}.") for module in rule.modules)
-                allowed = within or top in rule.packages
-            else:
-                target = top
-                allowed = top in sys.stdlib_module_names or top in rule.packages
-            if not allowed and not (lazy and target in rule.lazily):
-                hint = "; its import name is pyaccel.kernels" if top == "kernels" else ""
-                hint = " outside functions" if target in rule.lazily else hint
-                found.append(f"{path.relative_to(root)}:{line}: {part} must not import {name}{hint}")
+    """Every import under root/pyaccel that RULES does not allow."""
+    found = [
+        f"{path.relative_to(root)}: a part of pyaccel without a rule in {Path(__file__).name}"
+        for module, path in modules(root).items()
+        if rule_of(module) is None
+    ]
+    for each in imports(root):
+        rule, name = each.rule, each.name
+        part = each.module.split(".")[1]
+        top, *rest = name.split(".")
+        if top == "pyaccel":
+            # A bare `import pyaccel` opens every part; the version belongs to nobody.
+            allowed = bool(rest) and rest[0] in (part, "__version__", *rule.parts)
+            allowed = allowed or any(f"{name}.".startswith(f"{module}.") for module in rule.modules)
+            allowed = allowed or top in rule.packages
+        else:
+            allowed = top in sys.stdlib_module_names or top in rule.packages
+        if not allowed and not each.is_listed:
+            hint = "; its import name is pyaccel.kernels" if top == "kernels" else ""
+            hint = " outside functions" if replace(each, lazy=True).is_listed else hint
+            found.append(f"{each.place}: {part} must not import {name}{hint}")
     return found
+
+
+def circles(root: Path) -> list[str]:
+    """A circle of imports in each folder under root/pyaccel that has one, between its files and folders.
+
+    A lazy import counts too, unless RULES lists it. A circle of files of several folders is one of what holds them, in
+    the innermost folder that has them all.
+    """
+    files = modules(root)
+    graphs: dict[str, dict[str, set[str]]] = {}
+    places: dict[tuple[str, str], str] = {}
+    for each in imports(root):
+        for target in () if each.is_listed else imported_files(each.name, files):
+            own, other = each.module.split("."), target.split(".")
+            if own != other:
+                depth = next(i for i, names in enumerate(zip(own, other, strict=False)) if len({*names}) > 1)
+                node, on = (".".join(names[: depth + 1]) for names in (own, other))
+                graphs.setdefault(".".join(own[:depth]), {}).setdefault(node, set()).add(on)
+                places.setdefault((node, on), each.place)
+    found = []
+    for graph in graphs.values():
+        try:
+            graphlib.TopologicalSorter(graph).prepare()
+        except graphlib.CycleError as error:
+            circle = error.args[1][::-1]  # each imports the next one
+            steps = [places[step] for step in itertools.pairwise(circle)]
+            found.append(f"{' -> '.join(circle)} ({', '.join(steps)})")
+    return found
+
+
+def imported_files(name: str, files: dict[str, Path]) -> list[str]:
+    """The files that an imported name stands for: one, or all of a folder, or none of pyaccel."""
+    if name.endswith(".*"):
+        return [file for file in files if file.startswith(name[:-1])]
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        module = ".".join(parts[:end])
+        for file in (module, f"{module}.__init__"):
+            if file in files:
+                return [file]
+    return []
 
 
 def python_files(folder: Path) -> list[Path]:
@@ -217,12 +335,62 @@ def test_imports_go_one_way():
     assert violations(ROOT) == []
 
 
+def test_imports_go_in_no_circle():
+    assert circles(ROOT) == []
+
+
 def test_every_file_is_read():
-    read = {
-        path.relative_to(ROOT / "pyaccel").parts[0].removesuffix(".py")
-        for path in python_files(ROOT / "pyaccel")
-    }
-    assert read == set(RULES)
+    files = modules(ROOT)
+    assert {module.split(".")[1] for module in files} == {name.split(".")[0] for name in RULES}
+    assert [
+        name for name in RULES if not any(f"{file}.".startswith(f"pyaccel.{name}.") for file in files)
+    ] == []
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of the sources."""
+    for path in python_files(ROOT / "pyaccel"):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    assert violations(tmp_path) + circles(tmp_path) == []
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "between"),
+    [
+        ("packing.py", "from pyaccel.nn import int8_linear", {"packing", "nn"}),  # packages
+        ("reference/philox.py", "def f():\n    import pyaccel.nn.encoder_layer", {"reference", "nn"}),
+        ("hf/state.py", "from pyaccel.hf.plan import serve", {"hf.state", "hf.plan"}),  # files of a package
+        ("hf/state.py", "def f():\n    from pyaccel.hf import plan", {"hf.state", "hf.plan"}),
+        ("hf/state.py", "if TYPE_CHECKING:\n    from pyaccel.hf.plan import serve", {"hf.state", "hf.plan"}),
+        (
+            "hf/executors/base.py",
+            "from pyaccel.hf.plan import serve",
+            {"hf.executors", "hf.state", "hf.plan"},
+        ),
+        ("nn/int8_linear.py", "from . import Int8Linear", {"nn.__init__", "nn.int8_linear"}),
+        (
+            "benchmarks/case.py",
+            "from pyaccel.benchmarks import method",
+            {"benchmarks.case", "benchmarks.method"},
+        ),
+        (
+            "benchmarks/cases/common.py",
+            "from pyaccel.benchmarks.registry import cases",  # which imports them by an f-string
+            {"benchmarks.cases", "benchmarks.registry"},
+        ),
+    ],
+)
+def test_a_planted_circle_is_found(copied: Path, file: str, source: str, between: set[str]):
+    path = copied / "pyaccel" / file
+    path.write_text(f"{path.read_text()}\n{source}\n")
+    (found,) = circles(copied)
+    circle, places = found.removesuffix(")").split(" (")
+    assert {name.removeprefix("pyaccel.") for name in circle.split(" -> ")} <= between
+    assert f"pyaccel/{file}:" in places
 
 
 @pytest.mark.parametrize(
@@ -251,6 +419,13 @@ def test_every_file_is_read():
         ("models/f.py", "from transformers import BertModel", 1),
         ("hf/f.py", "def f():\n    import pyaccel.verify", 2),
         ("packing.py", "from . import dispatch", 1),
+        ("benchmarks/f.py", "from pyaccel.cli import console", 1),
+        ("benchmarks/f.py", "def f():\n    import pyaccel.cli", 2),
+        ("benchmarks/cases/f.py", "from pyaccel import cli", 1),
+        ("benchmarks/cases/f.py", "import pyaccel", 1),
+        ("benchmarks/cases/f.py", "from pyaccel import tuned", 1),  # which the rest of benchmarks may
+        ("benchmarks/f.py", "from pyaccel.quantization import quantize", 1),
+        ("__init__.py", "from pyaccel import ops", 1),
         ("newcomer/f.py", "import os", None),
     ],
 )
@@ -272,7 +447,9 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, li
             "kernels/f.py",
             "import triton.language as tl\nfrom pyaccel.kernels.common.configs import RowConfig",
         ),
-        ("cli/f.py", "from pyaccel import __version__\ndef f():\n    import transformers"),
+        ("cli/f.py", "from pyaccel import __version__, benchmarks\ndef f():\n    import transformers"),
+        ("benchmarks/f.py", "from pyaccel import tuned\ndef f():\n    import pyaccel.quantization"),
+        ("__init__.py", "if TYPE_CHECKING:\n    from pyaccel import ops"),
     ],
 )
 def test_what_is_allowed_passes(tmp_path: Path, file: str, source: str):

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import pyaccel
 from pyaccel import dispatch, ops, quantization, triton_support, tuned, tuning_tables
 from pyaccel.benchmarks import tune as tuning
-from pyaccel.benchmarks.registry import Variant
+from pyaccel.benchmarks.case import Variant
 from pyaccel.cli import app
 from pyaccel.errors import UserInputError
 from pyaccel.machine import kind

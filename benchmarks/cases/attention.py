@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.case import Case, Variant, no_triton
 from pyaccel.benchmarks.cases.attention_shapes import (
     CPU_HEADS,
     HEADS,
@@ -36,7 +37,6 @@ from pyaccel.benchmarks.cases.attention_shapes import (
     squad,
 )
 from pyaccel.benchmarks.cases.common import Outputs
-from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 PART = 2**28  # scores held at once by truth and naive: 2 GiB in fp64, one head of 16384 tokens
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import pyaccel
-from pyaccel.benchmarks.registry import Case, Variant, graphed
+from pyaccel import hf
+from pyaccel.benchmarks.case import Case, Variant, graphed
 from pyaccel.cost.model import bert_config, length_mix
 from pyaccel.hf.executors.cuda_graph import graphable
 
@@ -142,7 +142,7 @@ def contender(
 
 def accelerated(**options: Any) -> Callable[[Any], Any]:
     def change(model: Any) -> Any:
-        pyaccel.accelerate(model, **options)
+        hf.accelerate(model, **options)
         return model
 
     return change

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import ops, reference
+from pyaccel.benchmarks.case import Case
 from pyaccel.benchmarks.cases import common
 from pyaccel.benchmarks.cases.common import Outputs, Problem, normal, variants
-from pyaccel.benchmarks.registry import Case
 from pyaccel.reference.int8 import dequantize
 
 MODES = (*common.MODES, "int8")

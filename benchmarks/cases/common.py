@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import dispatch
-from pyaccel.benchmarks.registry import Variant, no_triton
+from pyaccel.benchmarks.case import Variant, no_triton
 
 MODES = ("forward", "forward+backward")
 Outputs = tuple[Tensor, ...]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import ops
+from pyaccel.benchmarks.case import Case
 from pyaccel.benchmarks.cases.common import Problem, normal, variants
-from pyaccel.benchmarks.registry import Case
 
 VOCABULARY, POSITIONS, TYPES = 30522, 512, 2
 EPS = 1e-12

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.case import Case, Variant, no_triton
 from pyaccel.benchmarks.cases.common import Outputs, normal
-from pyaccel.benchmarks.registry import Case, Variant, no_triton
 from pyaccel.ops.int8.weight_only import MANY_ROWS
 
 LAYERS = ((384, 1536), (768, 3072), (1024, 4096))

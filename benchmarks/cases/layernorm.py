@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import ops, reference
+from pyaccel.benchmarks.case import Case, Variant, no_liger
 from pyaccel.benchmarks.cases.common import Outputs, Problem, normal, variants
-from pyaccel.benchmarks.registry import Case, Variant, no_liger
 
 EPS = 1e-12
 

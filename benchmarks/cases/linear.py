@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import ops
+from pyaccel.benchmarks.case import Case
 from pyaccel.benchmarks.cases.common import MODES, Problem, normal, variants
-from pyaccel.benchmarks.registry import Case
 
 LAYERS = ((384, 1536), (768, 3072), (1024, 4096))
 

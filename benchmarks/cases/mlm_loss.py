@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import ops, reference
+from pyaccel.benchmarks.case import Case, Variant, no_liger
 from pyaccel.benchmarks.cases.common import MODES, Outputs, Problem, normal, variants
-from pyaccel.benchmarks.registry import Case, Variant, no_liger
 
 VOCAB = 30522
 

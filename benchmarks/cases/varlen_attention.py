@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel import dispatch, ops, reference
+from pyaccel.benchmarks.case import Case, Variant, no_triton
 from pyaccel.benchmarks.cases import attention
 from pyaccel.benchmarks.cases.attention_shapes import (
     CPU_HEADS,
@@ -30,7 +31,6 @@ from pyaccel.benchmarks.cases.attention_shapes import (
     squad,
 )
 from pyaccel.benchmarks.cases.common import Outputs
-from pyaccel.benchmarks.registry import Case, Variant, no_triton
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """How the calls of an encoder or a layer are served, decided once for its modules and kept while they are the same.
 
-A :class:`Plan` is made of modules that :mod:`pyaccel.hf.eligibility` found nothing wrong with, and holds as long as
-their fingerprint matches. Its executors are asked in order; each says why it can't serve a call, and the first that can
-does. Where none can, the stock forward runs, and the report has every reason.
+A :class:`pyaccel.hf.state.Plan` is made of modules that :mod:`pyaccel.hf.eligibility` found nothing wrong with, and
+holds as long as their fingerprint matches. Its executors are asked in order; each says why it can't serve a call, and
+the first that can does. Where none can, the stock forward runs, and the report has every reason.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,18 +24,10 @@ from pyaccel.hf.executors.padded import Padded
 from pyaccel.hf.executors.triton import Triton
 from pyaccel.hf.families import Stock, has_opaque, is_sharded, layers_of
 from pyaccel.hf.fingerprint import ModuleFingerprint, have_own_parameters
-from pyaccel.hf.state import Acceleration, AccelerationState
+from pyaccel.hf.state import Acceleration, AccelerationState, Plan
 from pyaccel.ops.linear.onednn import can_prepack
 
 _AUTO = nullcontext()
-
-
-@dataclass(eq=False)
-class Plan:
-    """The executors of modules that are what the fingerprint says."""
-
-    fingerprint: ModuleFingerprint
-    executors: list[Executor]
 
 
 def scope(acceleration: Acceleration) -> AbstractContextManager[object]:

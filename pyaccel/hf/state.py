@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from pyaccel.hf.executors.base import Executor
+from pyaccel.hf.fingerprint import ModuleFingerprint
 from pyaccel.hf.report import Report
-
-if TYPE_CHECKING:
-    from pyaccel.hf.plan import Plan
 
 
 @dataclass
@@ -28,6 +27,14 @@ class Acceleration:
     prepack: bool = False
     cuda_graphs: bool | str = "auto"
     skip_logits: bool = False
+
+
+@dataclass(eq=False)
+class Plan:
+    """The executors of modules that are what the fingerprint says."""
+
+    fingerprint: ModuleFingerprint
+    executors: list[Executor]
 
 
 class AccelerationState:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pyaccel.benchmarks import registry, run, table
+from pyaccel.benchmarks.case import GROUPS, Case, Variant
 from pyaccel.benchmarks.cases import attention, bert
 from pyaccel.benchmarks.cases.attention_shapes import Shape, sentences, squad
 from pyaccel.benchmarks.method import measure
@@ -129,8 +130,8 @@ def test_each_case_runs_and_writes_its_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", registry.cases(), ids=lambda case: case.name)
-def test_each_case_has_its_sweeps(case: registry.Case) -> None:
-    assert case.group in registry.GROUPS
+def test_each_case_has_its_sweeps(case: Case) -> None:
+    assert case.group in GROUPS
     assert case.about
     for device in (CPU, torch.device("cuda")):
         full = case.sweep(device)
@@ -152,7 +153,7 @@ def test_answers_are_right_in_16_bits(name: str, dtype: torch.dtype) -> None:
 
 def test_a_wrong_answer_is_not_timed() -> None:
     (case,) = registry.cases(["residual_layernorm"])
-    wrong = registry.Variant("pyaccel wrong", lambda p: lambda: tuple(t * 1.01 for t in case.naive(p)))
+    wrong = Variant("pyaccel wrong", lambda p: lambda: tuple(t * 1.01 for t in case.naive(p)))
     case = dataclasses.replace(case, variants=(wrong, case.variants[2]))
     rows = list(measure(case, torch.float32, CPU, smoke=True, rounds=1))
     assert rows[0].note.startswith("wrong")
@@ -171,7 +172,7 @@ def test_a_wrong_output_or_gradient_is_found(name: str, output: int) -> None:
         return lambda: tuple(t * 1.01 if i == output else t for i, t in enumerate(case.naive(p)))
 
     last = dict([list(case.smoke.items())[-1]])
-    case = dataclasses.replace(case, smoke=last, variants=(registry.Variant("wrong", prepare),))
+    case = dataclasses.replace(case, smoke=last, variants=(Variant("wrong", prepare),))
     (row,) = measure(case, torch.float32, CPU, smoke=True, rounds=1)
     assert row.note.startswith("wrong")
 
@@ -192,10 +193,10 @@ def test_an_error_is_shown_and_the_others_go_on() -> None:
         return call
 
     variants = (
-        registry.Variant("fails to prepare", fails),
-        registry.Variant("pyaccel fails", lambda p: fails),
-        registry.Variant("fails later", fails_later),
-        registry.Variant("wrong count", lambda p: lambda: ()),
+        Variant("fails to prepare", fails),
+        Variant("pyaccel fails", lambda p: fails),
+        Variant("fails later", fails_later),
+        Variant("wrong count", lambda p: lambda: ()),
         case.variants[2],
     )
     first = dict([next(iter(case.smoke.items()))])

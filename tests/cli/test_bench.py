@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from pyaccel.benchmarks import readme, registry, report, run, table
+from pyaccel.benchmarks.case import Case, Variant
 from pyaccel.benchmarks.method import Row
 from pyaccel.cli import app
 from pyaccel.errors import UserInputError
@@ -22,7 +23,7 @@ CASE = ["residual_layernorm", "--against", "^eager$", "--device", "cpu", "--dtyp
 
 @pytest.fixture
 def smallest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.Case, "sweep", lambda self, device, kind="full": self.smoke)
+    monkeypatch.setattr(Case, "sweep", lambda self, device, kind="full": self.smoke)
     monkeypatch.setitem(run.EFFORT, "full", (3, 1.0))
 
 
@@ -85,7 +86,7 @@ def test_a_wrong_answer_of_ours_fails_and_a_rival_s_is_shown(
         return lambda: tuple(t * 1.01 for t in case.naive(p))
 
     def with_wrong(name: str) -> None:
-        variants = (*case.variants, registry.Variant(name, wrong))
+        variants = (*case.variants, Variant(name, wrong))
         monkeypatch.setattr(run, "cases", lambda _: [dataclasses.replace(case, variants=variants)])
 
     with_wrong("pyaccel new")
