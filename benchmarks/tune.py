@@ -30,7 +30,7 @@ from pyaccel.benchmarks.method import Row, measure
 from pyaccel.benchmarks.table import bad
 from pyaccel.machine import kind, provenance
 from pyaccel.ops.attention import matmul as products
-from pyaccel.ops.attention import varlen as attention_on_host
+from pyaccel.ops.attention.sdpa import sdpa
 from pyaccel.ops.linear import onednn
 from pyaccel.tuned import NOISE, disabled, launches_of, override_config, ranges
 
@@ -285,9 +285,7 @@ def _by_matmul(p: varlen_attention.Problem) -> Callable[[], Outputs]:
 
 def _by_sdpa(p: varlen_attention.Problem) -> Callable[[], Outputs]:
     query, key, value = (t.transpose(0, 1)[None] for t in p.tensors)
-    return torch.no_grad()(
-        lambda: (attention_on_host.sdpa(query, key, value, None, None, None).transpose(1, 2).flatten(0, 1),)
-    )
+    return torch.no_grad()(lambda: (sdpa(query, key, value, None, None, None).transpose(1, 2).flatten(0, 1),))
 
 
 def _trains(name: str, way: Callable[..., torch.Tensor]) -> Variant:
@@ -302,7 +300,7 @@ def _trains(name: str, way: Callable[..., torch.Tensor]) -> Variant:
 
 def _sdpa_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int) -> torch.Tensor:
     q, k, v = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
-    return attention_on_host.sdpa(q, k, v, None, None, None).transpose(1, 2).flatten(0, 1)
+    return sdpa(q, k, v, None, None, None).transpose(1, 2).flatten(0, 1)
 
 
 def _products_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, count: int) -> torch.Tensor:

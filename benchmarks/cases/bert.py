@@ -112,16 +112,18 @@ def n_tokens(p: Problem) -> int:
 
 def bytes_moved(p: Problem) -> int:
     """Each weight of a layer read once, and its gradient written; hidden states of the first and of the last layer."""
-    weights = sum(x.numel() * x.element_size() for x in p.model.encoder.parameters())
-    states = 2 * n_tokens(p) * p.model.config.hidden_size * next(p.model.parameters()).element_size()
+    weights: int = sum(x.numel() * x.element_size() for x in p.model.encoder.parameters())
+    states: int = 2 * n_tokens(p) * p.model.config.hidden_size * next(p.model.parameters()).element_size()
     return weights * (2 if p.training else 1) + states
 
 
 def flops(p: Problem) -> int:
     """The products of real tokens, those of attention among them."""
     lengths = p.batch["attention_mask"].sum(1)
-    attention = 4 * int((lengths**2).sum()) * p.model.config.hidden_size * p.model.config.num_hidden_layers
-    products = 2 * n_tokens(p) * sum(x.numel() for x in p.model.encoder.parameters() if x.dim() == 2)
+    attention: int = (
+        4 * int((lengths**2).sum()) * p.model.config.hidden_size * p.model.config.num_hidden_layers
+    )
+    products: int = 2 * n_tokens(p) * sum(x.numel() for x in p.model.encoder.parameters() if x.dim() == 2)
     return (products + attention) * (3 if p.training else 1)
 
 
@@ -194,7 +196,8 @@ class Exported(torch.nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """``[batch, seq]`` twice -> ``[batch, seq, hidden]``."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        out: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return out
 
 
 def prepare_openvino(p: Problem) -> Callable[[], Outputs]:

@@ -46,7 +46,8 @@ def prepare_liger(p: Problem) -> Callable[[], Outputs]:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     def liger(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
-        return LigerLayerNormFunction.apply(x + x_bias + residual, weight, bias, EPS)
+        out: Tensor = LigerLayerNormFunction.apply(x + x_bias + residual, weight, bias, EPS)
+        return out
 
     return lambda: p.by(liger)
 

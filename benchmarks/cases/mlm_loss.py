@@ -74,7 +74,9 @@ def prepare_liger(p: Problem) -> Callable[[], Outputs]:
 
     def liger(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         real = labels >= 0
-        given = LigerFusedLinearCrossEntropyFunction.apply(hidden[real], weight, labels[real], bias)
+        given: Tensor | tuple[Tensor, ...] = LigerFusedLinearCrossEntropyFunction.apply(
+            hidden[real], weight, labels[real], bias
+        )
         return given[0] if isinstance(given, tuple) else given
 
     return lambda: p.by(liger)

@@ -13,11 +13,10 @@ from pyaccel.cli.console import (
     LARGEST,
     check_folder_writable,
     check_writable,
-    file_error,
     output,
     progress_output,
 )
-from pyaccel.errors import UserInputError
+from pyaccel.errors import UserInputError, file_error
 from pyaccel.machine import resolve_device, resolve_dtypes
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import statistics
 from collections import Counter
@@ -55,7 +56,7 @@ class Errors:
 
     @property
     def rms(self) -> float:
-        return (self.sum_squares / max(self.count, 1)) ** 0.5
+        return math.sqrt(self.sum_squares / max(self.count, 1))
 
     @property
     def mean_cosine(self) -> float:

@@ -18,9 +18,9 @@ from rich.progress import (
 from rich.table import Table
 
 from pyaccel import checkpoints
-from pyaccel.cli.console import LARGEST, check_writable, file_error, output, progress_output
+from pyaccel.cli.console import LARGEST, check_writable, output, progress_output
 from pyaccel.encode.texts import read_passages, real_passages
-from pyaccel.errors import UserInputError
+from pyaccel.errors import UserInputError, file_error
 from pyaccel.machine import resolve_device
 from pyaccel.verify.report import Check, VerifyReport, read_budget
 

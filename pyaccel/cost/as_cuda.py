@@ -44,6 +44,9 @@ def _cuda_attention(
         bias = attn_mask.expand(*query.shape[:3], key.shape[2])
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         needs_lse = torch.is_grad_enabled() and query.requires_grad
-        return efficient(query, key, value, bias, needs_lse, dropout_p, is_causal, scale=scale)[0]
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        out = efficient(query, key, value, bias, needs_lse, dropout_p, is_causal, scale=scale)
+    else:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out = flash(query, key, value, dropout_p, is_causal, False, scale=scale)
+    context: Tensor = out[0]
+    return context

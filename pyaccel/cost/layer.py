@@ -96,7 +96,7 @@ def _stock_layer(size: LayerSize) -> tuple[torch.nn.Module, Callable[[Tensor], T
 
     def run(hidden: Tensor) -> Tensor:
         with AsOnCuda():
-            out = layer(hidden)
+            out: Tensor | tuple[Tensor, ...] = layer(hidden)
         return out[0] if isinstance(out, tuple) else out
 
     return layer, run

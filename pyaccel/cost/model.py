@@ -219,14 +219,16 @@ class _Run:
     def embeddings(self, model: Any, batch: int, seq: int) -> Tensor:
         ids = torch.empty(batch, seq, dtype=torch.int64, device="meta")
         types = torch.empty(batch, seq, dtype=torch.int64, device="meta")
-        hidden = model.embeddings.word_embeddings.weight.new_empty(batch, seq, model.config.hidden_size)
+        hidden: Tensor = model.embeddings.word_embeddings.weight.new_empty(
+            batch, seq, model.config.hidden_size
+        )
         self("embeddings", model.embeddings, lambda _: model.embeddings(ids, types), hidden)
         return hidden
 
 
 def _stock_layer(layer: Any, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
     def call(hidden: Tensor) -> Tensor:
-        out = layer(hidden, mask)
+        out: Tensor | tuple[Tensor, ...] = layer(hidden, mask)
         return out[0] if isinstance(out, tuple) else out
 
     return call

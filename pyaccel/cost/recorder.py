@@ -89,7 +89,7 @@ def _attention_backward_launches(arguments: dict[str, Any]) -> int:
     if attention_config.attention_short("backward_short", shape) is not None:
         return 1
     split = attention_config.attention("dkey_dvalue", shape).split
-    return 2 + split + arguments["want_dmask"]
+    return 2 + split + bool(arguments["want_dmask"])
 
 
 def _int8_matmul_launches(arguments: dict[str, Any]) -> int:
@@ -111,7 +111,7 @@ def _launches(name: str, arguments: dict[str, Any]) -> int:
         columns = ("dweight_dtype", "dbias_dtype", "dx_bias_dtype")
         return 1 + any(arguments[n] is not None for n in columns)
     if name == "pyaccel::bias_gelu_backward":
-        return 1 + arguments["want_dbias"]
+        return 1 + bool(arguments["want_dbias"])
     if name == "pyaccel::linear_activation_backward":
         return 1 + (arguments["bias_dtype"] is not None)
     if name == "pyaccel::int8_matmul":
@@ -160,7 +160,7 @@ def _our_flops() -> dict[str, tuple[Callable[..., int], tuple[str, ...]]]:
 
 
 def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
+    return int(t.untyped_storage()._cdata)
 
 
 class Recorder(TorchDispatchMode):

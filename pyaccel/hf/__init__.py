@@ -9,6 +9,7 @@ transformers is imported by the first call, or by asking for that class, not by 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,10 @@ def accelerate(
         pyaccel.errors.NotSupportedError: ``backend`` can't serve this model here; it names every reason. Or
             ``cuda_graphs`` without a GPU.
     """
-    return _patching().accelerate(
+    _need_transformers()
+    from pyaccel.hf import patching
+
+    return patching.accelerate(
         model,
         packing=packing,
         int8=int8,
@@ -121,7 +125,10 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises ValueError when nothing in ``model`` is accelerated.
     """
-    return _patching().restore(model)
+    _need_transformers()
+    from pyaccel.hf import patching
+
+    return patching.restore(model)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -131,10 +138,10 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises ValueError when nothing in ``model`` is accelerated.
     """
-    _patching()
-    from pyaccel.hf.explanation import explain as explained
+    _need_transformers()
+    from pyaccel.hf import explanation
 
-    return explained(model)
+    return explanation.explain(model)
 
 
 def register() -> None:
@@ -143,16 +150,16 @@ def register() -> None:
     Attention and mask function are registered together. Without this, or ``accelerate``, transformers loads the codes
     of an int8 folder as if they were weights, with a warning.
     """
-    _patching().register()
+    _need_transformers()
+    from pyaccel.hf import attention
+
+    attention.register()
 
 
-def _patching() -> Any:
+def _need_transformers() -> None:
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("pyaccel.hf needs Hugging Face transformers: pip install pyaccel-bert[hf]")
-    from pyaccel.hf import patching, quantizer
-
-    assert quantizer  # registers int8 folders as it is imported
-    return patching
+    importlib.import_module("pyaccel.hf.quantizer")  # which registers int8 folders
 
 
 def __getattr__(name: str) -> Any:
@@ -161,12 +168,12 @@ def __getattr__(name: str) -> Any:
 
         return getattr(report, name)
     if name == "PyaccelInt8Config":
-        _patching()
+        _need_transformers()
         from pyaccel.hf import quantizer
 
         return quantizer.PyaccelInt8Config
     if name.rpartition("_")[2][:1].isupper():  # a class that a pickle names, such as bert_BertLayer
-        _patching()
+        _need_transformers()
         from pyaccel.hf import mlm_head, modules, state
 
         for module in (state, mlm_head):

@@ -39,7 +39,7 @@ def attention_mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable | None = None,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
@@ -168,7 +168,10 @@ def _attend(
             mask = None if _hides_nothing(mask) else mask
         mask = _additive(module, mask, query, key, causal)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-        return eager_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout)
+        result: tuple[Tensor, Tensor | None] = eager_attention_forward(
+            module, query, key, value, mask, scaling=scaling, dropout=dropout
+        )
+        return result
     if is_stock:
         mask = _four_dimensional(attention_mask)
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)

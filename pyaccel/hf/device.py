@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def stream_of(device: torch.device) -> Any:
+def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 

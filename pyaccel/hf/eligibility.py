@@ -143,7 +143,6 @@ def inside() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class of torch or transformers was replaced by one that was written elsewhere."""
     owner = next(each for each in kind.__mro__ if "forward" in each.__dict__)
@@ -161,6 +160,8 @@ def is_patched(kind: type[nn.Module]) -> bool:
             return True
         function = wrapped
 
+
+torch.compiler.assume_constant_result(is_patched)  # it marks the function
 
 _TRANSFORMERS = os.path.dirname(transformers.__file__) + os.sep
 

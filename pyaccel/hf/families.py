@@ -85,9 +85,9 @@ class Stock:
     def __init__(self, family: Family) -> None:
         file = importlib.import_module(family.file)
         self.family = family
-        self.encoder: Any = getattr(file, family.encoder)
-        self.layer: Any = getattr(file, family.layer)
-        self.attention: Any = getattr(file, family.attention)
+        self.encoder: type[nn.Module] = getattr(file, family.encoder)
+        self.layer: type[nn.Module] = getattr(file, family.layer)
+        self.attention: type[nn.Module] = getattr(file, family.attention)
         self.parts: dict[str, type[nn.Module]] = {
             path: LAYERS[name] if name in LAYERS else getattr(file, name)
             for path, name in family.parts.items()

@@ -111,7 +111,7 @@ def storage(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(_DATA_PTR, tensors))
 
 
-def versions(tensors: list[Tensor]) -> list[Any]:
+def versions(tensors: list[Tensor]) -> list[int]:
     """Where tensors lie, and how many changes in place torch has counted in each.
 
     What is written through ``tensor.data`` torch doesn't count.

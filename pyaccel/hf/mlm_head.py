@@ -25,6 +25,7 @@ from pyaccel import ops
 from pyaccel.hf.eligibility import has_foreign_global_hooks, is_foreign_hook
 from pyaccel.hf.families import BY_FILE
 from pyaccel.hf.plan import scope
+from pyaccel.hf.state import Acceleration
 from pyaccel.ops.common import autocast_dtype
 
 # The label of a second loss, and the output it is of, for heads that add one to the masked tokens'.
@@ -45,7 +46,7 @@ class _Step:
     upcast: bool  # whether the stock loss is of fp32 logits whatever their dtype
     ignore_index: int
     num_items: Any
-    acceleration: Any
+    acceleration: Acceleration
     loss: Tensor | None = None
 
 
@@ -78,7 +79,7 @@ class Linear(nn.Linear):
 class TakeLabels:
     """Pre-forward hook of a head."""
 
-    def __init__(self, acceleration: Any) -> None:
+    def __init__(self, acceleration: Acceleration) -> None:
         self.acceleration = acceleration
 
     def __call__(self, head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -146,7 +147,7 @@ def heads_of(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def attach(head: Any, acceleration: Any) -> None:
+def attach(head: Any, acceleration: Acceleration) -> None:
     """Hook ``head``; its decoder's class is set by the caller. Our hooks are next to its forward."""
     head.register_forward_pre_hook(TakeLabels(acceleration), with_kwargs=True)
     head.register_forward_hook(GiveLoss(), with_kwargs=True, always_call=True, prepend=True)

@@ -95,7 +95,7 @@ def _layer_forward(known: Stock) -> Callable[..., Any]:
         attention_mask: Tensor | PackedCall | None = None,
         *args: Any,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         state: AccelerationState | None = getattr(self, "_pyaccel", None)
         if state is not None:
             with scope(state.acceleration):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pyaccel import dispatch
 from pyaccel.errors import NotSupportedError
 from pyaccel.hf import mlm_head
-from pyaccel.hf.attention import name_for, register
+from pyaccel.hf.attention import name_for
 from pyaccel.hf.eligibility import ineligible_reason
 from pyaccel.hf.executors.padded import run_layer
 from pyaccel.hf.families import FAMILIES, NAMES, Family, family_of, is_encoder, layers_of, stock
@@ -29,8 +29,6 @@ from pyaccel.hf.state import Acceleration, AccelerationState
 from pyaccel.packing import layout
 from pyaccel.quantization.changes import Changes
 from pyaccel.quantization.convert import quantize_within, record
-
-__all__ = ["accelerate", "register", "restore"]
 
 
 def accelerate(

@@ -123,7 +123,7 @@ def _executors(
         return executors
     eager = None
     if not is_sharded_ and is_kept:
-        kinds: list[Any] = [Triton] if on_gpu else [OneDnn]
+        kinds: list[type[Triton] | type[OneDnn]] = [Triton] if on_gpu else [OneDnn]
         if acceleration.prepack and can_prepack() and not on_gpu:
             kinds = [Prepacked, OneDnn]
         made = [kind.of(family, layers, state.keeps_padding) for kind in kinds]

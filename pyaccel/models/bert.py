@@ -143,7 +143,8 @@ class BertEmbeddings(nn.Module):
             types = self.token_type_embeddings.weight[0]
         else:
             types = self.token_type_embeddings(token_type_ids)
-        return dropout(norm(inputs_embeds + types, self.position_embeddings(position_ids)))
+        hidden: Tensor = dropout(norm(inputs_embeds + types, self.position_embeddings(position_ids)))
+        return hidden
 
 
 class BertSelfAttention(nn.Module):
@@ -184,7 +185,8 @@ class BertAttention(nn.Module):
     def forward(self, hidden: Tensor, tokens: PackedLayout) -> Tensor:
         heads = (self.self.num_attention_heads, self.self.attention_head_size)
         q, k, v = (x.unflatten(-1, heads) for x in project_qkv(self.self, hidden))
-        return self.output(self.self(q, k, v, tokens), hidden)
+        out: Tensor = self.output(self.self(q, k, v, tokens), hidden)
+        return out
 
 
 class BertIntermediate(nn.Module):
@@ -351,7 +353,8 @@ class BertModel(nn.Module):
             FileNotFoundError: no such folder, or a file is missing.
             ValueError: not a BERT, or the weights do not fit the config; names the keys.
         """
-        return checkpoint.load(*checkpoint.read(path_or_hub_id), dtype, cls)
+        model: BertModel = checkpoint.load(*checkpoint.read(path_or_hub_id), dtype, cls)
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, for transformers' BertModel.from_pretrained too.

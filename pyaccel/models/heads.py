@@ -122,7 +122,8 @@ class BertPredictionHeadTransform(nn.Module):
         act = self.transform_act_fn
         name = activation_name(act)
         inner = project(self.dense, hidden, name)
-        return self.LayerNorm(inner if name else act(inner))
+        out: Tensor = self.LayerNorm(inner if name else act(inner))
+        return out
 
 
 class BertLMPredictionHead(nn.Module):

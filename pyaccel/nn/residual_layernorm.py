@@ -45,7 +45,7 @@ class ResidualLayerNorm(nn.LayerNorm):
         return_sum: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Shapes, dtypes and errors: see :func:`pyaccel.ops.residual_layernorm`."""
-        return residual_layernorm(
+        out: Tensor | tuple[Tensor, Tensor] = residual_layernorm(
             x,
             residual,
             self.weight,
@@ -56,6 +56,7 @@ class ResidualLayerNorm(nn.LayerNorm):
             x_bias=x_bias,
             return_sum=return_sum,
         )
+        return out
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout_p={self.dropout_p}"

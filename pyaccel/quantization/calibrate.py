@@ -45,7 +45,7 @@ class InputStatistics:
         """The value that ``percent`` of all ``|x|`` don't exceed, to the width of a bin; never above :attr:`amax`."""
         counts = self.histogram.cumsum(0)
         index = int(torch.searchsorted(counts.double(), counts[-1].double() * percent / 100))
-        upper = 2.0 ** (LOWEST + (index + 1) / BINS_PER_OCTAVE)
+        upper: float = 2.0 ** (LOWEST + (index + 1) / BINS_PER_OCTAVE)
         return min(upper, self.amax)
 
 

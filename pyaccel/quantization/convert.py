@@ -170,9 +170,10 @@ def prepare_qat(
     Train as before; :func:`freeze` then gives the int8 model that computed the last forward, bit for bit. Put it before
     the optimizer is made or after it: the Parameters are the same objects.
     """
-    if method == "static":
+    if method not in ("dynamic", "weight_only"):
         raise ValueError(
-            "prepare_qat: a static scale would not follow the training: 'dynamic' or 'weight_only'"
+            f"prepare_qat: method must be 'dynamic' or 'weight_only', got {method!r}; a static scale would not "
+            f"follow the training"
         )
     linears, report = _selected(model, method, skip)
     made = {name: _int8_layer(linear, method, None, None) for name, linear in linears.items()}

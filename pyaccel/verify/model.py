@@ -360,7 +360,7 @@ _DROPOUTS: dict[str, Callable[[Any], nn.Dropout]] = {
 
 
 def _choices(truth: Truth) -> int:
-    shape = next(v for n, v in truth.batch.items() if n in ("input_ids", "inputs_embeds")).shape
+    shape: torch.Size = next(v for n, v in truth.batch.items() if n in ("input_ids", "inputs_embeds")).shape
     return max(1, truth.mask.shape[0] // shape[0])
 
 

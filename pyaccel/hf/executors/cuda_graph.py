@@ -116,7 +116,7 @@ class CudaGraph:
         self._captured: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._met: set[tuple[Any, ...]] = set()
         # Memory that graphs of one stream share: they never run at the same time.
-        self._pools: dict[Any, Any] = {}
+        self._pools: dict[int, Any] = {}
 
     def why_not(self, call: Call) -> str | None:
         hidden = call.hidden
@@ -182,7 +182,7 @@ class CudaGraph:
         batch, seq = hidden.shape[:2]
         return bucket(batch), bucket(seq, _LEAST_SEQ), hidden.dtype, stream_of(hidden.device), *_settings()
 
-    def _capture(self, shape: tuple[int, int], like: Tensor, stream: Any) -> Graph:
+    def _capture(self, shape: tuple[int, int], like: Tensor, stream: int) -> Graph:
         # Not of inference mode, in which the first call may be: others couldn't write to the buffers.
         with torch.inference_mode(False), torch.no_grad():
             hidden = torch.zeros(*shape, like.shape[2], dtype=like.dtype, device=like.device)

@@ -159,7 +159,7 @@ class Prepacked(OneDnn):
 
     # The copies, what the parameters were, and their memory: kept in use, so that no other tensor can lie where they
     # did. As long as they lie there and torch has counted no change, the copies are theirs.
-    _kept: tuple[list[Reordered], list[Any], list[Tensor]] | None = None
+    _kept: tuple[list[Reordered], list[int], list[Tensor]] | None = None
 
     def why_not(self, call: Call) -> str | None:
         if any(map(Tensor.is_inference, self._parameters)):
