@@ -78,13 +78,16 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    is_eager: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention, as transformers' models call it by name.
 
     query: `[batch, heads, queries, head_dim]`; key, value: `[batch, kv_heads, keys, head_dim]`, where heads
     is a multiple of kv_heads. attention_mask: None, bool `[batch, keys]` (True = attend), or a bool or
-    additive mask broadcastable to `[batch, heads, queries, keys]`.
+    additive mask broadcastable to `[batch, heads, queries, keys]`. is_eager: see
+    :func:`attention_forward_of_eager`.
 
     Returns the context `[batch, queries, heads, head_dim]`, and the weights where `output_attentions` asks
     for them (computed as transformers' eager attention does), else None.
@@ -96,42 +99,6 @@ def attention_forward(
     Raises ValueError for what it doesn't compute, such as softcapping, and for masks of other shapes: nothing is
     ignored.
     """
-    return _attend(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, is_eager=False, **kwargs
-    )
-
-
-def attention_forward_of_eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`attention_forward`, with transformers' eager attention where that takes its SDPA attention, and
-    wherever gradients are recorded."""
-    return _attend(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, is_eager=True, **kwargs
-    )
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    *,
-    is_eager: bool,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
     refused = [name for name in _REFUSED if kwargs.get(name) is not None]
     if refused:
         raise ValueError(
@@ -189,6 +156,12 @@ def _attend(
         enable_gqa=groups > 1,
     )
     return context.transpose(1, 2).contiguous(), None
+
+
+def attention_forward_of_eager(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """As :func:`attention_forward`, with transformers' eager attention where that takes its SDPA attention, and
+    wherever gradients are recorded."""
+    return attention_forward(*args, is_eager=True, **kwargs)
 
 
 def _packed_attention(
@@ -255,11 +228,6 @@ def _additive(
         return mask
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), query.dtype)
     return torch.where(mask, query.new_zeros((), dtype=dtype), torch.finfo(dtype).min)
-
-
-def name_for(implementation: str) -> str:
-    """The name that takes the place of an attention implementation."""
-    return EAGER if implementation == "eager" else NAME
 
 
 def register() -> None:

@@ -199,14 +199,14 @@ def ineligible_reason(
             path = min(p for p in found.keys() | expected.keys() if found.get(p) is not expected.get(p))
             return f"{where}{path} is {_title(found.get(path), expected.get(path))}"
         for path, module in modules.items():
-            if module is not around and (reason := _change_of(module)):
+            if module is not around and (reason := change_of(module)):
                 return f"{where}{path or 'the layer'} {reason}"
         if layer is around or not is_sharded(layer):
             needed = {path for path in stock.parameters if not is_opaque(modules[path.rpartition(".")[0]])}
             if missing := needed - parameters.keys():
                 return f"{where}{min(missing)} is not a parameter"
             for path, parameter in parameters.items():
-                if reason := _special(parameter, loaded):
+                if reason := special(parameter, loaded):
                     return f"{where}{path} is {reason}"
             if len({p.dtype for p in parameters.values() if p.is_floating_point()}) > 1:
                 return f"{where}its parameters are of several dtypes"
@@ -218,7 +218,7 @@ def ineligible_reason(
             return f"{where}its attention is scaled by {heads.scaling}"
     inside_layers = {id(module) for layer in layers for module in layer.modules()}
     for path, module in around.named_modules():  # what an encoder has besides its layers
-        if module is not around and id(module) not in inside_layers and (reason := _change_of(module)):
+        if module is not around and id(module) not in inside_layers and (reason := change_of(module)):
             return f"{path} {reason}"
     return None
 
@@ -250,7 +250,8 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     )
 
 
-def _change_of(module: nn.Module) -> str | None:
+def change_of(module: nn.Module) -> str | None:
+    """What would notice that a module is not called, or is called otherwise; None if nothing."""
     if "forward" in module.__dict__:
         return "has a forward of its own"
     if any(is_foreign_hook(hook) for hooks in hooks_of(module) for hook in hooks.values()):
@@ -280,7 +281,8 @@ def has_foreign_global_hooks() -> bool:
     )
 
 
-def _special(parameter: Tensor, loaded: bool) -> str | None:
+def special(parameter: Tensor, loaded: bool = True) -> str | None:
+    """What a parameter is that can't be used as a plain one; None if it can."""
     if torch.compiler.is_compiling():  # export puts fake tensors in the place of parameters
         return "a tensor subclass" if is_traceable_wrapper_subclass(parameter) else None
     if type(parameter) not in (nn.Parameter, Tensor):

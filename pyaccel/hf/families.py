@@ -96,10 +96,8 @@ class Stock:
         self.parameters = {f"{path}.{name}" for path in affine for name in ("weight", "bias")}
 
 
-@functools.cache
-def stock(family: Family) -> Stock:
-    """The classes of a family, imported when they are first asked for."""
-    return Stock(family)
+# Of a family; its file is imported when it is first asked for.
+stock = functools.cache(Stock)
 
 
 def _bert(title: str, module: str, prefix: str, encoder: str | None = None) -> Family:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from pyaccel import ops
-from pyaccel.hf.eligibility import has_foreign_global_hooks, is_foreign_hook
+from pyaccel.hf.eligibility import change_of, has_foreign_global_hooks, is_foreign_hook, special
 from pyaccel.hf.families import BY_FILE
 from pyaccel.hf.plan import scope
 from pyaccel.hf.state import Acceleration
@@ -93,21 +93,21 @@ class TakeLabels:
         if reason := _why_not(head, given):
             report.refused["masked_lm_loss"][reason] += 1
             return None
-        loss_kwargs = kwargs if _loss_of(_kind(head)) == "loss_function" else {}
+        loss_kwargs = kwargs if _loss_of(head.__class__) == "loss_function" else {}
         second, _ = _SECOND.get(_name(head), ("", ""))
         _step.set(
             _Step(
                 decoder=head.get_output_embeddings(),
                 labels=given["labels"],
                 second_label=given.get(second),
-                upcast=_loss_of(_kind(head)) == "loss_function",
+                upcast=_loss_of(head.__class__) == "loss_function",
                 ignore_index=loss_kwargs.get("ignore_index", -100),
                 num_items=loss_kwargs.get("num_items_in_batch"),
                 acceleration=self.acceleration,
             )
         )
         report.served["masked_lm_loss"] += 1
-        at = _parameters(_kind(head)).index("labels")
+        at = _parameters(head.__class__).index("labels")
         if at < len(args):
             return (*args[:at], None, *args[at + 1 :]), kwargs
         return args, {**kwargs, "labels": None}
@@ -143,7 +143,7 @@ def heads_of(model: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, part)
         for name, part in model.named_modules()
-        if isinstance(part, PreTrainedModel) and _class_of(_kind(part)) is not None
+        if isinstance(part, PreTrainedModel) and _name(part)
     ]
 
 
@@ -174,7 +174,7 @@ def ineligible_reason(head: Any) -> str | None:
     decoder = head.get_output_embeddings()
     if type(decoder) not in (nn.Linear, Linear):
         return f"its decoder is a {type(decoder).__module__}.{type(decoder).__qualname__}, not a Linear"
-    if _loss_of(_kind(head)) is None:
+    if _loss_of(head.__class__) is None:
         return f"the loss of {type(head).__name__} is computed in an unknown place"
     return _watched(head, decoder)
 
@@ -193,10 +193,8 @@ def _why_not(head: Any, given: dict[str, Any]) -> str | None:
     decoder = head.get_output_embeddings()
     if type(decoder) is not Linear:
         return "its decoder was replaced: call pyaccel.accelerate with the same arguments again"
-    if type(decoder.weight) not in (nn.Parameter, Tensor):
-        return f"its decoder's weight is a {type(decoder.weight).__name__}"
-    if decoder.weight.is_meta:
-        return "its decoder's weight is on the meta device"
+    if reason := special(decoder.weight):
+        return f"its decoder's weight is {reason}"
     if decoder.weight.shape[0] != head.config.vocab_size:
         return f"config.vocab_size is {head.config.vocab_size}, and the decoder's {decoder.weight.shape[0]}"
     if type(labels) is not Tensor:
@@ -208,9 +206,9 @@ def _why_not(head: Any, given: dict[str, Any]) -> str | None:
     second, _ = _SECOND.get(_name(head), ("", ""))
     if second and given.get(second) is None:
         return f"no {second} was given: without it this head has no loss"
-    if _loss_of(_kind(head)) == "mlm_loss_fct" and not _is_plain(head.mlm_loss_fct):
+    if _loss_of(head.__class__) == "mlm_loss_fct" and not _is_plain(head.mlm_loss_fct):
         return "model.mlm_loss_fct was replaced"
-    if _loss_of(_kind(head)) == "loss_function" and head.loss_function is not ForMaskedLMLoss:
+    if _loss_of(head.__class__) == "loss_function" and head.loss_function is not ForMaskedLMLoss:
         return "model.loss_function was replaced"
     return None
 
@@ -228,13 +226,10 @@ def _watched(head: Any, decoder: nn.Module) -> str | None:
     if not _is_stock(head):
         return "the model's forward is not transformers' own"
     for name, part in _path_to(head, decoder):
-        if "forward" in part.__dict__:
-            return f"{name} has a forward of its own"
+        if reason := change_of(part):
+            return f"{name} {reason}"
         if part is not decoder and not type(part).__module__.startswith("transformers."):
             return f"{name} is a {type(part).__module__}.{type(part).__qualname__}"
-        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        if any(is_foreign_hook(hook) for kind in hooks for hook in kind.values()):
-            return f"{name} has hooks"
         if getattr(part, "parametrizations", None):
             return f"{name} is parametrized"
     return None
@@ -284,10 +279,6 @@ def _is_plain(loss: Any) -> bool:
 # ---- what is known of a class ----
 
 
-def _kind(head: Any) -> Any:
-    return type(head)
-
-
 @functools.cache
 def _class_of(kind: Any) -> Any:
     """transformers' own class of a head that is known here, of which ``kind`` may be a subclass."""
@@ -298,7 +289,7 @@ def _class_of(kind: Any) -> Any:
 
 
 def _name(head: Any) -> str:
-    known = _class_of(_kind(head))
+    known = _class_of(head.__class__)
     return "" if known is None else known.__name__
 
 
@@ -308,7 +299,7 @@ def _parameters(kind: Any) -> list[str]:
 
 
 def _given(head: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_parameters(_kind(head)), args, strict=False)), **kwargs}
+    return {**dict(zip(_parameters(head.__class__), args, strict=False)), **kwargs}
 
 
 @functools.cache

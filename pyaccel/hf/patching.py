@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 from pyaccel import dispatch
 from pyaccel.errors import NotSupportedError
 from pyaccel.hf import mlm_head
-from pyaccel.hf.attention import name_for
 from pyaccel.hf.eligibility import ineligible_reason
 from pyaccel.hf.executors.padded import run_layer
-from pyaccel.hf.families import FAMILIES, NAMES, Family, family_of, is_encoder, layers_of, stock
+from pyaccel.hf.families import EAGER, FAMILIES, NAME, NAMES, Family, family_of, is_encoder, layers_of, stock
 from pyaccel.hf.modules import subclass_for
 from pyaccel.hf.plan import scope
 from pyaccel.hf.report import Report
@@ -74,13 +73,7 @@ def accelerate(
     }
     acceleration = _present(model, **asked)
     if acceleration is None:
-        report = Report(
-            packing=packing,
-            backend=backend,
-            prepack=prepack,
-            cuda_graphs=cuda_graphs,
-            skip_logits=skip_logits,
-        )
+        report = Report(**{name: value for name, value in asked.items() if name != "int8"})
         acceleration = Acceleration(report=report, **asked)
     report = acceleration.report
 
@@ -155,7 +148,7 @@ def _set_attention(changes: Changes, acceleration: Acceleration, config: Any) ->
         configs = acceleration.configs
         changes.item(acceleration.__dict__, "configs", [*configs, (config, before)])
         changes.make(
-            partial(setattr, config, "_attn_implementation", name_for(before)),
+            partial(setattr, config, "_attn_implementation", EAGER if before == "eager" else NAME),
             partial(setattr, config, "_attn_implementation", before),
         )
 
@@ -231,8 +224,6 @@ def restore(model: nn.Module) -> nn.Module:
                 config._attn_implementation = implementation
     mlm_head.detach(model)
     for module in swapped:
-        if isinstance(module, PreTrainedModel):  # whose attention alone was changed
-            continue
         if type(module).__module__ == _OURS:
             module.__class__ = _base_of(module)
     for module in swapped:
