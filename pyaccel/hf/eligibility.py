@@ -16,8 +16,8 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_traceable_wrapper_subclass
@@ -130,6 +130,8 @@ def inside() -> str | None:
     """
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside a level of forward-mode differentiation"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     modes: list[Any] = []
@@ -143,11 +145,15 @@ def inside() -> str | None:
     return None
 
 
-def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class of torch or transformers was replaced by one that was written elsewhere."""
-    owner = next(each for each in kind.__mro__ if "forward" in each.__dict__)
+# What the fast path stands in for: a module's forward, and the methods that it calls.
+METHODS = ("forward", "feed_forward_chunk", "ff_chunk")
+
+
+def is_patched(kind: type[nn.Module], method: str = "forward") -> bool:
+    """Whether a method of a class of torch or transformers was replaced by one that was written elsewhere."""
+    owner = next(each for each in kind.__mro__ if method in each.__dict__)
     home = _place(getattr(sys.modules.get(owner.__module__), "__file__", None))
-    function: Any = owner.__dict__["forward"]
+    function: Any = owner.__dict__[method]
     while True:
         code = getattr(function, "__code__", None)
         if code is None:
@@ -155,15 +161,13 @@ def is_patched(kind: type[nn.Module]) -> bool:
         wrapped = getattr(function, "__wrapped__", None)
         if wrapped is None:
             return _place(code.co_filename) != home
-        # transformers' own decorators are below its folder, such as that of gradient checkpointing.
-        if not code.co_filename.startswith(_TRANSFORMERS):
+        # transformers has decorators of its own, such as that of gradient checkpointing.
+        if not function.__globals__["__name__"].startswith("transformers."):
             return True
         function = wrapped
 
 
 torch.compiler.assume_constant_result(is_patched)  # it marks the function
-
-_TRANSFORMERS = os.path.dirname(transformers.__file__) + os.sep
 
 
 def _place(file: str | None) -> tuple[str, ...]:
@@ -189,8 +193,9 @@ def ineligible_reason(
         where = "" if layer is around else f"layer.{index}: "
         if not is_layer(family, layer):
             return f"{where}it is a {type(layer).__name__}, not a {family.layer}"
-        if patched := next((kind for kind in fused_kinds(stock, layer) if is_patched(kind)), None):
-            return f"{where}the forward of {patched.__name__} was patched"
+        for kind, method in fused_methods(stock, layer):
+            if is_patched(kind, method):
+                return f"{where}the {method} of {kind.__name__} was patched"
         modules, parameters = _inside(layer)
         found = {
             path: kind_of(module) for path, module in modules.items() if path not in ("", family.activation)
@@ -199,7 +204,7 @@ def ineligible_reason(
             path = min(p for p in found.keys() | expected.keys() if found.get(p) is not expected.get(p))
             return f"{where}{path} is {_title(found.get(path), expected.get(path))}"
         for path, module in modules.items():
-            if module is not around and (reason := change_of(module)):
+            if reason := change_of(module, around):
                 return f"{where}{path or 'the layer'} {reason}"
         if layer is around or not is_sharded(layer):
             needed = {path for path in stock.parameters if not is_opaque(modules[path.rpartition(".")[0]])}
@@ -218,16 +223,17 @@ def ineligible_reason(
             return f"{where}its attention is scaled by {heads.scaling}"
     inside_layers = {id(module) for layer in layers for module in layer.modules()}
     for path, module in around.named_modules():  # what an encoder has besides its layers
-        if module is not around and id(module) not in inside_layers and (reason := change_of(module)):
+        if id(module) not in inside_layers and (reason := change_of(module, around)):
             return f"{path} {reason}"
     return None
 
 
-def fused_kinds(stock: Stock, layer: nn.Module) -> list[type[nn.Module]]:
-    """The classes whose forwards the fast path stands in for; an activation that it doesn't know is called."""
+def fused_methods(stock: Stock, layer: nn.Module) -> list[tuple[type[nn.Module], str]]:
+    """The methods of classes that the fast path stands in for; an activation that it doesn't know is called."""
     activation = attrgetter(stock.family.activation)(layer)  # a module or a function
     fused = [type(activation)] if activation_name(activation) else []
-    return [*dict.fromkeys((stock.encoder, stock.layer, *stock.parts.values(), *fused))]
+    kinds = dict.fromkeys((stock.encoder, stock.layer, *stock.parts.values(), *fused))
+    return [(kind, method) for kind in kinds for method in METHODS if hasattr(kind, method)]
 
 
 def _inside(layer: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
@@ -241,20 +247,18 @@ def _inside(layer: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     )
 
 
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def change_of(module: nn.Module) -> str | None:
+def change_of(module: nn.Module, around: nn.Module | None = None) -> str | None:
     """What would notice that a module is not called, or is called otherwise; None if nothing."""
-    if "forward" in module.__dict__:
-        return "has a forward of its own"
-    if any(is_foreign_hook(hook) for hooks in hooks_of(module) for hook in hooks.values()):
+    # That of `around` itself is what is called, and its hooks run as ever.
+    methods = METHODS[1:] if module is around else METHODS
+    if method := next((each for each in methods if each in module.__dict__), None):
+        return f"has a {method} of its own"
+    if module is around:
+        return None
+    if any(is_foreign_hook(hook) for kind in HOOKS for hook in getattr(module, kind).values()):
         return "has hooks"
     return None
 

@@ -8,19 +8,20 @@ weights in a CUDA graph, copies of weights in another order.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import attrgetter, getitem, methodcaller
+from operator import attrgetter, getitem, itemgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyaccel.hf.eligibility import fused_kinds, hooks_of
+from pyaccel.hf.eligibility import HOOKS, fused_methods
 from pyaccel.hf.families import Stock, is_sharded
 
 # Attributes that every module has, and those that are this package's: compared in other manners, or free to change.
 _STATE = {*nn.Module().__dict__, "_pyaccel"}
-_FORWARD, _DTYPE, _DEVICE, _VERSION = map(attrgetter, ("forward", "dtype", "device", "_version"))
+_DTYPE, _DEVICE, _VERSION = map(attrgetter, ("dtype", "device", "_version"))
 _DATA_PTR = methodcaller("data_ptr")
+_HOOKS = itemgetter(*HOOKS)
 
 
 class ModuleFingerprint:
@@ -42,8 +43,9 @@ class ModuleFingerprint:
         config = getattr(around, "config", None)
         self._order = [name for name in ("num_hidden_layers", "num_hidden_groups") if hasattr(config, name)]
         self._order_before = [getattr(config, name) for name in self._order]
-        self._kinds = list(dict.fromkeys(kind for layer in layers for kind in fused_kinds(stock, layer)))
-        self._forwards = list(map(_FORWARD, self._kinds))
+        methods = dict.fromkeys(each for layer in layers for each in fused_methods(stock, layer))
+        self._methods = [kind for kind, _ in methods], [name for _, name in methods]
+        self._methods_before = list(map(getattr, *self._methods))
         self._classes = list(map(type, self.modules))
         self._attributes = [module.__dict__ for module in self.modules]
         self._counts = list(map(len, self._attributes))
@@ -58,15 +60,17 @@ class ModuleFingerprint:
         self._options = list(map(getitem, self._dicts, self._names))
         self._own_names = list(around.__dict__.keys() - _STATE)
         self._own_options = list(map(around.__dict__.__getitem__, self._own_names))
+        self._own_count = len(around.__dict__)
         self._children = [module._modules for module in around.modules() if module._modules]
         self._children_before = [dict(children) for children in self._children]
         tensors = [(module._parameters, module._buffers) for module in self.modules]
         self._parameters = [dict_ for dicts in tensors for dict_ in dicts if dict_]
         self._parameters_before = [dict(parameters) for parameters in self._parameters]
-        hooks = [kind for module in self.modules for kind in hooks_of(module)]
+        self._hooks = list(map(_HOOKS, self._attributes))
+        hooks = [kind for kinds in self._hooks for kind in kinds]
         self._without_hooks = [kind for kind in hooks if not kind]
         self._with_hooks = [kind for kind in hooks if kind]  # transformers' own
-        self._hook_counts = list(map(len, self._with_hooks))
+        self._hooks_before = list(map(dict, self._with_hooks))
         # Moving or casting in place leaves the parameters the same objects. What FSDP2 keeps it moves itself.
         self._weights = list(
             dict.fromkeys(
@@ -86,13 +90,16 @@ class ModuleFingerprint:
         """Whether all is as it was; False also where that can't be told."""
         try:
             return (
-                not any(self._without_hooks)
-                and list(map(len, self._with_hooks)) == self._hook_counts
+                list(map(_HOOKS, self._attributes)) == self._hooks  # other code replaces whole dicts
+                and not any(self._without_hooks)
+                and self._with_hooks == self._hooks_before
                 and list(map(type, self.modules)) == self._classes
                 and list(map(len, self._attributes)) == self._counts
                 and list(map(getitem, self._dicts, self._names)) == self._options
+                # DataParallel's replicas share the state of what they are of, and have attributes more.
+                and len(around.__dict__) == self._own_count
                 and list(map(around.__dict__.__getitem__, self._own_names)) == self._own_options
-                and list(map(_FORWARD, self._kinds)) == self._forwards
+                and list(map(getattr, *self._methods)) == self._methods_before
                 and (
                     not self._order or [getattr(around.config, x) for x in self._order] == self._order_before
                 )

@@ -97,6 +97,11 @@ def own_forward(model: BertModel) -> None:
     dense.forward = lambda x: nn.functional.linear(x, dense.weight)
 
 
+def own_feed_forward(model: BertModel) -> None:
+    layer: Any = model.encoder.layer[1]
+    layer.feed_forward_chunk = lambda x: 2 * x
+
+
 def weight_subclass(model: BertModel) -> None:
     dense = model.encoder.layer[0].output.dense
     dense.weight = nn.Parameter(dense.weight.detach().as_subclass(WeightSubclass))
@@ -128,6 +133,7 @@ CHANGES: list[tuple[Callable[[BertModel], None], str, int]] = [
     (forward_hook, "attention.output has hooks", 1),
     (forward_pre_hook, "intermediate has hooks", 1),
     (own_forward, "attention.self.query has a forward of its own", 1),
+    (own_feed_forward, "the layer has a feed_forward_chunk of its own", 1),
     (weight_subclass, "output.dense.weight is a WeightSubclass", 1),
     (weight_that_is_no_parameter, "output.dense.weight is not a parameter", 1),
     (without_bias, "attention.self.value.bias is not a parameter", 1),

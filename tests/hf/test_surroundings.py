@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +15,7 @@ import transformers.activations
 import transformers.models.bert.modeling_bert as stock_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,6 +103,45 @@ def test_an_ensemble_of_models() -> None:
         for each, model in zip(found, models, strict=True):
             truth = copy.deepcopy(model).double()(**batch).pooler_output
             assert_close_to_truth(each, truth, model(**batch).pooler_output)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_forward_mode_derivatives(recorded: bool) -> None:
+    stock, batch = tiny(attn_implementation="eager"), batch_of("left")
+    model = copy.deepcopy(stock)
+    pyaccel.accelerate(model)
+
+    def derivative(each: Any) -> Tensor:
+        with torch.set_grad_enabled(recorded), forward_ad.dual_level():
+            out = pooled(each, forward_ad.make_dual(EMBEDS, -EMBEDS), batch["attention_mask"])
+            return forward_ad.unpack_dual(out).tangent
+
+    assert_equivalent(derivative(model), derivative(stock))
+    assert model.encoder._pyaccel.plan is None
+    Truth(stock).check(model, batch, ["pooler_output"])
+
+
+def replica_of(network: Any, factor: float) -> Any:
+    """As DataParallel makes them: copies that share the state, with other tensors in the places of parameters."""
+    replicas = {module: module._replicate_for_data_parallel() for module in network.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, parameter.detach() * factor)
+    return replicas[network]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_replica_computes_with_its_own_weights(packing: bool) -> None:
+    stock, batch = tiny(), batch_of("left")
+    model = copy.deepcopy(stock)
+    pyaccel.accelerate(model, packing=packing)
+    with torch.no_grad():
+        model(**batch)
+        found = replica_of(model, 1.5)(**batch).pooler_output
+        assert_equivalent(found, replica_of(stock, 1.5)(**batch).pooler_output)
+    Truth(stock).check(model, batch, ["pooler_output"])
 
 
 class Watching(TorchDispatchMode):
@@ -248,6 +289,80 @@ def test_a_patched_forward_is_not_passed_by(
             report.reset()
             assert_equivalent(model(**batch).pooler_output, plain)
             assert report.served == {"onednn": 3}
+
+
+@pytest.mark.parametrize("of_class", [True, False])
+@pytest.mark.parametrize(
+    ("family", "path", "method"),
+    [
+        ("gelu", "encoder.layer.1", "feed_forward_chunk"),
+        ("distilbert", "transformer.layer.1.ffn", "ff_chunk"),
+        ("albert", "encoder.albert_layer_groups.0.albert_layers.0", "ff_chunk"),
+    ],
+)
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_patched_feed_forward_is_not_passed_by(
+    family: str, path: str, method: str, packing: bool, of_class: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, batch = of_family(family), batch_of("none")
+    model = copy.deepcopy(stock)
+    pyaccel.accelerate(model, packing=packing)
+    with torch.no_grad():
+        plain = model(**batch).last_hidden_state
+        with monkeypatch.context() as patch:
+            parts = [each.get_submodule(path) for each in (stock, model)]
+            if of_class:
+                kind = type(parts[0])
+                patch.setattr(kind, method, lambda self, x: 2 * x)
+                assert is_patched(kind, method)
+            else:
+                for part in parts:
+                    patch.setitem(part.__dict__, method, lambda x: 2 * x)
+            expected = stock(**batch).last_hidden_state
+            assert not torch.allclose(expected, plain)
+            assert_equivalent(model(**batch).last_hidden_state, expected)
+        assert_bits_equal(model(**batch).last_hidden_state, plain)
+
+
+def test_a_decorator_of_transformers_from_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout beside an installed package is imported from both."""
+    decorator: Any = stock_file.BertLayer.forward
+    code = decorator.__code__.replace(co_filename="/checkout/src/transformers/modeling_layers.py")
+    assert decorator.__wrapped__
+    assert decorator.__code__.co_filename != code.co_filename
+    monkeypatch.setattr(decorator, "__code__", code)
+    assert not is_patched(stock_file.BertLayer)
+
+
+def emptied(layer: Any) -> None:
+    layer._forward_hooks.clear()
+
+
+def other_dict(layer: Any) -> None:
+    layer._forward_hooks = OrderedDict()
+
+
+@pytest.mark.parametrize("remove", [emptied, other_dict])
+@pytest.mark.parametrize("had_hooks", [True, False])
+def test_hooks_in_the_place_of_others(remove: Callable[[Any], None], had_hooks: bool) -> None:
+    stock, batch = tiny(), batch_of("none")
+    model = copy.deepcopy(stock)
+    pyaccel.accelerate(model)
+    with torch.no_grad():
+        model(**batch, output_hidden_states=had_hooks)  # transformers leaves hooks behind
+        assert all(bool(layer._forward_hooks) == had_hooks for layer in model.encoder.layer)
+        plain = model(**batch).pooler_output
+        for each in (model, stock):
+            for layer in each.encoder.layer:
+                remove(layer)
+        if not had_hooks:
+            assert_bits_equal(model(**batch).pooler_output, plain)
+        for each in (model, stock):
+            for layer in each.encoder.layer:
+                layer.register_forward_hook(lambda module, args, out: 2 * out)
+        expected = stock(**batch).pooler_output
+        assert not torch.allclose(expected, plain)
+        assert_equivalent(model(**batch).pooler_output, expected)
 
 
 # ---- options ----
