@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant("embeddings: unbiased variance", FORWARD, "tl.sum(centred * centred, axis=1) / n_cols + eps", "tl.sum(centred * centred, axis=1) / tl.maximum(n_cols - 1, 1) + eps"),
     Mutant("embeddings: the columns beyond the row count", FORWARD, "tl.where(mask, z - mean[:, None], 0.0)", "z - mean[:, None]"),
     Mutant("embeddings: dropout before the LayerNorm's bias", FORWARD, "    if bias_ptr is not None:\n        out +=", "    if bias_ptr is not None and key_ptr is None:\n        out +="),
-    Mutant("embeddings: active dropout in evaluation", OP, "dropout_p = dropout_p if training else 0.0", "dropout_p = dropout_p + 0.0"),
+    Mutant("embeddings: active dropout in evaluation", OP, "dropout_p=dropout_p if training else 0.0", "dropout_p=dropout_p + 0.0"),
     Mutant("embeddings: no gradient through the mean", BACKWARD, "            mean_wdy = tl.sum(wdy, axis=1) / n_cols  # [BLOCK_ROWS]\n", "            mean_wdy = tl.sum(wdy, axis=1) * 0.0\n"),
     Mutant("embeddings: stride of dy ignored", BACKWARD, "o_row[:, None] * stride_dy_row + o_col.to(tl.int64)[None, :] * stride_dy_col", "o_row[:, None] * stride_dy_row + o_col.to(tl.int64)[None, :]"),
     Mutant("embeddings: the padding row has a gradient", SEGMENTS, "mask = m_col & (id != skip)", "mask = m_col & (id != skip - 1)"),

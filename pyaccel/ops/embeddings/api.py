@@ -18,9 +18,18 @@ from pyaccel.ops import common
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.embeddings import triton as triton_backend
-from pyaccel.ops.embeddings.checks import OP, assert_later, check_range, not_supported_reasons, out_of_range
+from pyaccel.ops.embeddings.checks import (
+    OP,
+    EmbeddingsCall,
+    assert_later,
+    check_range,
+    not_supported_reasons,
+    out_of_range,
+)
 from pyaccel.reference.embeddings import packed_positions
 from pyaccel.reference.layernorm import normalize
+
+_IDS = ("input_ids", "position_ids", "token_type_ids")
 
 
 def bert_embeddings(
@@ -72,100 +81,72 @@ def bert_embeddings(
             compiled graph it is an assertion that says the same but for the id.
         pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
-    dispatch.invalid(
-        OP,
-        not_supported_reasons(
-            input_ids,
-            word_weight,
-            position_weight,
-            token_type_weight,
-            weight,
-            bias,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            cu_seqlens=cu_seqlens,
-            eps=eps,
-            dropout_p=dropout_p,
-            padding_idx=padding_idx,
-        ),
-    )
-    dropout_p = dropout_p if training else 0.0
     device = word_weight.device
-    out_dtype = word_weight.dtype if autocast_dtype(device) is None else torch.float32
-    tables = (word_weight, position_weight, token_type_weight)
+    call = EmbeddingsCall(
+        input_ids, position_ids, token_type_ids, cu_seqlens, word_weight, position_weight, token_type_weight, weight,
+        bias, eps, dropout_p, padding_idx,
+        word_weight.dtype if autocast_dtype(device) is None else torch.float32,
+    )  # fmt: skip
+    dispatch.invalid(OP, not_supported_reasons(call))
     packed = cu_seqlens if position_ids is None and position_weight is not None else None
-    choice = _choose(input_ids.numel(), *tables, weight, bias)
+    call = call._replace(dropout_p=dropout_p if training else 0.0, cu_seqlens=packed)
+    backend = _choose(call).backend
     at_once = common.on_host(word_weight) and common.on_host(input_ids)
-    if choice.backend != "triton" or at_once:
-        given = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
-        if packed is not None:
-            given["position_ids"] = packed_positions(packed, input_ids.shape[0])
-        for (name, ids), table in zip(given.items(), tables, strict=True):
+    if backend != "triton" or at_once:
+        placed = (
+            call
+            if packed is None
+            else call._replace(position_ids=packed_positions(packed, input_ids.shape[0]))
+        )
+        for name, ids, table in zip(_IDS, placed.ids, call.tables, strict=True):
             if ids is not None and table is not None:
                 check_range(name, ids, table.shape[0], packed is not None, at_once)
-        if choice.backend == "torch":
-            position_ids = given["position_ids"]
-            ids3 = (input_ids, position_ids, token_type_ids)
-            return _torch_backend(*ids3, *tables, weight, bias, eps, dropout_p, padding_idx, out_dtype)
-    key = dropout_key(device) if dropout_p > 0.0 else None
-    if choice.backend == "reference":
+        if backend == "torch":
+            return _torch_backend(placed)
+    key = dropout_key(device) if call.dropout_p > 0.0 else None
+    if backend == "reference":
         return reference.bert_embeddings(
             input_ids,
-            *tables,
+            *call.tables,
             weight,
             bias,
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             cu_seqlens=packed,
             eps=eps,
-            dropout_p=dropout_p,
+            dropout_p=call.dropout_p,
             padding_idx=padding_idx,
             dropout_key=key,
             upcast=False,
-            out_dtype=out_dtype,
+            out_dtype=call.out_dtype,
         ).output
-    out, in_range = triton_backend.bert_embeddings(
-        input_ids, position_ids, token_type_ids, packed, *tables, weight, bias, key, eps, dropout_p, padding_idx,
-        out_dtype,
-    )  # fmt: skip
+    out, in_range = triton_backend.bert_embeddings(call, key)
     if not at_once:
         # The kernel has looked at every id, and reads nothing outside of a table whatever it is.
-        rights = in_range.unbind()
-        names = ("input_ids", "position_ids", "token_type_ids")
         looked_up = (input_ids, position_ids if packed is None else packed, token_type_ids)
-        for name, ids, right, table in zip(names, looked_up, rights, tables, strict=True):
+        for name, ids, right, table in zip(_IDS, looked_up, in_range.unbind(), call.tables, strict=True):
             if ids is not None and table is not None:
                 assert_later(right, out_of_range(name, table.shape[0], packed is not None))
     return out
 
 
-def _choose(rows: int, word_weight: Tensor, *others: Tensor | None) -> dispatch.Choice:
-    triton = triton_support.unsupported_reasons(word_weight, *others)
+def _choose(call: EmbeddingsCall) -> dispatch.Choice:
+    word_weight = call.word_weight
+    triton = triton_support.unsupported_reasons(*call.tables, call.weight, call.bias)
     if word_weight.shape[1] > MAX_ROW:
         triton.append(f"the kernels take hidden sizes of up to {MAX_ROW}, not {word_weight.shape[1]}")
     served: dict[str, list[str]] = {"triton": triton, "torch": [], "reference": []}
     if word_weight.device.type == "cpu":
         return dispatch.choose(OP, served, "torch", "on the CPU")
-    size = (rows, word_weight.shape[1])
+    size = (call.input_ids.numel(), word_weight.shape[1])
     measured = tuned.preferred(OP, word_weight.device, word_weight.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, served, *measured)
 
 
-def _torch_backend(
-    input_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    padding_idx: int | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    total = _lookup(input_ids, word_weight, padding_idx)
+def _torch_backend(call: EmbeddingsCall) -> Tensor:
+    (input_ids, position_ids, token_type_ids), dropout_p = call.ids, call.dropout_p
+    word_weight, position_weight, token_type_weight = call.tables
+    total = _lookup(input_ids, word_weight, call.padding_idx)
     if token_type_weight is not None:
         types = token_type_weight[0] if token_type_ids is None else _lookup(token_type_ids, token_type_weight)
         total = total + types
@@ -174,7 +155,7 @@ def _torch_backend(
             total = total + position_weight[: input_ids.shape[1]]
         else:
             total = total + _lookup(position_ids, position_weight)
-    out = normalize(total, weight, bias, eps=eps, rms_norm=False, out_dtype=out_dtype)
+    out = normalize(total, call.weight, call.bias, eps=call.eps, rms_norm=False, out_dtype=call.out_dtype)
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,25 +13,43 @@ from pyaccel.ops.dropout import dropout_reasons
 OP = "bert_embeddings"
 
 
-def not_supported_reasons(
-    input_ids: Tensor,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    padding_idx: int | None,
-) -> list[str]:
+class EmbeddingsCall(NamedTuple):
+    """One call of :func:`pyaccel.ops.bert_embeddings`, whose arguments these are, under its names.
+
+    ``dropout_p`` is 0 outside of training; ``out_dtype`` is the output's.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    token_type_ids: Tensor | None
+    cu_seqlens: Tensor | None
+    word_weight: Tensor
+    position_weight: Tensor | None
+    token_type_weight: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    dropout_p: float
+    padding_idx: int | None
+    out_dtype: torch.dtype
+
+    @property
+    def ids(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of words, positions and token types."""
+        return self.input_ids, self.position_ids, self.token_type_ids
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What they are looked up in."""
+        return self.word_weight, self.position_weight, self.token_type_weight
+
+
+def not_supported_reasons(call: EmbeddingsCall) -> list[str]:
     """Every reason why these arguments make no sense, on any backend; empty if they do. Looks at no id's value."""
-    reasons = dropout_reasons(dropout_p)
-    if not eps >= 0.0:
-        reasons.append(f"eps must be at least 0, got {eps}")
+    word_weight, cu_seqlens, padding_idx = call.word_weight, call.cu_seqlens, call.padding_idx
+    reasons = dropout_reasons(call.dropout_p)
+    if not call.eps >= 0.0:
+        reasons.append(f"eps must be at least 0, got {call.eps}")
     if not word_weight.is_floating_point():
         reasons.append(f"word_weight must be of a floating dtype, got {word_weight.dtype}")
     if word_weight.ndim != 2 or 0 in word_weight.shape:
@@ -38,7 +58,7 @@ def not_supported_reasons(
             f"word_weight must be [vocab, hidden], each at least 1, got {tuple(word_weight.shape)}",
         ]
     vocab, hidden = word_weight.shape
-    tables = {"position_weight": position_weight, "token_type_weight": token_type_weight}
+    tables = {"position_weight": call.position_weight, "token_type_weight": call.token_type_weight}
     for name, table in tables.items():
         if table is None:
             continue
@@ -48,7 +68,7 @@ def not_supported_reasons(
             )
         if table.dtype != word_weight.dtype:
             reasons.append(f"{name} must be of word_weight's dtype {word_weight.dtype}, got {table.dtype}")
-    vectors = {"weight": weight, "bias": bias}
+    vectors = {"weight": call.weight, "bias": call.bias}
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (hidden,):
             reasons.append(f"{name} must be [{hidden}], as wide as word_weight, got {tuple(vector.shape)}")
@@ -56,7 +76,7 @@ def not_supported_reasons(
             reasons.append(f"{name} must be of a floating dtype, got {vector.dtype}")
     if padding_idx is not None and not -vocab <= padding_idx < vocab:
         reasons.append(f"padding_idx must be a row of word_weight, in [{-vocab}, {vocab}), got {padding_idx}")
-    ids = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
+    ids = dict(zip(("input_ids", "position_ids", "token_type_ids"), call.ids, strict=True))
     for name, given in ids.items():
         if given is not None and given.dtype not in (torch.int64, torch.int32):
             reasons.append(f"{name} must be int64 or int32, got {given.dtype}")
@@ -72,27 +92,20 @@ def not_supported_reasons(
             reasons.append(
                 f"{name} is on {tensor.device} and word_weight on {word_weight.device}: move one of them"
             )
-    return reasons + _shape_reasons(
-        input_ids, position_weight, token_type_weight, position_ids, token_type_ids, cu_seqlens
-    )
+    return reasons + _shape_reasons(call)
 
 
-def _shape_reasons(
-    input_ids: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> list[str]:
+def _shape_reasons(call: EmbeddingsCall) -> list[str]:
     """What is wrong with the shapes of the ids, and with ids that have no table."""
+    (input_ids, position_ids, token_type_ids), cu_seqlens = call.ids, call.cu_seqlens
+    position_weight = call.position_weight
     shape = tuple(input_ids.shape)
     if len(shape) not in (1, 2):
         return [f"input_ids must be [batch, seq], or packed [total_tokens], got {shape}"]
     reasons, seq = [], shape[-1]
     if cu_seqlens is not None and len(shape) == 2:
         reasons.append(f"cu_seqlens is for packed input_ids [total_tokens], got {shape}: leave it out")
-    if token_type_ids is not None and token_type_weight is None:
+    if token_type_ids is not None and call.token_type_weight is None:
         reasons.append("token_type_ids were given without a token_type_weight to look them up in")
     if token_type_ids is not None and tuple(token_type_ids.shape) != shape:
         reasons.append(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyaccel.ops.common import custom_op, differentiable_once
+from pyaccel.ops.embeddings.checks import EmbeddingsCall
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
@@ -225,20 +226,16 @@ class BertEmbeddingsFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         key: Tensor | None,
-        period: int,
-        eps: float,
-        dropout_p: float,
-        out_dtype: torch.dtype,
-        padding_idx: int,
+        numbers: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What :func:`forward_op` gives; the output alone carries a gradient."""
+        """What :func:`forward_op` gives; the output alone carries a gradient. numbers: its last four, padding_idx."""
         tables = (word_weight, position_weight, token_type_weight)
         ids = (input_ids, position_ids, token_type_ids, cu_seqlens)
-        return forward_op(*ids, *tables, weight, bias, key, period, eps, dropout_p, out_dtype)
+        return forward_op(*ids, *tables, weight, bias, key, *numbers[:4])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        input_ids, position_ids, token_type_ids, cu_seqlens, *tables, weight, bias, key = inputs[:10]
+        input_ids, position_ids, token_type_ids, cu_seqlens, *tables, weight, bias, key, numbers = inputs
         _, mean, rstd, positions, _ = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -246,57 +243,41 @@ class BertEmbeddingsFunction(torch.autograd.Function):
             position_ids = positions
         ids = (input_ids, position_ids, token_type_ids)
         ctx.save_for_backward(*ids, *tables, weight, mean, rstd, key)
-        ctx.numbers = (inputs[10], inputs[12], inputs[14])  # period, dropout_p, padding_idx
+        period, _, dropout_p, _, padding_idx = numbers
+        ctx.numbers = (period, dropout_p, padding_idx)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         dy = grads[0]
         if dy is None:
-            return (None,) * 15
+            return (None,) * 11
         needed = ctx.needs_input_grad[4:9]
         dtypes = (d if n else None for d, n in zip(ctx.dtypes, needed[3:], strict=True))
         out = backward_once(dy, *ctx.saved_tensors, *ctx.numbers, *needed[:3], *dtypes)
         wanted = (g if n else None for g, n in zip(out, needed, strict=True))
-        return *(None,) * 4, *wanted, *(None,) * 6
+        return *(None,) * 4, *wanted, None, None
 
 
-def bert_embeddings(
-    input_ids: Tensor,
-    position_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    cu_seqlens: Tensor | None,
-    word_weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    key: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    padding_idx: int | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def bert_embeddings(call: EmbeddingsCall, key: Tensor | None) -> tuple[Tensor, Tensor]:
     """The output ``[*input_ids.shape, hidden]``, and whether word, position and type ids are in range ``[3, tokens]``.
 
     The kernel looks at every id, and reads nothing outside of a table whatever it is.
     """
+    input_ids, position_ids, word_weight = call.input_ids, call.position_ids, call.word_weight
     by_token = (
         position_ids is not None
         and position_ids.ndim == input_ids.ndim
         and position_ids.shape == input_ids.shape
     )
     period = input_ids.numel() if by_token or input_ids.ndim == 1 else input_ids.shape[1]
-    tables = (word_weight, position_weight, token_type_weight)
-    ids = (
-        None if t is None else t.reshape(-1).contiguous()
-        for t in (input_ids, position_ids, token_type_ids, cu_seqlens)
-    )
-    vectors = (None if t is None else t.contiguous() for t in (weight, bias))
-    args = (*ids, *tables, *vectors, key, period, eps, dropout_p, out_dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tables, weight, bias)):
-        padding = -1 if padding_idx is None else padding_idx % word_weight.shape[0]
-        out, _, _, _, in_range = BertEmbeddingsFunction.apply(*args, padding)
+    ids = (None if t is None else t.reshape(-1).contiguous() for t in call[:4])
+    vectors = (None if t is None else t.contiguous() for t in (call.weight, call.bias))
+    args = (*ids, *call.tables, *vectors, key)
+    numbers = (period, call.eps, call.dropout_p, call.out_dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[4:9]):
+        padding = -1 if call.padding_idx is None else call.padding_idx % word_weight.shape[0]
+        out, _, _, _, in_range = BertEmbeddingsFunction.apply(*args, (*numbers, padding))
     else:
-        out, _, _, _, in_range = forward_op(*args)
+        out, _, _, _, in_range = forward_op(*args, *numbers)
     return out.view(*input_ids.shape, word_weight.shape[1]), in_range

@@ -7,7 +7,7 @@ of memory. Source of the method: recomputation, arXiv:1604.06174.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,16 @@ activation_again = differentiable_once(activation_forward, "feed_forward", _OTHE
 layernorm_again = differentiable_once(layernorm_forward, "feed_forward", _OTHERS)
 
 
+class _Options(NamedTuple):
+    """What is no tensor; ``fused_product``: bias and activation in the first product's epilogue."""
+
+    activation: str
+    eps: float
+    dropout_p: float
+    hidden_dtype: torch.dtype
+    fused_product: bool
+
+
 class FeedForwardFunction(torch.autograd.Function):
     """Saves the sum before LayerNorm with its statistics, the pre-activation, the parameters and the dropout key."""
 
@@ -47,13 +57,10 @@ class FeedForwardFunction(torch.autograd.Function):
         bias1: Tensor | None,
         weight2: Tensor,
         key: Tensor | None,
-        activation: str,
-        eps: float,
-        dropout_p: float,
-        hidden_dtype: torch.dtype,
-        fused_product: bool,
+        options: _Options,
     ) -> tuple[Tensor, ...]:
         """Hidden states ``[rows, hidden]`` and output ``[rows, out_features]``; then what the backward wants."""
+        activation, eps, dropout_p, hidden_dtype, fused_product = options
         layernorm: Any = layernorm_forward
         again: Any = activation_forward
         if runs_directly(x, residual, ln_weight, ln_bias, x_bias, weight1, bias1, weight2):  # asked for both
@@ -72,7 +79,7 @@ class FeedForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, ln_weight, ln_bias, x_bias, weight1, bias1, weight2, key, *options = inputs
+        x, residual, ln_weight, ln_bias, x_bias, weight1, bias1, weight2, key, options = inputs
         _, _, total, pre, mean, rstd = output
         # Sum and pre-activation stay differentiable, although nobody has gradients for them: what backward makes of
         # them then is too, and a double backward finds the ops that refuse it.
@@ -111,7 +118,7 @@ class FeedForwardFunction(torch.autograd.Function):
             dtypes = [d if n else None for d, n in zip(ctx.dtypes, needed[:5], strict=True)]
             found = layernorm_backward(dhidden, None, total, mean, rstd, ln_weight, key, dropout_p, *dtypes)
         gradients = (*found, dweight1, dbias1, dweight2)
-        return *[g if n else None for g, n in zip(gradients, needed, strict=True)], *(None,) * 6
+        return *[g if n else None for g, n in zip(gradients, needed, strict=True)], None, None
 
 
 def _add_product(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
@@ -189,7 +196,7 @@ def feed_forward(
         FeedForwardFunction,
         x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1]), *vectors, weight1, bias1, weight2,
         dropout_key(x.device) if dropout_p > 0.0 else None,
-        activation, eps, dropout_p, output_dtype(x, residual), way == "triton",
+        _Options(activation, eps, dropout_p, output_dtype(x, residual), way == "triton"),
     )  # fmt: skip
     return hidden.view(x.shape), out.view(*x.shape[:-1], weight2.shape[0])
 
