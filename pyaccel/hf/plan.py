@@ -102,7 +102,7 @@ def _executors(
         return [Padded(family)]
     executors: list[Executor] = []
     is_sharded_ = any(map(is_sharded, layers))
-    on_gpu = fingerprint.device is not None and fingerprint.device.type == "cuda"
+    on_gpu = fingerprint.device is not None and next(layers[0].parameters()).is_cuda
     if "cuda_graph" in state.executors and (on_gpu or acceleration.cuda_graphs is True):
         why_not = None
         if is_sharded_ or not is_kept or any(map(has_opaque, layers)):

@@ -144,6 +144,7 @@ def counted_by_graph() -> int:
 
 def timed(rounds: int = 60) -> dict[str, dict[str, float]]:
     """For each run: least microseconds of the stock and of the accelerated model. After :func:`card.pretend`."""
+    torch.set_num_threads(1)  # the time of threads that wait for work would count
     # In fp32: a CPU takes long for the smallest products in bf16, which no GPU does.
     both, given = models("cpu", torch.float32), batch("cpu")
     found: dict[str, dict[str, float]] = {}
@@ -160,6 +161,8 @@ def timed(rounds: int = 60) -> dict[str, dict[str, float]]:
                 card.take_launches()
                 if turn >= 3:
                     found[name][which] = min(found[name][which], taken)
+    served: Any = both["accelerated"].encoder._pyaccel.acceleration.report.served
+    assert set(served) == {"triton"}, served
     return found
 
 
