@@ -8,28 +8,21 @@ all layers of a forward pass, by :func:`serves`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyaccel.activations import activation_name
-from pyaccel.nn.encoder_layer import encoder_layer, is_plain
-from pyaccel.ops.attention.custom_ops import forward_op as attention
-from pyaccel.ops.attention.triton import AttentionFunction
-from pyaccel.ops.bias_act.triton import forward_op as bias_gelu
+from pyaccel.nn.encoder_layer import encoder_layer, is_plain, plain_modules
 from pyaccel.ops.common import apply
-from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layer_choice import triton_serves
-from pyaccel.ops.layernorm.triton import ResidualLayerNormFunction
-from pyaccel.ops.layernorm.triton import forward_op as layernorm
-from pyaccel.ops.linear.mlp import FeedForwardFunction
+from pyaccel.ops.triton_layer import LayerCall, LayerFunction, attend, forward
 from pyaccel.packing import PackedLayout
 
-_PLAIN = (Tensor, nn.Parameter)
+_REQUIRES_GRAD, _DTYPE, _DEVICE = map(attrgetter, ("requires_grad", "dtype", "device"))
 
 
 class TritonLayer:
@@ -47,14 +40,10 @@ class TritonLayer:
         self._layer = layer
         self._attention_module = attention_module
         self._activation = activation
-        self._linears = tuple(
-            linear._parameters
-            for linear in (heads.query, heads.key, heads.value, first.dense, inner, second.dense)
-        )
-        self._norms = tuple((norm, norm._parameters) for norm in (first.LayerNorm, second.LayerNorm))
+        self._parameters = [module._parameters for module in plain_modules(layer)]
+        self._norms = (first.LayerNorm, second.LayerNorm)
         self._dropouts = (heads.dropout, first.dropout, second.dropout)
         self._heads = (heads.num_attention_heads, heads.attention_head_size)
-        self._scale = 1.0 / math.sqrt(heads.attention_head_size)
         self.sizes = (inner.out_features, *self._heads)
 
     @classmethod
@@ -71,73 +60,41 @@ class TritonLayer:
 
     def is_ready(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether all parameters are of that dtype, on that device, and laid out as the kernels read them."""
-        for parameters in (*self._linears, *[parameters for _, parameters in self._norms]):
-            weight, bias = parameters["weight"], parameters["bias"]
-            if (
-                weight.dtype is not dtype
-                or bias.dtype is not dtype
-                or weight.device != device
-                or bias.device != device
-            ):
-                return False
-            if not bias.is_contiguous() or not (weight.ndim == 2 or weight.is_contiguous()):
-                return False
-        return True
+        tensors = self._tensors()
+        return (
+            {*map(_DTYPE, tensors)} == {dtype}
+            and {*map(_DEVICE, tensors)} == {device}
+            and all(map(Tensor.is_contiguous, [vector for vector in tensors if vector.ndim == 1]))
+        )
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """Weight and bias of each product and norm, in the order of their use."""
+        return tuple([each[name] for each in self._parameters for name in ("weight", "bias")])
 
     def __call__(self, hidden: Tensor, tokens: PackedLayout) -> Tensor:
         """Packed hidden states ``[total_tokens, hidden_size]``, where :func:`serves` is true."""
-        first, inner, second = self._linears[3:]
-        context = self._attend(hidden, tokens)
-        records = torch.is_grad_enabled()
-        if records and not context.requires_grad:
-            affine = [parameters for _, parameters in self._norms]
-            if any([p.requires_grad for each in (*self._linears[3:], *affine) for p in each.values()]):
+        parameters = self._tensors()
+        weights, first, second = self._dropouts
+        call = LayerCall(
+            tokens,
+            self._heads,
+            self._activation,
+            (self._norms[0].eps, self._norms[1].eps),
+            (
+                weights.p if self._attention_module.training else 0.0,
+                first.p if first.training else 0.0,
+                second.p if second.training else 0.0,
+            ),
+        )
+        if torch.is_grad_enabled():
+            if hidden.requires_grad or any(map(_REQUIRES_GRAD, parameters[:6])):
+                recorded: Tensor = apply(LayerFunction, hidden, call, *parameters)
+                return recorded
+            if any(map(_REQUIRES_GRAD, parameters)):
                 # Only what comes after attention learns: no call of its own is worth that.
+                context, _ = attend(hidden, parameters, call, records=False)
                 return encoder_layer(self._layer, hidden, lambda q, k, v: context)
-            records = False
-        dtype, device = hidden.dtype, hidden.device
-        (norm1, affine1), (norm2, affine2) = self._norms
-        p1, p2 = (dropout.p if dropout.training else 0.0 for dropout in self._dropouts[1:])
-        x = F.linear(context, first["weight"])
-        seed = dropout_key(device) if p1 > 0.0 else None
-        normed = (x, hidden, affine1["weight"], affine1["bias"], first["bias"])
-        if records:
-            hidden, x, *_ = apply(
-                FeedForwardFunction, *normed, inner["weight"], inner["bias"], second["weight"], seed,
-                self._activation, norm1.eps, p1, dtype, False,
-            )  # fmt: skip
-        else:
-            hidden = layernorm.function(
-                *normed, seed, norm1.eps, p1, dtype, False, True, False, False, False
-            )[0]
-            x = bias_gelu.function(F.linear(hidden, inner["weight"]), inner["bias"], self._activation)
-            x = F.linear(x, second["weight"])
-        seed = dropout_key(device) if p2 > 0.0 else None
-        normed = (x, hidden, affine2["weight"], affine2["bias"], second["bias"])
-        if records:
-            out = apply(ResidualLayerNormFunction, *normed, seed, norm2.eps, p2, dtype, False, False)
-        else:
-            out = layernorm.function(*normed, seed, norm2.eps, p2, dtype, False, True, False, False, False)
-        result: Tensor = out[0]
-        return result
-
-    def _attend(self, hidden: Tensor, tokens: PackedLayout) -> Tensor:
-        """``[total_tokens, hidden_size]`` of each sequence's attention to itself."""
-        p = self._dropouts[0].p if self._attention_module.training else 0.0
-        q, k, v = [F.linear(hidden, each["weight"], each["bias"]) for each in self._linears[:3]]
-        if tokens.key_indices is not None:
-            k, v = k.index_select(0, tokens.key_indices), v.index_select(0, tokens.key_indices)
-        arguments = (
-            *[x.view(1, -1, *self._heads).transpose(1, 2) for x in (q, k, v)],
-            None, None, tokens.cu_seqlens, tokens.cu_seqlens_k, dropout_key(hidden.device) if p > 0.0 else None,
-            tokens.max_seqlen, tokens.max_seqlen_k, self._scale, p, False, -1, -1,
-        )  # fmt: skip
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out = apply(AttentionFunction, *arguments)[0]
-        else:
-            out = attention.function(*arguments, False)[0]
-        context: Tensor = out.transpose(1, 2).flatten(2)[0]
-        return context
+        return forward(hidden, parameters, call, records=False)[0]
 
 
 def serves(layers: Sequence[TritonLayer], hidden: Tensor, tokens: PackedLayout) -> bool:

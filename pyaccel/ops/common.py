@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -111,6 +112,20 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     if autocast_dtype(device) is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@functools.cache
+def kernels(module: str) -> Any:
+    """``pyaccel.kernels.MODULE``, imported when it is first asked for, since it imports Triton.
+
+    An import statement in a function takes as long in every call as the allocation of a tensor.
+    """
+    return importlib.import_module(f"pyaccel.kernels.{module}")
+
+
+def empty(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """``x.new_empty(shape, dtype=dtype)``, which takes twice as long where it is told the dtype that x has."""
+    return x.new_empty(*shape) if dtype is x.dtype else x.new_empty(shape, dtype=dtype)
 
 
 def rows(x: Tensor) -> Tensor:

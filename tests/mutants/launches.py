@@ -24,6 +24,7 @@ TESTS = [
 PLANS = "kernels/common/launch.py"
 COMMON = "pyaccel/ops/common.py"
 LAYER = "pyaccel/nn/triton_layer.py"
+FUNCTION = "pyaccel/ops/triton_layer.py"
 
 MUTANTS = [
     Mutant(
@@ -87,9 +88,9 @@ MUTANTS = [
     ),
     Mutant(
         "TritonLayer: one dropout mask for both halves",
-        LAYER,
-        "        seed = dropout_key(device) if p2 > 0.0 else None\n",
-        "",
+        FUNCTION,
+        "    key2 = dropout_key(hidden.device) if p2 > 0.0 else None\n",
+        "    key2 = key1\n",
     ),
     Mutant(
         "TritonLayer: without gradients where attention has none",
@@ -99,9 +100,21 @@ MUTANTS = [
     ),
     Mutant(
         "TritonLayer: keys of padding attend",
-        LAYER,
+        FUNCTION,
         "k, v = k.index_select(0, tokens.key_indices), v.index_select(0, tokens.key_indices)",
         "pass",
+    ),
+    Mutant(
+        "TritonLayer: no gradient through the queries",
+        FUNCTION,
+        "for i in (4, 2, 0):",
+        "for i in (4, 2):",
+    ),
+    Mutant(
+        "TritonLayer: gradients of gradients are lost",
+        FUNCTION,
+        "        if runs_directly(*given):\n",
+        "        if True:\n",
     ),
     Mutant(
         "TritonLayer: past gradient checkpointing",

@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant("launch: empty outputs are launched, and of no inner elements nothing is", KERNEL, "if out.numel() == 0:", "if x.numel() == 0:"),
     Mutant("configurations: the widest tiles for rows that aren't aligned", CONFIG, "n_in % 16 == 0 or ", "n_in > 0 or "),
     Mutant("configurations: the smallest tiles for all", CONFIG, "if enough and", "if not enough and"),
-    Mutant("backward: dbias in x's dtype", TRITON, "pre.new_empty(pre.shape[1], dtype=bias_dtype)", "pre.new_empty(pre.shape[1])"),
+    Mutant("backward: dbias in x's dtype", TRITON, "empty(pre, bias_dtype, pre.shape[1])", "empty(pre, pre.dtype, pre.shape[1])"),
     Mutant("backward: without an activation, dbias summed in 16 bits", TRITON, "dout.sum(0, dtype=torch.float32).to(bias_dtype)", "dout.sum(0).to(bias_dtype)"),
     Mutant("backward: dweight of the gradient before the activation", TRITON, "dpre.mT @ x if", "dout.mT @ x if"),
     Mutant("backward: a copy of x is saved", TRITON, "            x if want_dweight else None", "            x.clone() if want_dweight else None"),

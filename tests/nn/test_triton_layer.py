@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyaccel import dispatch
 from pyaccel.models.bert import BertConfig, BertModel
@@ -114,6 +116,74 @@ def test_frozen_parameters(layer: Any, device: torch.device, frozen: str) -> Non
     tokens = packed(device)
     hidden = torch.randn(tokens.total_tokens, HIDDEN, device=device, dtype=torch.bfloat16)
     assert_same(both(layer, tokens, hidden), gradients=count)
+
+
+def recorded(layer: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Input and output of a call whose gradients are recorded."""
+    made = TritonLayer.of(layer.eval(), layer.attention.self)
+    assert made is not None
+    tokens = packed(device)
+    torch.manual_seed(4)
+    hidden = torch.randn(tokens.total_tokens, HIDDEN, device=device, dtype=torch.bfloat16, requires_grad=True)
+    return hidden, made(hidden, tokens)
+
+
+def test_a_double_backward_is_refused(layer: Any, device: torch.device) -> None:
+    hidden, out = recorded(layer, device)
+    (gradient,) = torch.autograd.grad(out.float().square().sum(), hidden, create_graph=True)
+    assert gradient.requires_grad
+    with pytest.raises(
+        RuntimeError, match=r"a double backward .* was asked for, and only other backends have"
+    ):
+        gradient.sum().backward()
+
+
+def test_the_backward_under_a_mode_is_by_registered_ops(layer: Any, device: torch.device) -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    found = []
+    for mode in (contextlib.nullcontext(), Mode()):
+        hidden, out = recorded(layer, device)
+        layer.zero_grad()
+        with mode:
+            out.sum().backward()
+        found.append([hidden.grad, *[p.grad for p in layer.parameters()]])
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert torch.equal(a, b)
+    ours = [name for name in names if name.startswith("pyaccel::")]
+    assert len(ours) == 6, ours
+
+
+@pytest.mark.parametrize("name", ["attention.self.key.weight", "output.LayerNorm.weight"])
+def test_a_parameter_changed_between_forward_and_backward(
+    layer: Any, device: torch.device, name: str
+) -> None:
+    _, out = recorded(layer, device)
+    with torch.no_grad():
+        layer.get_parameter(name).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_nothing_larger_is_saved_than_the_parts_save(layer: Any, device: torch.device) -> None:
+    """A token: the input, q, k, v, attention's output, both sums, the pre-activation, and fp32 statistics."""
+    saved: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        saved[x.data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        _, out = recorded(layer, device)
+    owned = {p.data_ptr() for p in layer.parameters()}
+    activations = [x for pointer, x in saved.items() if pointer not in owned and x.is_floating_point()]
+    tokens = out.shape[0]
+    assert sum(x.numel() * x.itemsize for x in activations) == tokens * (2 * (7 * HIDDEN + 48) + 4 * (2 + 4))
 
 
 def test_layers_of_another_kind(layer: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel.ops.common import custom_op, differentiable_once
+from pyaccel.ops.common import custom_op, differentiable_once, kernels
 
 OP = "bias_gelu"
 
@@ -19,11 +19,9 @@ def _forward_outputs(x: Tensor) -> Tensor:
 @custom_op("pyaccel::bias_gelu_forward", _forward_outputs)
 def forward_op(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """Output ``[rows, cols]`` in x's dtype."""
-    from pyaccel.kernels.bias_act.config import bias_gelu_forward
-    from pyaccel.kernels.bias_act.kernels import forward
-
-    out = x.new_empty(x.shape)
-    forward(out, x, bias, activation, bias_gelu_forward(x.shape[1]))
+    out = x.new_empty(*x.shape)
+    config = kernels("bias_act.config").bias_gelu_forward(x.shape[1])
+    kernels("bias_act.kernels").forward(out, x, bias, activation, config)
     return out
 
 
@@ -34,11 +32,9 @@ def _quantize_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 @custom_op("pyaccel::bias_gelu_quantize", _quantize_outputs)
 def quantize_op(x: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """int8 codes ``[rows, cols]`` and fp32 scales ``[rows]`` of the fp32 result."""
-    from pyaccel.kernels.bias_act import config
-    from pyaccel.kernels.bias_act import kernels as bias_gelu
-
     codes, scale = _quantize_outputs(x)
-    bias_gelu.quantize(codes, scale, x, bias, activation, config.bias_gelu_quantize(x.shape[1]))
+    config = kernels("bias_act.config").bias_gelu_quantize(x.shape[1])
+    kernels("bias_act.kernels").quantize(codes, scale, x, bias, activation, config)
     return codes, scale
 
 
@@ -66,20 +62,16 @@ def launch_backward(
     dx: Tensor | None, dbias: Tensor | None, dy: Tensor, x: Tensor, bias: Tensor | None, activation: str
 ) -> None:
     """Write the gradients that aren't None, of x ``[rows, cols]`` and of a bias ``[cols]``."""
-    from pyaccel.kernels.bias_act.config import bias_gelu_backward
-    from pyaccel.kernels.bias_act.kernels import backward
-    from pyaccel.kernels.common.configs import column_sum as column_sum_config
-    from pyaccel.kernels.common.configs import programs_per_column
-    from pyaccel.kernels.common.device import device_info
-    from pyaccel.kernels.common.reduce import column_sum
-
+    configs = kernels("common.configs")
     n_rows, n_cols = x.shape
-    config = bias_gelu_backward(n_cols)
-    n_programs = programs_per_column(config, n_rows, n_cols, device_info(x.device).num_sms)
+    config = kernels("bias_act.config").bias_gelu_backward(n_cols)
+    num_sms = kernels("common.device").device_info(x.device).num_sms
+    n_programs = configs.programs_per_column(config, n_rows, n_cols, num_sms)
     partial = None if dbias is None else x.new_empty(n_programs, n_cols, dtype=torch.float32)
-    backward(dx, partial, dy, x, bias, activation, n_programs, config)
+    kernels("bias_act.kernels").backward(dx, partial, dy, x, bias, activation, n_programs, config)
     if dbias is not None:
-        column_sum((dbias, None, None), (partial, None, None), column_sum_config())
+        sums = (dbias, None, None), (partial, None, None)
+        kernels("common.reduce").column_sum(*sums, configs.column_sum())
 
 
 backward_once = differentiable_once(backward_op, OP, f"pyaccel.use_backend('torch', ops=['{OP}'])")

@@ -48,4 +48,6 @@ def output_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 
 
 def sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    if residual is None or residual.dtype is x.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, residual.dtype)

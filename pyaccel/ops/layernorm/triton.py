@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuned
-from pyaccel.ops.common import apply, custom_op, differentiable_once
+from pyaccel.ops.common import apply, custom_op, differentiable_once, empty, kernels
 from pyaccel.ops.dropout import dropout_key
-from pyaccel.ops.layernorm.checks import (
-    OP,
-    sum_dtype,
-)
+from pyaccel.ops.layernorm.checks import OP, sum_dtype
 
 
 def _forward_outputs(
@@ -27,11 +24,11 @@ def _forward_outputs(
     want_codes: bool,
     want_statistics: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    n_rows = x.shape[0]
+    n_rows, shape = x.shape[0], x.shape
     return (
-        x.new_empty(x.shape, dtype=out_dtype) if want_out else None,
-        x.new_empty(x.shape, dtype=sum_dtype(x, residual)) if want_sum else None,
-        x.new_empty(x.shape, dtype=torch.int8) if want_codes else None,
+        empty(x, out_dtype, *shape) if want_out else None,
+        empty(x, sum_dtype(x, residual), *shape) if want_sum else None,
+        x.new_empty(shape, dtype=torch.int8) if want_codes else None,
         x.new_empty(n_rows, dtype=torch.float32) if want_codes else None,
         x.new_empty(n_rows, dtype=torch.float32) if want_statistics and not rms_norm else None,
         x.new_empty(n_rows, dtype=torch.float32) if want_statistics else None,
@@ -57,14 +54,11 @@ def forward_op(
 ) -> tuple[Tensor | None, ...]:
     """Output and sum ``[rows, cols]``, int8 codes of the output and their scales ``[rows]`` fp32, mean (not of RMSNorm)
     and rstd ``[rows]`` fp32, for the backward."""
-    from pyaccel.kernels.layernorm.config import residual_layernorm_forward
-    from pyaccel.kernels.layernorm.forward import forward
-
     outputs = _forward_outputs(
         x, residual, out_dtype, rms_norm, want_out, want_sum, want_codes, want_statistics
     )
     call = partial(
-        forward,
+        kernels("layernorm.forward").forward,
         *outputs,
         x,
         residual,
@@ -76,7 +70,7 @@ def forward_op(
         dropout_p,
         rms_norm,
     )
-    default = residual_layernorm_forward(x.shape[1])
+    default = kernels("layernorm.config").residual_layernorm_forward(x.shape[1])
     tuned.run("residual_layernorm_forward", x, (x.shape[1],), default, call, exactly=True)
     return outputs
 
@@ -89,13 +83,13 @@ def _backward_outputs(
     dbias_dtype: torch.dtype | None,
     dx_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    n_cols = total.shape[1]
+    shape = total.shape
     return (
-        None if dx_dtype is None else total.new_empty(total.shape, dtype=dx_dtype),
-        None if dresidual_dtype is None else total.new_empty(total.shape, dtype=dresidual_dtype),
-        None if dweight_dtype is None else total.new_empty(n_cols, dtype=dweight_dtype),
-        None if dbias_dtype is None else total.new_empty(n_cols, dtype=dbias_dtype),
-        None if dx_bias_dtype is None else total.new_empty(n_cols, dtype=dx_bias_dtype),
+        None if dx_dtype is None else empty(total, dx_dtype, *shape),
+        None if dresidual_dtype is None else empty(total, dresidual_dtype, *shape),
+        None if dweight_dtype is None else empty(total, dweight_dtype, shape[1]),
+        None if dbias_dtype is None else empty(total, dbias_dtype, shape[1]),
+        None if dx_bias_dtype is None else empty(total, dx_bias_dtype, shape[1]),
     )
 
 
@@ -119,35 +113,24 @@ def backward_op(
 
     RMSNorm has no mean, or one of size 0.
     """
-    from pyaccel.kernels.common.configs import column_sum as column_sum_config
-    from pyaccel.kernels.common.configs import persistent_programs
-    from pyaccel.kernels.common.device import device_info
-    from pyaccel.kernels.common.reduce import column_sum
-    from pyaccel.kernels.layernorm.backward import backward
-    from pyaccel.kernels.layernorm.config import residual_layernorm_backward
-
+    configs = kernels("common.configs")
     grads = _backward_outputs(total, dx_dtype, dresidual_dtype, dweight_dtype, dbias_dtype, dx_bias_dtype)
     columns = grads[2:]
     n_rows, n_cols = total.shape
 
     def call(row_config: Any) -> tuple[Tensor | None, ...]:
-        n_programs = persistent_programs(row_config, n_rows, device_info(total.device).num_sms)
-        dweight, dbias, dx_bias = partials = tuple(
-            [
-                None if grad is None else grad.new_empty(n_programs, n_cols, dtype=torch.float32)
-                for grad in columns
-            ]
-        )
-        backward(
-            grads[0],
-            grads[1],
-            dweight,
-            dbias,
-            dx_bias,
+        num_sms = kernels("common.device").device_info(total.device).num_sms
+        n_programs = configs.persistent_programs(row_config, n_rows, num_sms)
+        # In one allocation: a small one takes the host as long as a launch.
+        sums = total.new_empty((3, n_programs, n_cols), dtype=torch.float32).unbind()
+        partials = tuple([None if grad is None else s for grad, s in zip(columns, sums, strict=True)])
+        kernels("layernorm.backward").backward(
+            *grads[:2],
+            *partials,
             dy,
             dsum,
             total,
-            mean if mean is not None and len(mean) else None,
+            mean if mean is not None and mean.numel() else None,
             rstd,
             weight,
             dropout_key,
@@ -157,9 +140,9 @@ def backward_op(
         )
         return partials
 
-    default = residual_layernorm_backward(n_cols)
+    default = kernels("layernorm.config").residual_layernorm_backward(n_cols)
     partials = tuned.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
-    column_sum(columns, partials, column_sum_config())
+    kernels("common.reduce").column_sum(columns, partials, configs.column_sum())
     return grads
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyaccel import tuned
 from pyaccel.ops.bias_act.triton import launch_backward
-from pyaccel.ops.common import apply, autocast_dtype, custom_op, differentiable_once
+from pyaccel.ops.common import apply, autocast_dtype, custom_op, differentiable_once, empty
 
 # --- registered ops -------------------------------------------------------------------------------------------
 # Functional, of fixed arity and without aliases: what isn't wanted comes back as a tensor of size 0.
@@ -69,8 +69,8 @@ def _backward_outputs(
     pre: Tensor, want_dpre: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
     return (
-        pre.new_empty(pre.shape) if want_dpre else None,
-        None if bias_dtype is None else pre.new_empty(pre.shape[1], dtype=bias_dtype),
+        pre.new_empty(*pre.shape) if want_dpre else None,
+        None if bias_dtype is None else empty(pre, bias_dtype, pre.shape[1]),
     )
 
 
