@@ -59,11 +59,11 @@ nightly-fuzz:
 fuzz: $(ENV)     ## random ops, models and command lines, stock beside ours: ARGS="ops --seconds 3600 --seed 1"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
-bench: $(ENV)    ## pyaccel beside its rivals, minutes: a table, plots and bench/report.html
+bench: $(ENV)    ## pyaccel beside its baselines, minutes: a table, plots and bench/report.html
 	$(BIN)/pyaccel bench --quick $(ARGS)
 
-figures: $(ENV)  ## measure every figure of README anew, with every rival: two hours on two cores
-	$(PIP) --editable '.[dev,rivals]'
+figures: $(ENV)  ## measure every figure of README anew, with every baseline: two hours on two cores
+	$(PIP) --editable '.[dev,baselines]'
 	$(BIN)/pyaccel bench models layers train --out benchmarks/results $(ARGS)
 	$(BIN)/pyaccel tune --out kernels/tuned
 	$(BIN)/python -m pyaccel.benchmarks.figures

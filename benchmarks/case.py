@@ -1,4 +1,4 @@
-"""What is measured: a case builds inputs and says what is right; variants compute it, ours and the rivals'."""
+"""What is measured: a case builds inputs and says what is right; variants compute it, ours and the baselines'."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Variant:
         name: as it stands in tables; ours begin with "pyaccel".
         prepare: problem -> a function without arguments that computes the case's outputs. What a user would do once
             for many calls belongs into prepare: it isn't timed.
-        missing: problem -> why it can't run, or None; a missing rival is shown as missing, never left out.
-        outputs: problem, what the function gave -> the case's outputs, where a rival lays them out in its own way.
+        missing: problem -> why it can't run, or None; a missing baseline is shown as missing, never left out.
+        outputs: problem, what the function gave -> the case's outputs, where a baseline lays them out in its own way.
             It isn't timed.
     """
 

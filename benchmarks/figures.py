@@ -144,7 +144,7 @@ def int8() -> Figures:
         for i in range(0, len(seen), 16)
     ]
     found = {}
-    ways: dict[str, dict[str, Any]] = {
+    variants: dict[str, dict[str, Any]] = {
         "weight only": {"method": "weight_only"},
         "dynamic": {},
         "dynamic, SmoothQuant (alpha 0.5, 64 passages)": {"smooth": True, "calibration": batches},
@@ -155,7 +155,7 @@ def int8() -> Figures:
             "observer": "percentile",
         },
     }
-    for name, options in ways.items():
+    for name, options in variants.items():
         one = encoder()
         quantize(one.model, progress=False, **options)
         cosines = torch.cosine_similarity(one.encode(sample), expected)

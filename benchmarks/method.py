@@ -153,7 +153,7 @@ def _measure_size(
                 peaks[variant.name] = torch.cuda.max_memory_allocated(device) - before
             right, errors[variant.name] = check(variant, problem, given, truth, naive)
             del given
-        except Exception as error:  # whatever a rival raises is a finding, and the others go on
+        except Exception as error:  # whatever a baseline raises is a finding, and the others go on
             notes[variant.name] = _message(error)
             continue
         if not right:
@@ -232,7 +232,7 @@ def check(
     """Whether the outputs are within the numerics policy, and the largest error of any."""
     outputs = variant.outputs(problem, given)
     verdicts = [judge(o, t, n) for o, t, n in zip(outputs, truth, naive, strict=True)]
-    return all(v.right for v in verdicts), max(v.max_error for v in verdicts)
+    return all(v.passed for v in verdicts), max(v.max_error for v in verdicts)
 
 
 def _message(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pyaccel.benchmarks.case import OURS
 from pyaccel.benchmarks.figures import FILE
 from pyaccel.benchmarks.method import ROOT, Row
 from pyaccel.benchmarks.table import Cell, cells, read
-from pyaccel.tuned import FOLDER as TUNED
+from pyaccel.tuning import FOLDER as TUNED
 from pyaccel.tuning_tables import read as read_tables
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,7 +57,7 @@ def models(rows: Sequence[Row]) -> str:
 
 
 def prepacked(rows: Sequence[Row]) -> str:
-    """The same with weights in oneDNN's order, where that was measured; what is done by default is a rival of it."""
+    """The same with weights in oneDNN's order, where that was measured; what is done by default is a baseline of it."""
     measured = [cell for cell in cells(row for row in rows if row.case == "bert") if cell.row(PREPACKED)]
     names = {PREPACKED: OURS, OURS: "default"}
     renamed = [
@@ -70,8 +70,8 @@ def prepacked(rows: Sequence[Row]) -> str:
 
 def training(rows: Sequence[Row]) -> str:
     """The same of a training step."""
-    rivals = {"SDPA": STOCK, "eager": ("stock, eager",), "compile": COMPILED}
-    return _table([row for row in rows if row.case == "bert_training"], rivals)
+    baselines = {"SDPA": STOCK, "eager": ("stock, eager",), "compile": COMPILED}
+    return _table([row for row in rows if row.case == "bert_training"], baselines)
 
 
 def machine(rows: Sequence[Row]) -> str:
@@ -133,8 +133,8 @@ def int8_speed() -> str:
     found: dict[tuple[int, ...], dict[str, float]] = {}
     for table in read_tables(TUNED / "int8_matmul.json"):
         for row in table["rows"]:
-            ways = [us for way, us in row["us"].items() if way != "floating"]
-            found.setdefault(tuple(row["size"]), {})[table["dtype"]] = row["us"]["floating"] / min(ways)
+            times = [us for name, us in row["us"].items() if name != "floating"]
+            found.setdefault(tuple(row["size"]), {})[table["dtype"]] = row["us"]["floating"] / min(times)
     for (rows, n_in, n_out), by_dtype in sorted(found.items(), key=lambda item: (item[0][1:], item[0][0])):
         speeds = [f"{by_dtype[dtype]:.2f}" if dtype in by_dtype else "not measured" for dtype in DTYPES]
         lines.append(f"| {n_in} to {n_out} | {rows} | {' | '.join(speeds)} |")
@@ -156,13 +156,13 @@ def cost(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Row], rivals: dict[str, tuple[str, ...]]) -> str:
+def _table(rows: Sequence[Row], baselines: dict[str, tuple[str, ...]]) -> str:
     by_size: dict[str, dict[str, Cell]] = {}
     for cell in cells(rows):
         by_size.setdefault(cell.first.size, {})[cell.first.dtype] = cell
     dtypes = [dtype for dtype in DTYPES if any(dtype in found for found in by_size.values())]
-    # A rival that never ran in a dtype keeps its column: missing is shown.
-    head = ["batch", *(f"{DTYPES[dtype]} {name}" for dtype in dtypes for name in ("ms", *rivals))]
+    # A baseline that never ran in a dtype keeps its column: missing is shown.
+    head = ["batch", *(f"{DTYPES[dtype]} {name}" for dtype in dtypes for name in ("ms", *baselines))]
     lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
     for size, found in by_size.items():
         line = [size]
@@ -171,7 +171,7 @@ def _table(rows: Sequence[Row], rivals: dict[str, tuple[str, ...]]) -> str:
             line.append(
                 _milliseconds(one.ours.ms) if one is not None and one.ours is not None else "not measured"
             )
-            line += [_relative(one, names) for names in rivals.values()]
+            line += [_relative(one, names) for names in baselines.values()]
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
 

@@ -63,14 +63,14 @@ def plot(cells: Sequence[Cell]) -> Any:
     figure = figure_class(figsize=(9, 1.6 + 0.42 * max(len(shown), 1)))
     axes = figure.subplots()
     names = timed_variants(cell for cell, _ in shown)
-    rivals = [name for name in names if not name.startswith(OURS)]
+    baselines = [name for name in names if not name.startswith(OURS)]
     for name in names:
         points = [
             (row.ms / ours.ms, y)
             for y, (cell, ours) in enumerate(shown)
             if (row := cell.row(name)) is not None
         ]
-        at = rivals.index(name) if name in rivals else 0
+        at = baselines.index(name) if name in baselines else 0
         own = name.startswith(OURS)
         axes.scatter(
             *zip(*points, strict=True),
@@ -125,8 +125,8 @@ def _page(rows: Sequence[Row], parts: Sequence[str]) -> str:
     )
     return f"""<!doctype html>
 <html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>pyaccel beside its rivals</title><style>{STYLE}</style>
-<h1>pyaccel beside its rivals</h1>
+<title>pyaccel beside its baselines</title><style>{STYLE}</style>
+<h1>pyaccel beside its baselines</h1>
 <p class=verdict>{html.escape(verdict(rows))}</p>
 <dl>{"".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in where.items())}</dl>
 <h2>How to read this</h2>

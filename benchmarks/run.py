@@ -1,4 +1,4 @@
-"""What `pyaccel bench` runs: chosen cases, dtypes and rivals, one after the other, into a CSV as they come."""
+"""What `pyaccel bench` runs: chosen cases, dtypes and baselines, one after the other, into a CSV as they come."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def plan(
         what: groups or cases; all by default.
         sweep: "full", "quick" or "smoke".
         sizes: a regular expression for labels of sizes.
-        against: one for names of rivals; ours are measured anyway.
+        against: one for names of baselines; ours are measured anyway.
 
     Raises:
         ValueError: an unknown name, an expression that is none, or nothing is left.
     """
     try:
-        wanted, rivals = re.compile(sizes), re.compile(against)
+        wanted, baselines = re.compile(sizes), re.compile(against)
     except re.error as error:
         raise ValueError(f"{error.pattern!r} is not a regular expression: {error}") from None
     jobs = []
     for case in cases(what):
-        kept = tuple(v for v in case.variants if v.name.startswith(OURS) or rivals.search(v.name))
+        kept = tuple(v for v in case.variants if v.name.startswith(OURS) or baselines.search(v.name))
         labels = {label: size for label, size in case.sweep(device, sweep).items() if wanted.search(label)}
         if labels:
             jobs += [Job(dataclasses.replace(case, variants=kept), dtype, labels) for dtype in dtypes]

@@ -25,7 +25,7 @@ def is_ours(row: Row) -> bool:
 
 
 def bad(row: Row) -> bool:
-    """A wrong answer of ours, or an error: what must not pass in silence. A rival's is shown, and that is all."""
+    """A wrong answer of ours, or an error: what must not pass in silence. A baseline's is shown, and that is all."""
     return is_ours(row) and row.note.startswith(("wrong", "error"))
 
 
@@ -95,7 +95,7 @@ class Cell:
         return next((row for row in timed if row.variant == OURS), min(timed, key=_ms, default=None))
 
     @property
-    def rivals(self) -> list[Row]:
+    def baselines(self) -> list[Row]:
         """Everybody else who gave a right answer, the fastest first."""
         return sorted((row for row in self.rows if not is_ours(row) and row.timed), key=_ms)
 
@@ -116,9 +116,9 @@ class Cell:
         return row is not None and row.ms == min(other.ms for other in self.rows if other.timed)
 
     def speedup(self, *names: str) -> float | None:
-        """How many times as fast as the fastest rival ours is, or as the fastest of these."""
-        rivals = [row for row in self.rivals if not names or row.variant in names]
-        return rivals[0].ms / self.ours.ms if rivals and self.ours is not None else None
+        """How many times as fast as the fastest baseline ours is, or as the fastest of these."""
+        baselines = [row for row in self.baselines if not names or row.variant in names]
+        return baselines[0].ms / self.ours.ms if baselines and self.ours is not None else None
 
 
 def _ms(row: Row) -> float:
@@ -158,15 +158,15 @@ def notes(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[str]]:
 
 
 def slower(rows: Iterable[Row], least: float) -> list[str]:
-    """Where ours is less than ``least`` times as fast as the fastest rival, or was not timed beside one: in words."""
+    """Where ours is less than ``least`` times as fast as the fastest baseline, or wasn't timed beside one: in words."""
     found = []
     for cell in cells(rows):
         what = f"{cell.first.case}, {cell.first.size}, {cell.first.dtype}"
         speedup = cell.speedup()
-        if cell.ours is None and cell.rivals:
-            found.append(f"{what}: no time of ours, {cell.rivals[0].variant} has one")
+        if cell.ours is None and cell.baselines:
+            found.append(f"{what}: no time of ours, {cell.baselines[0].variant} has one")
         elif speedup is not None and speedup < least:
-            found.append(f"{what}: {speedup:.2f} times as fast as {cell.rivals[0].variant}")
+            found.append(f"{what}: {speedup:.2f} times as fast as {cell.baselines[0].variant}")
     return found
 
 
@@ -241,16 +241,16 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Won and lost against the fastest rival of each size, in a sentence."""
+    """Won and lost against the fastest baseline of each size, in a sentence."""
     found = [(speedup, cell) for cell in cells(rows) if (speedup := cell.speedup()) is not None]
     if not found:
-        return "Nothing of ours was timed beside a rival."
+        return "Nothing of ours was timed beside a baseline."
     least, cell = min(found, key=lambda pair: pair[0])
     mean = math.exp(statistics.fmean(math.log(speedup) for speedup, _ in found))
     won = sum(speedup >= 1 for speedup, _ in found)
-    where = f"{cell.rivals[0].variant}; {cell.first.case}, {cell.first.size}, {cell.first.dtype}"
+    where = f"{cell.baselines[0].variant}; {cell.first.case}, {cell.first.size}, {cell.first.dtype}"
     return (
-        f"Fastest at {won} of {len(found)} sizes; {mean:.2f} times as fast as the fastest rival of each "
+        f"Fastest at {won} of {len(found)} sizes; {mean:.2f} times as fast as the fastest baseline of each "
         f"(geometric mean), at the least {least:.2f} times ({where})."
     )
 

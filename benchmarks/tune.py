@@ -1,7 +1,7 @@
 """What `pyaccel tune` measures: each way to serve an op that dispatch may choose from, at the sizes of real models.
 
-The ways are timed as variants of a case, answers checked first, in turn. What comes of it is a table that
-:mod:`pyaccel.tuned` reads: microseconds by way and size, of this machine.
+The implementations are timed as variants of a case, answers checked first, in turn. What comes of it is a table that
+:mod:`pyaccel.tuning` reads: microseconds by way and size, of this machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyaccel.machine import kind, provenance
 from pyaccel.ops.attention import matmul as products
 from pyaccel.ops.attention.sdpa import sdpa
 from pyaccel.ops.linear import onednn
-from pyaccel.tuned import NOISE, disabled, launches_of, override_config, ranges
+from pyaccel.tuning import NOISE, disabled, launches_of, override_config, ranges
 
 BACKENDS = {"triton": ("pyaccel triton",), "torch": ("pyaccel torch",)}
 INT8 = {**BACKENDS, "floating": ("floating", "floating, torch.compile")}
@@ -46,19 +46,19 @@ class WrongAnswerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Tunable:
-    """One op that dispatch chooses ways for.
+    """One op that dispatch chooses implementations for.
 
     Attributes:
-        name: the op's, as :mod:`pyaccel.tuned` has it.
-        case: whose variants the ways are.
-        ways: way -> variants, of which the fastest counts.
+        name: the op's, as :mod:`pyaccel.tuning` has it.
+        case: whose variants the implementations are.
+        implementations: way -> variants, of which the fastest counts.
         size: a size of the case -> that of the table.
         sizes: label -> sizes of the case.
     """
 
     name: str
     case: Case
-    ways: Mapping[str, tuple[str, ...]]
+    implementations: Mapping[str, tuple[str, ...]]
     size: Callable[[Any], tuple[int, ...]]
     sizes: Mapping[str, Any]
     once: ClassVar[bool] = False  # whether one dtype says all
@@ -70,12 +70,12 @@ class Tunable:
         rounds: int,
         done: Callable[[Row], None] = lambda row: None,
     ) -> dict[str, Any]:
-        """Measure, and return the table for :func:`pyaccel.tuned.write`: machine, dtype, provenance, rows.
+        """Measure, and return the table for :func:`pyaccel.tuning.write`: machine, dtype, provenance, rows.
 
         Raises:
             WrongAnswerError: a way is wrong, and nothing may be written.
         """
-        variants = {name for names in self.ways.values() for name in names}
+        variants = {name for names in self.implementations.values() for name in names}
         case = dataclasses.replace(
             self.case, variants=tuple(v for v in self.case.variants if v.name in variants)
         )
@@ -92,7 +92,7 @@ class Tunable:
         for label, size in self.sizes.items():
             times = {row.variant: row.ms for row in rows if row.size == label and row.timed}
             us = {}
-            for way, names in self.ways.items():
+            for way, names in self.implementations.items():
                 taken = [round(1e3 * times[name], 1) for name in names if name in times]
                 if taken:
                     us[way] = min(taken)
@@ -105,7 +105,7 @@ class Launch:
     """A kernel whose launch configuration is looked for, on a GPU.
 
     Attributes:
-        kernel: its name, as the ops give it to :func:`pyaccel.tuned.launch`.
+        kernel: its name, as the ops give it to :func:`pyaccel.tuning.launch`.
         case: whose Triton variant launches it.
         sizes: label -> sizes of the case.
         own_dtype: of what it reads, where that isn't the case's.
@@ -208,7 +208,7 @@ def _on_cpu() -> list[Tunable]:
         Tunable(
             "linear_activation",
             ONE_PRODUCT,
-            {"onednn": ("pyaccel oneDNN",), "plain": ("pyaccel F.linear",)},
+            {"onednn": ("pyaccel oneDNN",), "eager": ("pyaccel F.linear",)},
             lambda size: size[:3],
             ONE_PRODUCT.sizes,
         ),

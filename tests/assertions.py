@@ -30,7 +30,7 @@ def assert_close_to_truth(out: Tensor, truth: Tensor, naive: Tensor, *, name: st
         naive: what plain PyTorch gives in the dtype of ``out``.
     """
     verdict = judge(out, truth, naive)
-    assert verdict.right, (
+    assert verdict.passed, (
         f"{name or 'result'}: {verdict}: got {out[verdict.worst].item():.9g}, "
         f"truth {truth[verdict.worst].item():.9g} (dtype {out.dtype}, shape {tuple(out.shape)})"
     )

@@ -21,15 +21,15 @@ def test_an_error_like_plain_torchs_passes_and_a_larger_one_does_not() -> None:
     biased = (truth + 0.015).float().bfloat16()
     verdict = judge(biased, truth, naive)
     assert verdict.max_error <= verdict.max_allowed
-    assert not verdict.right
+    assert not verdict.passed
 
 
 def test_what_is_not_finite() -> None:
     truth = torch.tensor([1.0, float("-inf"), 2.0], dtype=torch.float64)
     naive = truth.float()
-    assert judge(naive, truth, naive).right
+    assert judge(naive, truth, naive).passed
     for wrong in ([1.0, 5.0, 2.0], [float("nan"), float("-inf"), 2.0], [1.0, float("inf"), 2.0]):
-        assert not judge(torch.tensor(wrong), truth, naive).right
+        assert not judge(torch.tensor(wrong), truth, naive).passed
 
 
 def test_what_can_not_be_compared() -> None:
@@ -40,7 +40,7 @@ def test_what_can_not_be_compared() -> None:
         judge(x, x.double(), x[:2])
     with pytest.raises(ValueError, match=r"the result is torch\.bfloat16"):
         judge(x.bfloat16(), x.double(), x)
-    assert judge(x[:0], x[:0].double(), x[:0]).right
+    assert judge(x[:0], x[:0].double(), x[:0]).passed
 
 
 def test_statistics_and_bits() -> None:

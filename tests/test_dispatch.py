@@ -331,11 +331,11 @@ def test_what_ops_give_is_told_once_and_in_order() -> None:
         assert dispatch.is_recording()
         first = pyaccel.ops.linear_activation(given["x"], given["weight1"])
         # Made of a LayerNorm and two products, and one op to whoever calls it.
-        second = pyaccel.ops.feed_forward(**given, bias1=None, activation="relu")
+        second = pyaccel.ops.layernorm_mlp(**given, bias1=None, activation="relu")
         with pytest.raises(InvalidArgumentError):
             pyaccel.ops.linear_activation(given["x"], given["x"].T[:3])
     pyaccel.ops.linear_activation(given["x"], given["weight1"])
-    assert [name for name, _ in told] == ["linear_activation", "feed_forward"]
+    assert [name for name, _ in told] == ["linear_activation", "layernorm_mlp"]
     assert told[0][1] is first
     assert told[1][1] is second
     assert not dispatch.is_recording()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pyaccel import dispatch, ops, tuned
+from pyaccel import dispatch, ops, tuning
 from pyaccel.benchmarks import tune
 from pyaccel.machine import kind
 from tests.assertions import assert_bits_equal, assert_close_to_truth
@@ -21,11 +21,11 @@ pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "shipped")
     monkeypatch.setenv("PYACCEL_TUNED", str(tmp_path / "own"))
-    tuned.forget()
+    tuning.forget()
     yield tmp_path / "own"
-    tuned.forget()
+    tuning.forget()
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def normalize(cols: int = 64) -> tuple[torch.Tensor, ...]:
 def write(size: list[int], config: dict[str, int]) -> None:
     rows = [{"size": size, "us": {"default": 2.0, "best": 1.0}, "config": config}]
     table = {"machine": kind(CPU), "dtype": "float32", "rows": rows}
-    tuned.write(tuned.user_folder() / "launch_residual_layernorm_forward.json", [table])
+    tuning.write(tuning.user_folder() / "launch_residual_layernorm_forward.json", [table])
 
 
 def test_a_kernel_is_launched_as_it_was_measured_to_be_fastest(launched: list[Any]) -> None:
@@ -83,8 +83,8 @@ def test_any_size_will_do_where_any_configuration_is_right() -> None:
     x = torch.empty(1)
     default = tune.candidates(_default())[0]
     for exactly, expected in ((True, default), (False, tune.dataclasses.replace(default, num_warps=8))):
-        assert tuned.launch("residual_layernorm_forward", x, (100,), default, exactly=exactly) == expected
-    assert tuned.launch("another", x, (64,), default, exactly=False) is default
+        assert tuning.launch("residual_layernorm_forward", x, (100,), default, exactly=exactly) == expected
+    assert tuning.launch("another", x, (64,), default, exactly=False) is default
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_configuration_that_no_launch_can_have_is_one_warning_and_the_default(
     write([64], config)
 
     def launch() -> Any:
-        return tuned.launch("residual_layernorm_forward", torch.empty(1), (64,), _default(), exactly=True)
+        return tuning.launch("residual_layernorm_forward", torch.empty(1), (64,), _default(), exactly=True)
 
     with pytest.warns(UserWarning, match="residual_layernorm_forward can't be launched with"):
         assert launch() == _default()
@@ -157,7 +157,7 @@ def test_the_table_of_a_kernel(launched: list[Any]) -> None:
     assert row["us"]["best"] <= row["us"]["default"]
     tried = {(c.block_rows, c.num_warps) for c in launched}
     assert tried == {(32, 4), (16, 4), (64, 4), (32, 2), (32, 8)}
-    tuned.write(tuned.user_folder() / "launch_residual_layernorm_forward.json", [table])
+    tuning.write(tuning.user_folder() / "launch_residual_layernorm_forward.json", [table])
     normalize()
     expected = tune.dataclasses.replace(_default(), **row["config"])
     assert launched[-1] == expected
@@ -235,7 +235,7 @@ def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
 ) -> None:
     """Each field may be in its range, and the whole ask for more than there is."""
     module, name, call = launches_of(kernel)
-    found = tuned.launches_of(kernel, lambda: results(call))
+    found = tuning.launches_of(kernel, lambda: results(call))
     assert found is not None
     expected = results(call)
     size, default = found
@@ -244,7 +244,7 @@ def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
     dtype = torch.int8 if kernel == "int8_matmul" else torch.float32
     rows = [{"size": list(size), "us": {"default": 2.0, "best": 1.0}, "config": changed}]
     table = {"machine": kind(CPU), "dtype": str(dtype).removeprefix("torch."), "rows": rows}
-    tuned.write(tuned.user_folder() / f"launch_{kernel}.json", [table])
+    tuning.write(tuning.user_folder() / f"launch_{kernel}.json", [table])
     launcher, tried = getattr(module, name), []
 
     def refusing(*args: Any, **kwargs: Any) -> Any:
@@ -269,7 +269,7 @@ def test_a_launch_that_the_device_refuses_is_one_warning_and_the_default(
     assert tried
     assert all(each == default for each in tried)
     with (
-        tuned.override_config(kernel, tune.dataclasses.replace(default, **changed)),
+        tuning.override_config(kernel, tune.dataclasses.replace(default, **changed)),
         pytest.raises(OutOfResources),
     ):
         results(call)  # who tries one is told
@@ -287,7 +287,7 @@ def test_an_error_of_the_call_itself_is_no_fault_of_the_measurement(monkeypatch:
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="the device is gone"):
             normalize()
-    assert not tuned._refused
+    assert not tuning._refused
 
 
 def test_a_default_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,8 +297,8 @@ def test_a_default_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_kernel_that_is_tuned_is_one_that_asks() -> None:
-    """Each name is one of those that the ops give to `tuned.launch`."""
-    source = "".join(file.read_text() for file in (Path(tuned.__file__).parent / "ops").rglob("*.py"))
+    """Each name is one of those that the ops give to `tuning.launch`."""
+    source = "".join(file.read_text() for file in (Path(tuning.__file__).parent / "ops").rglob("*.py"))
     for one in launches():
         name = one.kernel.removeprefix("attention_")
         assert f'"{one.kernel}"' in source or f'_launch("{name}"' in source

@@ -4,7 +4,7 @@ query, key, value and the gradient are ``[batch, heads, seq, head_dim]`` as BERT
 wrote, ``[batch, seq, heads, head_dim]`` in memory. Masks are key padding masks. What is right is said by
 :mod:`pyaccel.reference`, a few sequences and heads at a time, since the fp64 scores of all would not fit.
 
-There is no dropout here: a rival's dropout mask can't be replayed, so its gradients could not be checked before they
+There is no dropout here: a baseline's dropout mask can't be replayed, so its gradients could not be checked before they
 are timed, and what isn't checked isn't timed.
 
 A backend of SDPA is asked for by a context manager, inside the time: about 10 us of the host's, which only the very

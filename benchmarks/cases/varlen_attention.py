@@ -1,6 +1,6 @@
 """Attention within each sequence of a packed batch, forward and with its backward, at the lengths of real batches.
 
-query, key, value and the gradient are ``[total_tokens, heads, head_dim]``; the sequences come in no order. Rivals
+query, key, value and the gradient are ``[total_tokens, heads, head_dim]``; the sequences come in no order. Baselines
 that want padding get the same tokens padded, and nested tensors are made, before the clock starts, and what they
 give is packed for the check after it has stopped: the time is that of attention alone. FLOPs and bytes are those of
 the real tokens, whoever computes more. Batches without any padding show what packing itself costs.

@@ -1,4 +1,4 @@
-"""``pyaccel bench``: ops, layers, models and training steps beside their rivals."""
+"""``pyaccel bench``: ops, layers, models and training steps beside their baselines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bench(
         typer.Option(help="cpu, cuda or cuda:0; auto takes a GPU if there is one."),
     ] = "auto",
     sizes: Annotated[str, typer.Option(metavar="REGEX", help="Only sizes whose label matches.")] = "",
-    against: Annotated[str, typer.Option(metavar="REGEX", help="Only rivals whose name matches.")] = "",
+    against: Annotated[str, typer.Option(metavar="REGEX", help="Only baselines whose name matches.")] = "",
     rounds: Annotated[
         int | None,
         typer.Option(min=1, max=LARGEST, help="20, or 10 with --quick."),
@@ -70,16 +70,16 @@ def bench(
         typer.Option(
             metavar="RATIO",
             min=0.0,
-            help="Exit with 1 where ours is less than this times as fast as the fastest rival or, with --compare, than "
-            "before, less what the rivals changed by.",
+            help="Exit with 1 where ours is less than this times as fast as the fastest baseline or, with --compare, "
+            "than before, less what the baselines changed by.",
         ),
     ] = None,
 ) -> None:
-    """Time pyaccel beside its rivals on this machine: answers are checked first, and contenders take turns.
+    """Time pyaccel beside its baselines on this machine: answers are checked first, and contenders take turns.
 
-    Leaves a table (results.csv), plots and a page to read (report.html). A rival that isn't installed is shown as
-    missing: pip install 'pyaccel-bert[rivals]' brings them. Exits with 0; with 1 where an answer of ours was wrong or
-    --fail-if-slower says so; with 2 for bad options.
+    Leaves a table (results.csv), plots and a page to read (report.html). A baseline that isn't installed is shown as
+    missing: pip install 'pyaccel-bert[baselines]' brings them. Exits with 0; with 1 where an answer of ours was wrong
+    or --fail-if-slower says so; with 2 for bad options.
     """
     console = output()
     if compare is not None:

@@ -106,7 +106,7 @@ class Result:
         if self.int8 is not None:
             alike = self.errors.mean_cosine >= INT8_MEAN_COSINE and self.errors.min_cosine >= INT8_MIN_COSINE
             return self.errors.finite and alike
-        return self.errors.finite and self.verdict.right
+        return self.errors.finite and self.verdict.passed
 
     def as_dict(self) -> dict[str, Any]:
         """The ``--json`` file."""

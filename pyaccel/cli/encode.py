@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pyaccel import checkpoints, machine
 from pyaccel.cli.console import LARGEST, check_writable, progress_output
-from pyaccel.encode.identity import WINDOW, Identity, Share, fingerprint, stamps
+from pyaccel.encode.identity import WINDOW, Identity, Shard, fingerprint, stamps
 from pyaccel.encode.job import Job
 from pyaccel.encode.texts import Texts, pyarrow
 from pyaccel.errors import UserInputError
@@ -71,10 +71,10 @@ def encode(
         pyarrow("pyarrow.parquet")
     _check_output(out, texts)
     console = progress_output()
-    share = Share.from_environment()
+    shard = Shard.from_environment()
     place = resolve_device(device)
     if device == "auto" and place.type == "cuda":
-        place = resolve_device(f"cuda:{share.local_rank}")
+        place = resolve_device(f"cuda:{shard.local_rank}")
     computed_in = resolve_dtype(dtype, place)
     folder = checkpoints.find(model)
     source = Texts(texts, column, window)
@@ -91,7 +91,7 @@ def encode(
             f"{folder} was changed while the model was loaded: start again when it is complete"
         )
     identity = _identity(source, folder, encoder, int8, keep_text)
-    job = Job(out, source.count, identity, share, overwrite=overwrite)
+    job = Job(out, source.count, identity, shard, overwrite=overwrite)
     if job.finished_before:
         console.print(
             f"{out}: {source.count} embeddings, finished before from the same texts, model and settings: there is "
@@ -110,7 +110,7 @@ def encode(
         seconds = time.perf_counter() - start
         source.check()
         job.finish(iter(source) if keep_text else None)
-    _say(console, encoder, source.count, seconds, out, share)
+    _say(console, encoder, source.count, seconds, out, shard)
 
 
 def _check_output(out: Path, source: Path | None = None) -> None:
@@ -162,16 +162,16 @@ def _identity(source: Texts, folder: Path, encoder: Any, int8: bool, keep_text: 
 
 def _measurements() -> str | None:
     """Of what ``pyaccel tune`` has measured here, which decides between implementations: a checksum; None without."""
-    from pyaccel import tuned
+    from pyaccel import tuning
 
     try:
-        folder = tuned.user_folder()
+        folder = tuning.user_folder()
         return fingerprint(folder) if any(folder.glob("*.json")) else None
     except (OSError, RuntimeError):  # no home: nothing is read from there
         return None
 
 
-def _say(console: Console, encoder: Any, count: int, seconds: float, out: Path, share: Share) -> None:
+def _say(console: Console, encoder: Any, count: int, seconds: float, out: Path, shard: Shard) -> None:
     speed = f"{encoder.texts / seconds:.1f} texts and {encoder.tokens / seconds:.0f} tokens a second"
     done_before = (
         "" if encoder.texts == count else f" (of {count}; the others were done already, or elsewhere)"
@@ -182,5 +182,5 @@ def _say(console: Console, encoder: Any, count: int, seconds: float, out: Path, 
     report = encoder.report
     if report is not None and (not report.swapped or report.refused["padded"] or report.refused["packed"]):
         console.print(str(report), soft_wrap=True)
-    if not share.rank:
+    if not shard.rank:
         console.print(f"{out}: {count} embeddings", soft_wrap=True)

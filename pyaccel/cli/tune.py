@@ -41,7 +41,7 @@ def tune(
     process that starts; pyaccel.explain(model) shows the row that decided. Delete the folder to go back. A few minutes
     on a CPU. Exits with 1 where a way is wrong, with 2 for bad options.
     """
-    from pyaccel import tuned
+    from pyaccel import tuning
     from pyaccel.benchmarks.tune import WrongAnswerError, tunables
 
     where = resolve_device(device)
@@ -51,11 +51,11 @@ def tune(
     except ValueError as error:
         raise UserInputError(str(error)) from error
     try:
-        own = tuned.user_folder()
+        own = tuning.user_folder()
     except RuntimeError as error:
         if out is None:
             raise UserInputError(f"{error}, or pass --out") from error
-        own = tuned.FOLDER
+        own = tuning.FOLDER
     folder = out or own
     check_folder_writable(folder, "--out")
     console = output()
@@ -72,11 +72,11 @@ def tune(
                     raise typer.Exit(1) from error
         console.print(_table(one.name, tables))
         try:
-            tuned.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
+            tuning.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
         except OSError as error:
             raise UserInputError(f"{folder}: {error}") from error
     console.print(f"written to {folder}", soft_wrap=True)
-    if folder.resolve() not in (own.resolve(), tuned.FOLDER.resolve()):
+    if folder.resolve() not in (own.resolve(), tuning.FOLDER.resolve()):
         console.print(f"dispatch reads them with PYACCEL_TUNED={folder}", soft_wrap=True)
 
 
@@ -86,15 +86,15 @@ def _advance(progress: Progress, task: TaskID, row: object) -> None:
 
 def _table(op: str, tables: list[dict[str, Any]]) -> Table:
     table = Table(title=f"{op}, us", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    ways = list(dict.fromkeys(way for one in tables for row in one["rows"] for way in row["us"]))
+    implementations = list(dict.fromkeys(way for one in tables for row in one["rows"] for way in row["us"]))
     for heading in ("dtype", "size"):
         table.add_column(heading)
-    for way in ways:
+    for way in implementations:
         table.add_column(way, justify="right")
     for one in tables:
         for row in one["rows"]:
             best = min(row["us"].values())
-            cells = [row["us"].get(way) for way in ways]
+            cells = [row["us"].get(way) for way in implementations]
             table.add_row(
                 one["dtype"], " x ".join(map(str, row["size"])),
                 *("" if us is None else Text(f"{us:.4g}", "bold" if us == best else "") for us in cells),

@@ -59,7 +59,7 @@ def verify(
     """Compare an accelerated copy of a model with the stock one, op by op and layer by layer, forward and backward.
 
     Errors are judged against an fp64 truth by what plain PyTorch errs in the same dtype. Needs no GPU and no triton.
-    Exits with 0 where all is right, 1 where something is wrong, 2 where something could not be run.
+    Exits with 0 where all checks passed, 1 where one failed, 2 where something could not be run.
     """
     from pyaccel.errors import NotSupportedError
     from pyaccel.verify import model as lane
@@ -171,7 +171,7 @@ def _table(report: VerifyReport) -> Table:
     )
     for heading in ("dtype", "backend", "mode", "what"):
         table.add_column(heading)
-    for heading in ("checks", "wrong", "not run", "worst, of allowed"):
+    for heading in ("checks", "failed", "not run", "worst, of allowed"):
         table.add_column(heading, justify="right")
     table.add_column("where it is worst", overflow="fold")
     before = None
@@ -179,7 +179,7 @@ def _table(report: VerifyReport) -> Table:
         if before not in (None, (dtype, backend)):
             table.add_section()
         before = (dtype, backend)
-        wrong = sum(check.status == "wrong" for check in checks)
+        wrong = sum(check.status == "failed" for check in checks)
         lost = sum(check.status == "error" for check in checks)
         worst = max(checks, key=lambda check: check.share)
         style = "red" if wrong or lost else None
@@ -206,7 +206,7 @@ def _table(report: VerifyReport) -> Table:
 def _lines(report: VerifyReport, over: list[Check], budget: dict[str, float] | None) -> list[str]:
     lines = [f"note: {note}" for note in report.notes]
     shown = 10
-    for title, checks in (("wrong", report.wrong), ("not run", report.errors)):
+    for title, checks in (("failed", report.failed), ("not run", report.errors)):
         lines += [f"{title}: {check}" for check in checks[:shown]]
         if len(checks) > shown:
             lines.append(f"{title}: and {len(checks) - shown} more: --json FILE has them all")
@@ -214,15 +214,15 @@ def _lines(report: VerifyReport, over: list[Check], budget: dict[str, float] | N
         lines += [
             f"above budget: {check}: {check.error:.3g}, recorded {budget[check.key]:.3g}" for check in over
         ]
-    if report.wrong:
+    if report.failed:
         lines += [
-            f"WRONG, first {check.kind}: {check.where}" + (f", computed by {check.op}" if check.op else "")
+            f"FAILED, first {check.kind}: {check.where}" + (f", computed by {check.op}" if check.op else "")
             for check in report.firsts
         ]
     elif report.errors:
-        lines.append("COULD NOT RUN everything: what did run is right")
+        lines.append("COULD NOT RUN everything: what did run passed")
     elif over:
-        lines.append(f"right, but {len(over)} errors are above the budget")
+        lines.append(f"passed, but {len(over)} errors are above the budget")
     else:
-        lines.append(f"right: {len(report.checks)} checks")
+        lines.append(f"passed: {len(report.checks)} checks")
     return lines

@@ -15,15 +15,15 @@ WINDOW = 4096
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Which windows this process takes: those with ``index % processes == rank``."""
 
     rank: int = 0
-    processes: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @classmethod
-    def from_environment(cls) -> Share:
+    def from_environment(cls) -> Shard:
         """As torchrun and ``accelerate launch`` say; all of them without either."""
         given = {name: os.environ.get(name) or None for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         try:
@@ -31,10 +31,10 @@ class Share:
         except ValueError:
             said = ", ".join(f"{name}={value}" for name, value in given.items())
             raise UserInputError(f"{said}: expected whole numbers, as torchrun sets them") from None
-        share = cls(rank or 0, 1 if processes is None else processes, local or 0)
-        if not 0 <= share.rank < share.processes or share.local_rank < 0:
-            raise UserInputError(f"RANK={share.rank} is not one of WORLD_SIZE={share.processes} processes")
-        return share
+        shard = cls(rank or 0, 1 if processes is None else processes, local or 0)
+        if not 0 <= shard.rank < shard.world_size or shard.local_rank < 0:
+            raise UserInputError(f"RANK={shard.rank} is not one of WORLD_SIZE={shard.world_size} processes")
+        return shard
 
 
 @dataclass(frozen=True)

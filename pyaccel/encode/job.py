@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pyaccel.encode.files import read_json, sync, write, write_parquet
-from pyaccel.encode.identity import Identity, Share, hash_file
+from pyaccel.encode.identity import Identity, Shard, hash_file
 from pyaccel.errors import UserInputError, file_error
 
 try:
@@ -54,17 +54,17 @@ class Job:
     """
 
     def __init__(
-        self, out: Path, count: int, identity: Identity, share: Share, *, overwrite: bool = False
+        self, out: Path, count: int, identity: Identity, shard: Shard, *, overwrite: bool = False
     ) -> None:
         """Take up what is there of the same job, of ``count`` texts.
 
         Raises UserInputError for an output that is there already, or parts that are another job's.
         """
-        if overwrite and share.processes > 1:  # the others might take up what the first is about to remove
+        if overwrite and shard.world_size > 1:  # the others might take up what the first is about to remove
             raise UserInputError(
                 f"--overwrite is for one process: remove {out} and {out.name}.parts yourself"
             )
-        self.out, self.share, self.count, self.window = out, share, count, identity.window
+        self.out, self.shard, self.count, self.window = out, shard, count, identity.window
         self.folder = out.with_name(f"{out.name}.parts")
         self.finished = out.with_name(f"{out.name}.parts.finished")
         self.record = out.with_name(f"{out.name}.job.json")
@@ -72,7 +72,7 @@ class Job:
         self._key = hashlib.blake2b(json.dumps(self.wanted, sort_keys=True).encode(), digest_size=32).digest()
         self._done: set[int] = set()
         self.finished_before = False
-        if share.rank:
+        if shard.rank:
             self._wait_for_the_first()
         else:
             self._begin(overwrite)
@@ -153,7 +153,7 @@ class Job:
         while not self._is_finished():
             with suppress(FileNotFoundError):  # removed by the first, which has finished
                 if file.is_file():
-                    self._compare(read_json(file), f"process {self.share.rank} would add to parts that were")
+                    self._compare(read_json(file), f"process {self.shard.rank} would add to parts that were")
                     return
             patience.wait()
 
@@ -172,11 +172,11 @@ class Job:
             self._lock_share()
             for left in list(self.folder.iterdir()):
                 index = re.fullmatch(r"(\d{8})\.npy\.\d+", left.name)
-                if (index is not None and int(index[1]) % self.share.processes == self.share.rank) or (
-                    left.name.startswith("whole.") and not self.share.rank
+                if (index is not None and int(index[1]) % self.shard.world_size == self.shard.rank) or (
+                    left.name.startswith("whole.") and not self.shard.rank
                 ):
                     left.unlink()
-            for i in range(self.share.rank, self.n_windows, self.share.processes):
+            for i in range(self.shard.rank, self.n_windows, self.shard.world_size):
                 if self._read(i) is not None:
                     self._done.add(i)
         except FileNotFoundError:  # the first has cleared up: all parts were there
@@ -184,8 +184,8 @@ class Job:
                 raise
 
     def _lock_share(self) -> None:
-        """Against a second run of the same share, until this process ends."""
-        self._lock = (self.folder / f"lock.{self.share.rank}").open("a")
+        """Against a second run of the same shard, until this process ends."""
+        self._lock = (self.folder / f"lock.{self.shard.rank}").open("a")
         if fcntl is None:
             return
         try:
@@ -219,7 +219,7 @@ class Job:
         return values if values.ndim == 2 and len(values) == self._rows(index) else None
 
     def _is_todo(self, index: int) -> bool:
-        mine = index % self.share.processes == self.share.rank
+        mine = index % self.shard.world_size == self.shard.rank
         return mine and index not in self._done and not self._is_finished()
 
     @property
@@ -264,7 +264,7 @@ class Job:
 
         Raises UserInputError where it can't be written, or a part was changed: nothing is left of a failed try.
         """
-        if self.share.rank or self._is_finished():
+        if self.shard.rank or self._is_finished():
             return
         self._wait_for_parts()
         parts = _Parts(self)

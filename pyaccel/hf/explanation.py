@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyaccel import dispatch, ops, tuned
+from pyaccel import dispatch, ops, tuning
 from pyaccel.hf import mlm_head
 from pyaccel.hf.eligibility import ineligible_reason
 from pyaccel.hf.families import family_of, layers_of, stock
@@ -69,8 +69,8 @@ def _int8_speedups(layer: Any, dtype: torch.dtype) -> dict[str, dict[int, float]
     for module in layer.modules():
         if isinstance(module, Int8Linear) and module.method != "weight_only":
             n_in, n_out, device = module.in_features, module.out_features, module.weight.device
-            for rows in sorted({timing.size[0] for timing in tuned.timings("int8_matmul", device, dtype)}):
-                near = tuned.nearest("int8_matmul", device, dtype, (rows, n_in, n_out))
+            for rows in sorted({timing.size[0] for timing in tuning.timings("int8_matmul", device, dtype)}):
+                near = tuning.nearest("int8_matmul", device, dtype, (rows, n_in, n_out))
                 if near is not None and near.size[0] == rows:
                     backend = near.fastest(dispatch.BACKENDS)
                     if backend is not None and "floating" in near.us:

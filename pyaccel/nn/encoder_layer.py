@@ -112,7 +112,7 @@ def _shared_input_scales(linears: tuple[Any, ...]) -> list[Tensor] | None:
 def _training_feed_forward(layer: Any, context: Tensor, residual: Tensor, activation: str) -> Tensor:
     """The same from attention's output on, with hidden states and activation made again in the backward."""
     first, last = layer.attention.output, layer.output
-    hidden, out = ops.feed_forward(
+    hidden, out = ops.layernorm_mlp(
         F.linear(context, first.dense.weight),
         residual,
         first.LayerNorm.weight,

@@ -16,17 +16,17 @@ from pyaccel.ops.int8.quantize import (
 from pyaccel.ops.int8.weight_only import int8_weight_only_matmul
 from pyaccel.ops.layernorm.api import residual_layernorm
 from pyaccel.ops.linear.api import linear_activation, linear_residual_layernorm
-from pyaccel.ops.linear.mlp import feed_forward
+from pyaccel.ops.linear.mlp import layernorm_mlp
 from pyaccel.ops.mlm_loss.api import masked_lm_cross_entropy
 
 __all__ = [
     "attention_probs",
     "bert_embeddings",
     "bias_gelu",
-    "feed_forward",
     "int8_linear",
     "int8_matmul",
     "int8_weight_only_matmul",
+    "layernorm_mlp",
     "linear_activation",
     "linear_residual_layernorm",
     "masked_lm_cross_entropy",

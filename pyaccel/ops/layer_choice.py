@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, triton_support, tuned
+from pyaccel import dispatch, triton_support, tuning
 from pyaccel.kernels.common.limits import MAX_HEAD_DIM, MAX_ROW
 from pyaccel.ops.attention.sdpa import forward_mode
 from pyaccel.ops.attention.triton import MAX_FP32_HEAD_DIM
@@ -36,11 +36,11 @@ def triton_serves(hidden: Tensor, rows: int, longest: int, inner: int, heads: in
         return False
     backends = ("triton", "torch")
     measured = [
-        tuned.preferred("linear_activation", device, dtype, (rows, size, size), backends)[0] == "triton",
-        tuned.preferred("linear_activation", device, dtype, (rows, size, inner), backends)[0] == "triton",
-        tuned.preferred("varlen_attention", device, dtype, (longest, heads, head_dim), backends)[0]
+        tuning.preferred("linear_activation", device, dtype, (rows, size, size), backends)[0] == "triton",
+        tuning.preferred("linear_activation", device, dtype, (rows, size, inner), backends)[0] == "triton",
+        tuning.preferred("varlen_attention", device, dtype, (longest, heads, head_dim), backends)[0]
         == "torch",
-        tuned.preferred("residual_layernorm", device, dtype, (rows, size), backends)[0] == "torch",
-        tuned.preferred("bias_gelu", device, dtype, (rows, inner), backends)[0] == "torch",
+        tuning.preferred("residual_layernorm", device, dtype, (rows, size), backends)[0] == "torch",
+        tuning.preferred("bias_gelu", device, dtype, (rows, inner), backends)[0] == "torch",
     ]
     return True not in measured

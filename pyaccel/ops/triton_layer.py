@@ -1,6 +1,6 @@
 """A post-norm layer on packed hidden states, by the Triton kernels and PyTorch's products, as one autograd Function.
 
-What :func:`pyaccel.ops.varlen_attention`, :func:`pyaccel.ops.feed_forward` and :func:`pyaccel.ops.residual_layernorm`
+What :func:`pyaccel.ops.varlen_attention`, :func:`pyaccel.ops.layernorm_mlp` and :func:`pyaccel.ops.residual_layernorm`
 run in the end, with their numbers and no more saved than they save. Between them PyTorch's engine would run some thirty
 nodes a layer, each of which takes about as long as a kernel launch.
 """
@@ -212,5 +212,5 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 _backward_once = differentiable_once(
-    partial(_backward, _OPS), "varlen_attention and feed_forward", "pyaccel.use_backend('torch')"
+    partial(_backward, _OPS), "varlen_attention and layernorm_mlp", "pyaccel.use_backend('torch')"
 )

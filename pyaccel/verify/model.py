@@ -19,7 +19,7 @@ from pyaccel.dtypes import DTYPES
 from pyaccel.hf.report import Report
 from pyaccel.verify.op_checks import check_ops
 from pyaccel.verify.policy import RunningMoments, judge_random, same_bits
-from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, VerifyReport, compare
+from pyaccel.verify.report import ERROR, FAILED, PASSED, Check, VerifyReport, compare
 from pyaccel.verify.trace import SITES, Trace, layout_reason, trace_accelerated, trace_stock
 from pyaccel.verify.truth import Trained, Truth, joined, views_of, without_dropout
 
@@ -201,7 +201,7 @@ class _Verification:
             reason = layout_reason(tokens, truth.mask)
             yield Check(
                 **self._names("packing", "the packed layout", mode, "packing"),
-                status=RIGHT if reason is None else WRONG,
+                status=PASSED if reason is None else FAILED,
                 detail=reason or "",
             )
         if [list(layer) for layer in trace.layers] != [list(layer) for layer in truth.trace.layers]:
@@ -227,7 +227,7 @@ class _Verification:
         outputs, trained = truth.evaluate(model, call), truth.train(model, call)
         if outputs.keys() != truth.outputs.keys():
             detail = f"{sorted(outputs)}, not {sorted(truth.outputs)}"
-            yield Check(**self._names("output", "names of outputs", mode), status=WRONG, detail=detail)
+            yield Check(**self._names("output", "names of outputs", mode), status=FAILED, detail=detail)
             return
         for name, value in outputs.items():
             naive = truth.naive_outputs[name]
@@ -244,7 +244,7 @@ class _Verification:
             same = _same(outputs, again) and _same(trained.gradients, trained_again.gradients)
             yield Check(
                 **self._names("bits", "two runs", mode),
-                status=RIGHT if same else WRONG,
+                status=PASSED if same else FAILED,
                 detail="" if same else "two runs differ in their bits",
             )
 
@@ -273,7 +273,7 @@ class _Verification:
         names = self._names("gradient", group, mode)
         if [x is None for x in given] != [x is None for x in exact]:
             detail = "it is there where the stock model has none, or the other way round"
-            yield Check(**names, status=WRONG, detail=detail)
+            yield Check(**names, status=FAILED, detail=detail)
         elif any(x is not None for x in given):
             yield compare(_flat(given), _flat(exact), *map(_flat, naives), **names)
 
@@ -342,7 +342,7 @@ class _Verification:
                     **self._names(
                         "dropout", f"{key[0]}: {key[1]}, under dropout of {name}", mode, ours.ops[key]
                     ),
-                    status=RIGHT if right else WRONG,
+                    status=PASSED if right else FAILED,
                     error=ratio,
                     allowed=allowed,
                     detail=""

@@ -157,10 +157,10 @@ def _composed_cases() -> Iterator[OpCase]:
             GRADIENTS[name],
         )
     yield OpCase(
-        "feed_forward",
+        "layernorm_mlp",
         "plain",
         _feed_forward_inputs,
-        lambda t: torch.cat(ops.feed_forward(**t), -1),
+        lambda t: torch.cat(ops.layernorm_mlp(**t), -1),
         _feed_forward_expected,
     )
 

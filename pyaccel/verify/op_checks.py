@@ -18,7 +18,7 @@ from pyaccel.errors import NotSupportedError
 from pyaccel.verify.op_case import OpCase, Tensors
 from pyaccel.verify.op_cases import cases
 from pyaccel.verify.policy import same_bits
-from pyaccel.verify.report import ERROR, RIGHT, WRONG, Check, compare
+from pyaccel.verify.report import ERROR, FAILED, PASSED, Check, compare
 
 
 def check_ops(
@@ -70,9 +70,9 @@ def check_op(case: OpCase, dtype: torch.dtype, backend: str, device: torch.devic
     checks = []
     for name, out in result.items():
         if not same_bits(out, again[name]):
-            return Check(**names, status=WRONG, detail=f"{name}: two runs differ in their bits")
+            return Check(**names, status=FAILED, detail=f"{name}: two runs differ in their bits")
         check = compare(out, truth[name], naive[name], **names)
-        if check.status == WRONG:
+        if check.status == FAILED:
             return replace(check, detail=f"{name}: {check.detail}")
         checks.append(check)
     return max(checks, key=lambda check: check.share)
@@ -100,7 +100,7 @@ def _check_bits(case: OpCase, inputs: Tensors, names: dict[str, Any]) -> Check:
     given, again, expected = case.call(inputs), case.call(inputs), case.expected(inputs)
     for i, (out, twice, right) in enumerate(zip(given, again, expected, strict=True)):
         if not same_bits(out, right):
-            return Check(**names, status=WRONG, detail=f"output {i}: its bits are not the reference's")
+            return Check(**names, status=FAILED, detail=f"output {i}: its bits are not the reference's")
         if not same_bits(out, twice):
-            return Check(**names, status=WRONG, detail=f"output {i}: two runs differ in their bits")
-    return Check(**names, status=RIGHT)
+            return Check(**names, status=FAILED, detail=f"output {i}: two runs differ in their bits")
+    return Check(**names, status=PASSED)

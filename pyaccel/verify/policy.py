@@ -42,7 +42,7 @@ class Verdict:
     worst: tuple[int, ...]
 
     @property
-    def right(self) -> bool:
+    def passed(self) -> bool:
         """Whether both errors are within the policy."""
         return self.max_error <= self.max_allowed and self.rms_error <= self.rms_allowed
 

@@ -26,7 +26,7 @@ def pyaccel_verify() -> Callable[..., VerifyReport]:
         from pyaccel.verify import verify
 
         report = verify(model, batch, **options)
-        if not report.right:
+        if not report.passed:
             pytest.fail(str(report), pytrace=False)
         return report
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyaccel.verify.policy import judge_by_several
 
-RIGHT, WRONG, ERROR = "right", "wrong", "error"
+PASSED, FAILED, ERROR = "passed", "failed", "error"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Check:
         where: the op and its input; the layer and the part of it; or the name of an output or parameter.
         op: the op of :mod:`pyaccel.ops` that computed it, where there is one.
         dtype, backend, mode: how it was computed; mode is "packed", "padded" or "compiled", "" for an op alone.
-        status: "right", "wrong", or "error" where it could not be computed.
+        status: "passed", "failed", or "error" where it could not be computed.
         error, allowed: of whichever is nearer to its limit (maximum or root mean square) by the policy.
         detail: both errors in words, or what went wrong.
     """
@@ -61,22 +61,22 @@ def compare(out: Tensor, truth: Tensor, *naives: Tensor, **names: Any) -> Check:
     """The check of a result by the policy (:func:`pyaccel.verify.policy.judge_by_several`); another shape is wrong."""
     if out.shape != truth.shape:
         detail = f"its shape is {tuple(out.shape)}, not {tuple(truth.shape)}"
-        return Check(**names, status=WRONG, detail=detail)
+        return Check(**names, status=FAILED, detail=detail)
     verdict = judge_by_several(out, truth.double(), [naive.to(out.dtype) for naive in naives])
     pairs = [(verdict.max_error, verdict.max_allowed), (verdict.rms_error, verdict.rms_allowed)]
     error, allowed = max(pairs, key=lambda pair: pair[0] / pair[1] if pair[1] else pair[0])
     return Check(
         **names,
-        status=RIGHT if verdict.right else WRONG,
+        status=PASSED if verdict.passed else FAILED,
         error=error,
         allowed=allowed,
-        detail="" if verdict.right else str(verdict),
+        detail="" if verdict.passed else str(verdict),
     )
 
 
 @dataclass
 class VerifyReport:
-    """Every :class:`Check` in the order in which results come about: the first wrong one is where to look.
+    """Every :class:`Check` in the order in which results come about: the first that failed is where to look.
 
     Attributes:
         model: what was verified.
@@ -91,23 +91,23 @@ class VerifyReport:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def wrong(self) -> list[Check]:
-        return [check for check in self.checks if check.status == WRONG]
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if check.status == FAILED]
 
     @property
     def errors(self) -> list[Check]:
         return [check for check in self.checks if check.status == ERROR]
 
     @property
-    def right(self) -> bool:
-        """Whether everything that was to be checked was, and was right."""
-        return bool(self.checks) and not self.wrong and not self.errors
+    def passed(self) -> bool:
+        """Whether everything that was to be checked was, and passed."""
+        return bool(self.checks) and not self.failed and not self.errors
 
     @property
     def firsts(self) -> list[Check]:
-        """The first wrong check of each kind: op and layer where there is a bug, and what it does to the outputs."""
+        """The first failed check of each kind: op and layer where there is a bug, and what it does to the outputs."""
         found: dict[str, Check] = {}
-        for check in self.wrong:
+        for check in self.failed:
             found.setdefault(check.kind, check)
         return list(found.values())
 
@@ -118,8 +118,8 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        """0: right. 1: something is wrong. 2: nothing is, but something could not be run."""
-        return 1 if self.wrong else 0 if self.right else 2
+        """0: all passed. 1: something failed. 2: nothing did, but something could not be run."""
+        return 1 if self.failed else 0 if self.passed else 2
 
     def over_budget(self, budget: dict[str, float]) -> list[Check]:
         """Checks whose error is above the one recorded under their key."""
@@ -131,7 +131,7 @@ class VerifyReport:
         return {
             "model": self.model,
             "machine": self.machine,
-            "right": self.right,
+            "passed": self.passed,
             "first_wrong": None if first is None else asdict(first),
             "first_wrong_of_each_kind": [asdict(check) for check in self.firsts],
             "notes": self.notes,
@@ -147,7 +147,7 @@ class VerifyReport:
             "testsuite",
             name="pyaccel verify",
             tests=str(len(self.checks)),
-            failures=str(len(self.wrong)),
+            failures=str(len(self.failed)),
             errors=str(len(self.errors)),
         )
         for check in self.checks:
@@ -155,8 +155,8 @@ class VerifyReport:
             case = ElementTree.SubElement(
                 suite, "testcase", classname=f"pyaccel.{group}", name=f"{check.kind} {check.where}"
             )
-            if check.status != RIGHT:
-                tag = "failure" if check.status == WRONG else "error"
+            if check.status != PASSED:
+                tag = "failure" if check.status == FAILED else "error"
                 ElementTree.SubElement(case, tag, message=check.detail).text = str(check)
         ElementTree.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)
 
@@ -169,13 +169,13 @@ class VerifyReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.model}: {len(self.checks)} checks, {len(self.wrong)} wrong, {len(self.errors)} not run"
+            f"{self.model}: {len(self.checks)} checks, {len(self.failed)} failed, {len(self.errors)} not run"
         ]
         for names, checks in self.groups():
             worst = max(checks, key=lambda check: check.share)
             how = " ".join(name for name in names if name)
             lines.append(f"  {how}: {len(checks)} checks, the worst at {worst.share:.0%} of what is allowed")
-        lines += [f"  wrong: {check}" for check in self.wrong]
+        lines += [f"  failed: {check}" for check in self.failed]
         lines += [f"  not run: {check}" for check in self.errors]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -133,7 +133,7 @@ class _Recorder:
             self._keep(CONTEXT, name, out.flatten(-2))
         elif name == "scaled_dot_product_attention":
             self._keep(CONTEXT, name, out.transpose(1, 2).flatten(-2))
-        elif name == "feed_forward":  # its second output is a sum that the stock layer doesn't have
+        elif name == "layernorm_mlp":  # its second output is a sum that the stock layer doesn't have
             self._keep(ATTENTION_OUTPUT, name, out[0])
         elif name in ("residual_layernorm", "linear_residual_layernorm"):
             self._keep(OUTPUT if ATTENTION_OUTPUT in done else ATTENTION_OUTPUT, name, out)

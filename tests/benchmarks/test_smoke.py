@@ -160,7 +160,7 @@ def test_a_wrong_answer_is_not_timed() -> None:
     assert rows[0].microseconds is None
     assert rows[1].microseconds is not None
     assert [table.bad(row) for row in rows] == [True, False]
-    assert not table.bad(dataclasses.replace(rows[0], variant="a rival"))  # shown, and no fault of ours
+    assert not table.bad(dataclasses.replace(rows[0], variant="a baseline"))  # shown, and no fault of ours
 
 
 @pytest.mark.parametrize("output", range(4))

@@ -53,7 +53,7 @@ def test_it_leaves_a_table_plots_and_a_page(smallest: None, tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     assert "times as long as ours" in done.output
     assert "pyaccel triton: missing: Triton's kernels need a GPU (9x64)" in done.output
-    assert "times as fast as the fastest rival" in done.output
+    assert "times as fast as the fastest baseline" in done.output
     names = {"results.csv", "report.html", "residual_layernorm-float32.svg", "residual_layernorm-float32.png"}
     assert {file.name for file in out.iterdir()} == names
     rows = table.read(out / "results.csv")
@@ -188,7 +188,10 @@ def test_ours_is_what_a_user_gets_and_the_rival_the_fastest() -> None:
     rows.append(row("wrong", None, note="wrong: outside the numerics policy, not timed"))
     (cell,) = table.cells(rows)
     assert cell.ours is not None
-    assert (cell.ours.variant, [rival.variant for rival in cell.rivals]) == ("pyaccel", ["fast", "slow"])
+    assert (cell.ours.variant, [baseline.variant for baseline in cell.baselines]) == (
+        "pyaccel",
+        ["fast", "slow"],
+    )
     assert (cell.speedup(), cell.speedup("slow"), cell.speedup("wrong")) == (1.5, 4.5, None)
     assert table.slower(rows, 1.5) == []
     assert table.slower(rows, 1.6) == ["gelu, 8x8, float32: 1.50 times as fast as fast"]
@@ -196,7 +199,7 @@ def test_ours_is_what_a_user_gets_and_the_rival_the_fastest() -> None:
         "gelu, 8x8, float32: no time of ours, fast has one"
     ]
     assert "Fastest at 1 of 1 sizes; 1.50 times" in table.verdict(rows)
-    assert table.verdict(rows[2:]) == "Nothing of ours was timed beside a rival."
+    assert table.verdict(rows[2:]) == "Nothing of ours was timed beside a baseline."
 
 
 def test_backends_of_an_op_are_judged_by_the_fastest() -> None:

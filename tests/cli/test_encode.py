@@ -26,7 +26,7 @@ from pyaccel.cli import app
 from pyaccel.encode import job as encode_job
 from pyaccel.encode.batching import batches
 from pyaccel.encode.encoder import TextEncoder, max_tokens
-from pyaccel.encode.identity import Identity, Share
+from pyaccel.encode.identity import Identity, Shard
 from pyaccel.encode.job import Job
 from pyaccel.encode.texts import read_texts, real_passages
 from pyaccel.errors import UserInputError
@@ -253,7 +253,7 @@ def test_stopped_before_or_after_any_step(
 
     def encode(out: Path, overwrite: bool = False) -> bool:
         job = Job(
-            out, len(lines), Identity("texts", "text", "model", {}, window=4), Share(), overwrite=overwrite
+            out, len(lines), Identity("texts", "text", "model", {}, window=4), Shard(), overwrite=overwrite
         )
         for index, window in job.todo(iter(lines)):
             embedded.extend(window)
@@ -329,16 +329,16 @@ def test_several_processes_share_the_work(tiny_bert: Path, texts: Path, tmp_path
 def test_a_process_that_comes_when_all_is_done(tmp_path: Path) -> None:
     out = tmp_path / "out.npy"
     identity = Identity("texts", "text", "model", {}, window=4)
-    first = Job(out, 3, identity, Share(0, 2))
+    first = Job(out, 3, identity, Shard(0, 2))
     for index, window in first.todo(iter("abc")):
         first.save(index, np.zeros((len(window), 2), np.float32))
     first.finish()
-    late = Job(out, 3, identity, Share(1, 2))
+    late = Job(out, 3, identity, Shard(1, 2))
     assert not late.texts_todo()
     assert not list(late.todo(iter("abc")))
     late.finish()
     assert np.load(out).shape == (3, 2)
     with pytest.raises(UserInputError, match="for one process"):
-        Job(out, 3, identity, Share(0, 2), overwrite=True)
-    again = Job(out, 3, identity, Share(), overwrite=True)
+        Job(out, 3, identity, Shard(0, 2), overwrite=True)
+    again = Job(out, 3, identity, Shard(), overwrite=True)
     assert again.texts_todo() == 3

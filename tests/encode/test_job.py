@@ -14,7 +14,7 @@ import pytest
 
 from pyaccel.encode import files as encode_files
 from pyaccel.encode import job as encode_job
-from pyaccel.encode.identity import Identity, Share
+from pyaccel.encode.identity import Identity, Shard
 from pyaccel.encode.job import Job
 from pyaccel.errors import UserInputError
 
@@ -22,7 +22,7 @@ LINES = [f"text {i}" for i in range(10)]
 SETTINGS = {"pooling": "mean", "threads": 2}
 
 
-def job_of(out: Path, share: Share | None = None, overwrite: bool = False, **changes: Any) -> Job:
+def job_of(out: Path, shard: Shard | None = None, overwrite: bool = False, **changes: Any) -> Job:
     identity = {
         "texts": "digest",
         "column": "text",
@@ -31,7 +31,7 @@ def job_of(out: Path, share: Share | None = None, overwrite: bool = False, **cha
         "window": 4,
         **changes,
     }
-    return Job(out, len(LINES), Identity(**identity), share or Share(), overwrite=overwrite)
+    return Job(out, len(LINES), Identity(**identity), shard or Shard(), overwrite=overwrite)
 
 
 def encode(job: Job, *, parts: int = 3) -> list[int]:
@@ -264,20 +264,20 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_process_that_sees_another_file_says_so(tmp_path: Path) -> None:
-    encode(job_of(tmp_path / "o.npy", Share(0, 2)))
+    encode(job_of(tmp_path / "o.npy", Shard(0, 2)))
     with pytest.raises(UserInputError, match="process 1 would add to parts that were made from other texts"):
-        job_of(tmp_path / "o.npy", Share(1, 2), texts="another file's")
+        job_of(tmp_path / "o.npy", Shard(1, 2), texts="another file's")
 
 
 def test_waiting_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode_job, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(UserInputError, match="for the first process"):
-        job_of(tmp_path / "o.npy", Share(1, 2))
-    first = job_of(tmp_path / "o.npy", Share(0, 2))
+        job_of(tmp_path / "o.npy", Shard(1, 2))
+    first = job_of(tmp_path / "o.npy", Shard(0, 2))
     assert encode(first) == [0, 2]
     with pytest.raises(UserInputError, match="for the other processes' parts"):
         first.finish()
-    second = job_of(tmp_path / "o.npy", Share(1, 2))
+    second = job_of(tmp_path / "o.npy", Shard(1, 2))
     assert encode(second) == [1]
     second.finish()
     first.finish()
@@ -300,7 +300,7 @@ def test_a_share_that_is_none(given: dict[str, str], monkeypatch: pytest.MonkeyP
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserInputError, match="RANK"):
-        Share.from_environment()
+        Shard.from_environment()
 
 
 def test_fewer_texts_than_were_counted_are_an_error(tmp_path: Path) -> None:

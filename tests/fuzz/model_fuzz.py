@@ -631,7 +631,7 @@ def judged(out: Tensor, truth: Tensor, *naives: Tensor) -> str | None:
         if error <= EQUIVALENT_EPS * torch.finfo(out.dtype).eps * max(truth.abs().item(), 1.0):
             return None
     verdict = judge_by_several(out, truth.double(), rest)
-    return None if verdict.right else str(verdict)
+    return None if verdict.passed else str(verdict)
 
 
 def state_wrong(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:

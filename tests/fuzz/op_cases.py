@@ -520,7 +520,7 @@ def draw_feed_forward(draw: Draw) -> Call:
     if draw.chance(0.2):
         given |= {"dropout_p": draw.pick(0.1, 1.0), "training": True}
     names = ("x", "residual", "ln_weight", "ln_bias", "weight1", "bias1", "weight2", "x_bias")
-    return Call("feed_forward", given, wanted(draw, given, names), given.get("training", False))
+    return Call("layernorm_mlp", given, wanted(draw, given, names), given.get("training", False))
 
 
 def define_feed_forward(given: Arguments, upcast: bool, key: Tensor | None) -> Outputs:
@@ -724,7 +724,7 @@ OPS: dict[str, tuple[Callable[[Draw], Call], Define, Name]] = {
     "linear_residual_layernorm": (
         draw_linear_residual_layernorm, define_linear_residual_layernorm, name_output,
     ),
-    "feed_forward": (draw_feed_forward, define_feed_forward, name_feed_forward),
+    "layernorm_mlp": (draw_feed_forward, define_feed_forward, name_feed_forward),
     "masked_lm_cross_entropy": (draw_masked_lm_cross_entropy, define_masked_lm_cross_entropy, name_output),
     "int8_matmul": (draw_int8_matmul, define_int8_matmul, name_codes),
     "int8_weight_only_matmul": (draw_int8_weight_only_matmul, define_int8_weight_only_matmul, name_output),

@@ -256,7 +256,7 @@ class Judged:
         finite = truth.isfinite() & naive.isfinite() & out.isfinite()
         out, truth, naive = (t.masked_fill(~finite, 0.0) for t in (out, truth.double(), naive))
         verdict = judge(out, truth, naive)
-        if verdict.right:
+        if verdict.passed:
             return None
         # One small result's error is one draw, and it may be 0 by luck: plain PyTorch's errors on like inputs count.
         naives = [naive]
@@ -265,7 +265,7 @@ class Judged:
             if error is not None:
                 naives.append((truth + error.masked_fill(~error.isfinite(), 0.0)).to(naive.dtype))
         verdict = judge_by_several(out, truth, naives)
-        if verdict.right:
+        if verdict.passed:
             return None
         return f"{verdict}: got {out[verdict.worst].item():.9g}, truth {truth[verdict.worst].item():.9g}"
 

@@ -243,7 +243,7 @@ def layernorm_behind_products() -> None:
     )
     weight1, bias1, weight2 = leaf(128, HIDDEN), leaf(128), leaf(HIDDEN, 128)
     run(
-        lambda: ops.feed_forward(x, residual, ln_weight, ln_bias, weight1, bias1, weight2, x_bias=bias),
+        lambda: ops.layernorm_mlp(x, residual, ln_weight, ln_bias, weight1, bias1, weight2, x_bias=bias),
         (x, residual, ln_weight, ln_bias, weight1, bias1, weight2, bias),
     )
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertModel
 
 import pyaccel
-from pyaccel import dispatch, quantization, triton_support, tuned
+from pyaccel import dispatch, quantization, triton_support, tuning
 from pyaccel.hf.executors.onednn import OneDnn, Prepacked
 from pyaccel.hf.families import BY_FILE
 from pyaccel.ops.linear import onednn
@@ -401,7 +401,7 @@ def test_it_takes_the_way_that_was_measured_to_be_faster(
     model, batch = tiny(), batch_of("right")
     fast = accelerated(model)
     monkeypatch.setattr(
-        tuned, "preferred_each", lambda op, device, dtype, sizes, names: ["plain"] * len(sizes)
+        tuning, "preferred_each", lambda op, device, dtype, sizes, names: ["eager"] * len(sizes)
     )
     products = Counter[str]()
     by_torch = torch.nn.functional.linear

@@ -27,7 +27,7 @@ MUTANTS = [
         "*dtypes)\n        out = (out[0], out[0], *out[2:])\n        return *[g if n",
     ),
     Mutant(
-        "feed_forward: dx shares the residual's memory",
+        "layernorm_mlp: dx shares the residual's memory",
         FEED_FORWARD,
         "        gradients = (*found, dweight1",
         "        found = (found[0], found[0], *found[2:])\n        gradients = (*found, dweight1",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.mutants import Mutant
 
 DISPATCH = "pyaccel/dispatch.py"
-TUNED = "pyaccel/tuned.py"
-TESTS = ["tests/test_dispatch.py", "tests/test_tuned.py", "tests/test_tuned_launch.py"]
+TUNED = "pyaccel/tuning.py"
+TESTS = ["tests/test_dispatch.py", "tests/test_tuning.py", "tests/test_tuned_launch.py"]
 
 MUTANTS = [
     Mutant("state: a block ends whichever was entered last", DISPATCH, "        if scopes[i] is scope:\n", "        if True:\n"),
@@ -18,9 +18,9 @@ MUTANTS = [
     Mutant("state: one observer hears an op", DISPATCH, "for observer in _observers.get():", "for observer in _observers.get()[-1:]:"),
     Mutant("state: what is observed goes past the public ops", DISPATCH, " or (_observing and _observers.get()))", ")"),
     Mutant("state: an observer hears the parts of an op", "pyaccel/ops/linear/mlp.py", "F.linear(linear.linear_activation(hidden", "F.linear(__import__('pyaccel').ops.linear_activation(hidden"),
-    Mutant("tuned: a time that is no number is one", "pyaccel/tuning_tables.py", "type(us) in (int, float) and 0 < us < 1e18", "not us <= 0"),
-    Mutant("tuned: sizes of any length", TUNED, "if any(len(timing.size) != len(size) for timing in measured):", "if False:"),
-    Mutant("tuned: the folder may not be refused", TUNED, "        except (OSError, RuntimeError) as error:\n            problems", "        except RuntimeError as error:\n            problems"),
-    Mutant("tuned: a warning at each call", TUNED, "        _warned.add(problem)\n", ""),
-    Mutant("tuned: a row's width may be measured", TUNED, '        del found["block_n"]  # a row\'s width, which is what it is\n', "        pass\n"),
+    Mutant("tuning: a time that is no number is one", "pyaccel/tuning_tables.py", "type(us) in (int, float) and 0 < us < 1e18", "not us <= 0"),
+    Mutant("tuning: sizes of any length", TUNED, "if any(len(timing.size) != len(size) for timing in measured):", "if False:"),
+    Mutant("tuning: the folder may not be refused", TUNED, "        except (OSError, RuntimeError) as error:\n            problems", "        except RuntimeError as error:\n            problems"),
+    Mutant("tuning: a warning at each call", TUNED, "        _warned.add(problem)\n", ""),
+    Mutant("tuning: a row's width may be measured", TUNED, '        del found["block_n"]  # a row\'s width, which is what it is\n', "        pass\n"),
 ]  # fmt: skip

@@ -16,9 +16,9 @@ TESTS = [
 ]
 
 MUTANTS = [
-    Mutant("verify: what is wrong is right", REPORT, "status=RIGHT if verdict.right else WRONG,", "status=RIGHT,"),
-    Mutant("verify: nothing checked is right", REPORT, "return bool(self.checks) and not self.wrong and not self.errors", "return not self.wrong and not self.errors"),
-    Mutant("verify: what could not run is right", REPORT, "return bool(self.checks) and not self.wrong and not self.errors", "return bool(self.checks) and not self.wrong"),
+    Mutant("verify: what is wrong is right", REPORT, "status=PASSED if verdict.passed else FAILED,", "status=PASSED,"),
+    Mutant("verify: nothing checked is right", REPORT, "return bool(self.checks) and not self.failed and not self.errors", "return not self.failed and not self.errors"),
+    Mutant("verify: what could not run is right", REPORT, "return bool(self.checks) and not self.failed and not self.errors", "return bool(self.checks) and not self.failed"),
     Mutant("verify: means are never apart", POLICY, "RANDOM_RATIO = 1.5", "RANDOM_RATIO = 1e9"),
     Mutant("verify: a variance over all runs, not all but one", POLICY, "return self._squares / (self.runs - 1)", "return self._squares / self.runs ** 2"),
     Mutant("verify: the packed layout is always right", TRACE, "        if not torch.equal(seen, expected):", "        if False:"),

@@ -186,9 +186,9 @@ CALLS = {
         lambda t: _tuple(ops.linear_residual_layernorm(**t, eps=1e-5)),
         ("x", "weight", "bias", "residual", "ln_weight", "ln_bias"),
     ),
-    "feed_forward": OpCall(
+    "layernorm_mlp": OpCall(
         _feed_forward,
-        lambda t: _tuple(ops.feed_forward(**t, eps=1e-5)),
+        lambda t: _tuple(ops.layernorm_mlp(**t, eps=1e-5)),
         ("x", "residual", "ln_weight", "ln_bias", "x_bias", "weight1", "bias1", "weight2"),
     ),
     "bert_embeddings": OpCall(_embeddings, lambda t: _tuple(ops.bert_embeddings(**t, eps=1e-5)), TABLES),

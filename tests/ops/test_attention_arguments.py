@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from pyaccel import dispatch, triton_support, tuned
+from pyaccel import dispatch, triton_support, tuning
 from pyaccel.errors import InvalidArgumentError, NotSupportedError
 from pyaccel.ops.attention import api as module
 from pyaccel.ops.attention import checks as arguments
@@ -269,7 +269,7 @@ def test_bad_arguments_of_probs(device: torch.device) -> None:
 def test_the_kernels_are_preferred_on_a_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     q = torch.randn(2, 4, 5, 8, device=device)
     cu = torch.tensor([0, 2], dtype=torch.int32, device=device)
-    with tuned.disabled(), dispatch.record() as choices, torch.no_grad():
+    with tuning.disabled(), dispatch.record() as choices, torch.no_grad():
         _, lse = scaled_dot_product_attention(q, q, q, return_lse=True)
         attention_probs(q, q, lse)
         varlen_attention(q[0], q[0], q[0], cu, cu, 2, 2)

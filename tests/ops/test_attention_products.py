@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, tuning
 from pyaccel.ops import varlen_attention
 from pyaccel.ops.attention import matmul as products
 from pyaccel.reference import attention as reference
@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(products, "attention", counting)
     monkeypatch.setitem(products._TRAINING, F32, range(1, 129))
-    with tuned.disabled():
+    with tuning.disabled():
         yield counted  # type: ignore[misc]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, tuning
 from pyaccel.ops import common
 from pyaccel.ops.attention import varlen as varlen_backend
 from pyaccel.ops.attention.packed import varlen_attention
@@ -204,7 +204,7 @@ def test_long_sequences_take_matrix_products(
     calls = []
     baddbmm = torch.baddbmm
     monkeypatch.setattr(torch, "baddbmm", lambda *a, **k: calls.append(a[1].shape) or baddbmm(*a, **k))
-    with tuned.disabled():  # by the lengths that hold where nothing was measured
+    with tuning.disabled():  # by the lengths that hold where nothing was measured
         varlen_attention(*(map(leaf, inputs) if gradient else inputs), *args)
     assert len(calls) == matmuls
 

@@ -1,4 +1,4 @@
-"""feed_forward: against the fp64 truth, and what it saves; its parts are tested one by one elsewhere."""
+"""layernorm_mlp: against the fp64 truth, and what it saves; its parts are tested one by one elsewhere."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def leaves(given: dict[str, Tensor | None], dtype: torch.dtype | None = None) ->
 def call(given: dict[str, Tensor | None], **options: Any) -> tuple[Tensor, Tensor]:
     given = dict(given)
     x_bias = given.pop("x_bias")
-    return ops.feed_forward(**given, x_bias=x_bias, **options)
+    return ops.layernorm_mlp(**given, x_bias=x_bias, **options)
 
 
 def plain(
@@ -279,7 +279,7 @@ def test_a_double_backward_is_refused(device: torch.device) -> None:
 
 def test_bad_arguments_are_named(device: torch.device) -> None:
     given = make_inputs((5, 16, 24, 16), F32, device)
-    with pytest.raises(ValueError, match=r"feed_forward: .*unknown activation 'swish'.*weight2 must be"):
+    with pytest.raises(ValueError, match=r"layernorm_mlp: .*unknown activation 'swish'.*weight2 must be"):
         call({**given, "weight2": given["weight2"].T}, activation="swish")
     with pytest.raises(ValueError, match=r"weight1 is torch\.float32 and weight2 torch\.bfloat16"):
         call({**given, "weight2": given["weight2"].bfloat16()})

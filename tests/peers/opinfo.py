@@ -144,7 +144,7 @@ def right(found: list[Tensor], stock: Function, sample: Any, dtype: torch.dtype)
         nan = true.isnan() | plain.isnan()
         naives = [plain, *((true + other[i].nan_to_num()).to(plain.dtype) for other in others)]
         out, true, *naives = (t.detach().masked_fill(nan, 0.0) for t in (out, true, *naives))
-        if out.numel() and not judge_by_several(out, true, naives).right:
+        if out.numel() and not judge_by_several(out, true, naives).passed:
             return False
     return True
 

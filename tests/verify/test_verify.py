@@ -81,7 +81,7 @@ def test_an_unharmed_model_is_right(kind: str, dtype: str, backends: list[str]) 
     torch.manual_seed(0)
     wanted = None if "reference" in backends else backends
     report = verify(tiny(), batch_of(kind), dtypes=[dtype], compiled=False, ops=False, backends=wanted)
-    assert report.right, str(report)
+    assert report.passed, str(report)
     assert {check.backend for check in report.checks} == set(backends)
     kinds = {check.kind for check in report.checks}
     assert kinds == {"packing", "layer", "output", "gradient", "dropout", "bits"}
@@ -98,7 +98,7 @@ def test_without_triton(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_support, "_HAS_TRITON", False)
     torch.manual_seed(0)
     report = verify(tiny(num_hidden_layers=1), batch, compiled=False)
-    assert report.right, str(report)
+    assert report.passed, str(report)
     assert {check.backend for check in report.checks} == {"torch", "reference"}
     assert "the Triton kernels were not run: triton isn't installed" in report.notes
 
@@ -117,12 +117,12 @@ def test_what_the_fast_path_does_not_serve_is_said(
     batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = verify(tiny(num_hidden_layers=1), {**batch, "output_hidden_states": True}, **QUICK)
-    assert report.right, str(report)
+    assert report.passed, str(report)
     assert any("padding was kept: hidden states or attentions are captured" in note for note in report.notes)
     assert any(check.where == "hidden_states[1]" for check in report.checks)
     monkeypatch.setattr(plan, "call_reason", lambda *args, **options: "it is Friday")
     report = verify(tiny(num_hidden_layers=1), batch, **QUICK)
-    assert report.right, str(report)
+    assert report.passed, str(report)
     assert not any(check.kind == "layer" for check in report.checks)
     for mode in ("packed", "padded"):
         assert any(
@@ -139,7 +139,7 @@ def test_other_families_are_compared_part_by_part(family: str, batch: dict[str, 
     if family == "DistilBERT":
         batch.pop("token_type_ids")
     report = verify(model, batch, **QUICK)
-    assert report.right, str(report)
+    assert report.passed, str(report)
     assert sum(check.kind == "layer" for check in report.checks) == 2 * 5 * (4 if family == "ALBERT" else 3)
 
 
@@ -155,14 +155,14 @@ def test_heads_have_a_loss(head: str, batch: dict[str, Tensor]) -> None:
         attention_probs_dropout_prob=0.0,
     )
     report = verify(model, {**batch, **example_labels(model, batch)}, **QUICK)
-    assert report.right, str(report)
+    assert report.passed, str(report)
     assert {check.where for check in report.checks if "loss" in check.where} == {"loss", "loss in training"}
 
 
 def test_compiled(batch: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
     report = verify(tiny(num_hidden_layers=1), batch, ops=False, backends=["torch"])
-    assert report.right, str(report)
+    assert report.passed, str(report)
     assert {check.kind for check in report.checks if check.mode == "compiled"} == {"output", "gradient"}
 
 
@@ -178,7 +178,7 @@ def test_every_op_on_every_backend(backend: str, dtype: torch.dtype) -> None:
         except pyaccel.errors.NotSupportedError:
             refused.add(case.op)
             continue
-        assert check.status == "right", str(check)
+        assert check.status == "passed", str(check)
     assert not refused
 
 
@@ -302,7 +302,7 @@ def test_a_bug_of_an_op_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ops, "residual_layernorm", planted)
     found = [check_op(case, torch.float32, "torch", CPU, "fp32") for case in cases()]
-    wrong = {check.where for check in found if check.status != "right"}
+    wrong = {check.where for check in found if check.status != "passed"}
     assert "residual_layernorm: tiny variances" in wrong
     assert {where.split(":")[0] for where in wrong} == {"residual_layernorm"}
 
@@ -409,14 +409,14 @@ def report_of(*statuses: str) -> VerifyReport:
 
 
 def test_exit_codes() -> None:
-    assert report_of("right", "right").exit_code == 0
-    assert report_of("right", "wrong", "error").exit_code == 1
-    assert report_of("right", "error").exit_code == 2
+    assert report_of("passed", "passed").exit_code == 0
+    assert report_of("passed", "failed", "error").exit_code == 1
+    assert report_of("passed", "error").exit_code == 2
     assert report_of().exit_code == 2
 
 
 def test_json_budget_and_junit(tmp_path: Path) -> None:
-    report = report_of("right", "wrong", "error")
+    report = report_of("passed", "failed", "error")
     report.write_json(tmp_path / "report.json")
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["first_wrong"]["where"] == "1: output"
@@ -466,15 +466,15 @@ def test_minilm_is_right_and_a_budget_holds_errors_down(
     budget = ["--budget", str(tmp_path / "budget.json")]
     done = CliRunner().invoke(app, [*QUICK_COMMAND, *minilm, "--dtype", dtype, *files, *budget])
     saved = json.loads((tmp_path / "r.json").read_text())
-    assert saved["right"], done.output
+    assert saved["passed"], done.output
     assert ElementTree.parse(tmp_path / "r.xml").getroot().get("failures") == "0"
     if dtype == "fp32":
         assert done.exit_code == 0, done.output
-        assert f"right: {len(saved['checks'])} checks" in done.stdout
+        assert f"passed: {len(saved['checks'])} checks" in done.stdout
     else:
         assert done.exit_code == 1
         assert "above budget: output last_hidden_state [bf16, torch, packed]" in done.stdout
-        assert "right, but 1 errors are above the budget" in done.stdout
+        assert "passed, but 1 errors are above the budget" in done.stdout
 
 
 def test_the_command_names_layer_and_op(monkeypatch: pytest.MonkeyPatch, minilm: list[str]) -> None:
@@ -482,7 +482,7 @@ def test_the_command_names_layer_and_op(monkeypatch: pytest.MonkeyPatch, minilm:
     monkeypatch.setattr("pyaccel.verify.model.DROPOUT_RUNS", 2)  # this bug shows without
     done = CliRunner().invoke(app, [*QUICK_COMMAND, *minilm, "--dtype", "fp32"])
     assert done.exit_code == 1
-    assert "WRONG, first layer: 0: intermediate, computed by linear_activation" in done.stdout
+    assert "FAILED, first layer: 0: intermediate, computed by linear_activation" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_bad_command_lines(options: list[str], message: str, monkeypatch: pytest
 def test_the_plugin_fails_a_test_with_the_report(
     pyaccel_verify: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pyaccel_verify(tiny(num_hidden_layers=1), batch, **QUICK).right
+    assert pyaccel_verify(tiny(num_hidden_layers=1), batch, **QUICK).passed
     gelu_tanh_for_erf(monkeypatch)
     with pytest.raises(pytest.fail.Exception, match="0: intermediate"):
         pyaccel_verify(tiny(num_hidden_layers=1), batch, **QUICK)

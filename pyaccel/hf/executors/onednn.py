@@ -130,10 +130,10 @@ class OneDnn(Packed):
         weights = [self._layers[0][place][0] for place in _PRODUCTS]
         qkv, first, inner, second = onednn.measured_each(len(hidden), weights)
         groups = groups_of(hidden.view(-1, *self._heads), tokens.lengths, tokens.lengths)
-        project = F.linear if qkv == "plain" else self._linear
-        add_first = _linear_residual if first == "plain" else self._linear_residual
-        activate = F.linear if inner == "plain" else self._fused
-        add_second = _linear_residual if second == "plain" else self._linear_residual
+        project = F.linear if qkv == "eager" else self._linear
+        add_first = _linear_residual if first == "eager" else self._linear_residual
+        activate = F.linear if inner == "eager" else self._fused
+        add_second = _linear_residual if second == "eager" else self._linear_residual
         shape = (-1, *self._heads)
         for layer in self._layers:
             q = project(hidden, *layer.query).view(shape)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, tuned
+from pyaccel import dispatch, tuning
 from pyaccel.ops.attention import triton as triton_backend
 from pyaccel.ops.attention import varlen as torch_backend
 from pyaccel.ops.common import autocast_dtype
@@ -82,7 +82,7 @@ def choose(
     measured: tuple[str | None, str] = ("torch", slow) if slow else (None, "")
     if seqlen and not slow:
         size = (seqlen, query.shape[1], query.shape[-1])
-        measured = tuned.preferred(op, query.device, query.dtype, size, ("triton", "torch"))
+        measured = tuning.preferred(op, query.device, query.dtype, size, ("triton", "torch"))
     return dispatch.choose(op, {**SERVE_ALL, "triton": triton}, *measured).backend
 
 

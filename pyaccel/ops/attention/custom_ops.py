@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyaccel import tuned
+from pyaccel import tuning
 from pyaccel.ops.common import custom_op
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _launch(kernel: str, query: Tensor, call: AttentionCall, launch: Callable[[A
     # Mask and dropout take registers: what is best without them may spill with them.
     size = (shape.head_dim, 1 + shape.has_mask + 2 * shape.has_dropout)
     default = attention_config.attention(kernel, shape)
-    tuned.run(f"attention_{kernel}", query, size, default, launch, exactly=True)
+    tuning.run(f"attention_{kernel}", query, size, default, launch, exactly=True)
 
 
 def _like(x: Tensor, dim: int) -> Tensor:

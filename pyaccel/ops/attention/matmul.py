@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyaccel import tuned
+from pyaccel import tuning
 from pyaccel.ops.dropout import keep_mask_on_host
 
 # Lengths at which, where no table of this machine says it, products beat PyTorch's flash kernel (two cores with
@@ -55,7 +55,7 @@ def serve(query: Tensor, length: int, *, training: bool, dropout_p: float) -> tu
         why = "with dropout PyTorch takes products too, and slower ones"
     else:
         size = (length, *query.shape[1:])
-        _, why = tuned.preferred(_table(training), _CPU, query.dtype, size, WAYS)
+        _, why = tuning.preferred(_table(training), _CPU, query.dtype, size, WAYS)
         why = why or "nothing near was measured on this machine: `pyaccel tune` does"
     return length in served(query, {length}, training=training, dropout_p=dropout_p), why
 
@@ -69,7 +69,7 @@ def served(query: Tensor, lengths: set[int], *, training: bool, dropout_p: float
         return lengths
     heads, head_dim = query.shape[1:]
     sizes = [(length, heads, head_dim) for length in lengths]
-    names = tuned.preferred_each(_table(training), _CPU, query.dtype, sizes, WAYS)
+    names = tuning.preferred_each(_table(training), _CPU, query.dtype, sizes, WAYS)
     known = (_TRAINING if training else _EVALUATION).get(query.dtype, range(0))
     found = set()
     for length, name in zip(lengths, names, strict=True):

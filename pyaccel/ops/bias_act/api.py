@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pyaccel import activations, dispatch, reference, triton_support, tuned
+from pyaccel import activations, dispatch, reference, triton_support, tuning
 from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops.bias_act.triton import OP, BiasGeluFunction, forward_op, quantize_op
 from pyaccel.ops.common import apply
@@ -132,7 +132,7 @@ def _choose(x: Tensor, bias: Tensor | None, quantize_output: bool) -> dispatch.C
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
     size = (math.prod(x.shape[:-1]), x.shape[-1])
-    measured = tuned.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
+    measured = tuning.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, *measured)
 
 

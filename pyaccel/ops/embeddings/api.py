@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, reference, triton_support, tuned
+from pyaccel import dispatch, reference, triton_support, tuning
 from pyaccel.kernels.common.limits import MAX_ROW
 from pyaccel.ops import common
 from pyaccel.ops.common import autocast_dtype
@@ -139,7 +139,7 @@ def _choose(call: EmbeddingsCall) -> dispatch.Choice:
     if word_weight.device.type == "cpu":
         return dispatch.choose(OP, served, "torch", "on the CPU")
     size = (call.input_ids.numel(), word_weight.shape[1])
-    measured = tuned.preferred(OP, word_weight.device, word_weight.dtype, size, ("triton", "torch"))
+    measured = tuning.preferred(OP, word_weight.device, word_weight.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, served, *measured)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import dispatch, triton_support, tuned
+from pyaccel import dispatch, triton_support, tuning
 from pyaccel.ops import common
 from pyaccel.ops.common import rows, without_autocast
 from pyaccel.ops.int8 import cpu as on_cpu
@@ -110,7 +110,7 @@ def int8_matmul(
     measured: tuple[str | None, str] = (None, "")
     if not triton_support.interpreting():  # no table holds for the interpreter
         size = (math.prod(a.shape[:-1]), a.shape[-1], b.shape[0])
-        measured = tuned.preferred("int8_matmul", a.device, out_dtype, size, ("triton", "torch"))
+        measured = tuning.preferred("int8_matmul", a.device, out_dtype, size, ("triton", "torch"))
     choice = dispatch.choose(
         "int8_matmul",
         {"triton": triton_reasons, "torch": torch_reasons, "reference": []},

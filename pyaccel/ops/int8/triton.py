@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import triton_support, tuned
+from pyaccel import triton_support, tuning
 from pyaccel.kernels.common.limits import MAX_QUANTIZED_ROW, MAX_ROW
 from pyaccel.ops.common import custom_op, rows
 
@@ -165,7 +165,7 @@ def matmul_op(
         int8_epilogue.finish(out, out_scale if out_dtype is None else None, sums, epilogue, finish)
 
     default = config.int8_matmul(*sizes[:2], arch)
-    tuned.run("int8_matmul", a, sizes, default, multiply, exactly=False)
+    tuning.run("int8_matmul", a, sizes, default, multiply, exactly=False)
     return out, out_scale
 
 

@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, triton_support, tuned
+from pyaccel import dispatch, reference, triton_support, tuning
 from pyaccel.kernels.common.limits import MAX_QUANTIZED_ROW, MAX_ROW
 from pyaccel.ops.layernorm.checks import OP, not_supported_reasons, output_dtype
 from pyaccel.ops.layernorm.eager import reference_backend, torch_backend
@@ -132,5 +132,5 @@ def choose_backend(quantize_output: bool, x: Tensor, *others: Tensor | None) -> 
     if x.device.type == "cpu":
         return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, "torch", "on the CPU")
     size = (math.prod(x.shape[:-1]), x.shape[-1])
-    measured = tuned.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
+    measured = tuning.preferred(OP, x.device, x.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, {"triton": triton, "torch": [], "reference": []}, *measured)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel import tuned
+from pyaccel import tuning
 from pyaccel.ops.common import apply, custom_op, differentiable_once, empty, kernels
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layernorm.checks import OP, sum_dtype
@@ -71,7 +71,7 @@ def forward_op(
         rms_norm,
     )
     default = kernels("layernorm.config").residual_layernorm_forward(x.shape[1])
-    tuned.run("residual_layernorm_forward", x, (x.shape[1],), default, call, exactly=True)
+    tuning.run("residual_layernorm_forward", x, (x.shape[1],), default, call, exactly=True)
     return outputs
 
 
@@ -141,7 +141,7 @@ def backward_op(
         return partials
 
     default = kernels("layernorm.config").residual_layernorm_backward(n_cols)
-    partials = tuned.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
+    partials = tuning.run("residual_layernorm_backward", total, (n_cols,), default, call, exactly=True)
     kernels("common.reduce").column_sum(columns, partials, configs.column_sum())
     return grads
 

@@ -72,7 +72,7 @@ def linear_activation(
     Triton serves float32, float16 and bfloat16, with bias and activation in the product's epilogue: it sums in fp32,
     rounds once, and in training writes the pre-activation too, at which backward takes the derivative, saving nothing
     else beside x and weight. It isn't chosen by itself until a measurement of this machine says so
-    (:mod:`pyaccel.tuned`). The torch backend is oneDNN's fused product on a CPU in evaluation; on a GPU ``F.linear``
+    (:mod:`pyaccel.tuning`). The torch backend is oneDNN's fused product on a CPU in evaluation; on a GPU ``F.linear``
     and one pass of :func:`bias_gelu`, where Triton serves that; ``F.linear`` and the activation elsewhere.
 
     Raises:
@@ -80,12 +80,12 @@ def linear_activation(
         pyaccel.errors.NotSupportedError: the backend asked for can't serve this call.
     """
     dispatch.invalid("linear_activation", not_supported_reasons(x, weight, bias, activation))
-    way = choose_way(x, weight, bias, activation)
-    if way == "triton":
+    by = choose_way(x, weight, bias, activation)
+    if by == "triton":
         return triton_backend.linear_activation(x, weight, bias, activation)
-    if way == "onednn":
+    if by == "onednn":
         return onednn.by_onednn(x, weight, bias, activation)
-    if way == "bias_gelu":
+    if by == "bias_gelu":
         return bias_gelu(F.linear(x, weight), bias, activation or "")
     if bias is not None and bias.dtype != x.dtype and autocast_dtype(x.device) is None:
         bias = bias.to(x.dtype)
@@ -94,12 +94,12 @@ def linear_activation(
 
 def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> str:
     """How :func:`linear_activation` serves a call: "triton"; of the torch backend "onednn", "bias_gelu" (after
-    F.linear, by its kernel) or "plain", which is the reference's way too."""
+    F.linear, by its kernel) or "eager", which is the reference's way too."""
     declined = onednn.not_supported_reasons(x, weight, bias)
     if activation not in onednn.ACTIVATIONS:
         declined.append(f"oneDNN has no fused {activation}")
     measured, row = onednn.measured(x, weight)
-    if measured == "plain" and not declined:
+    if measured == "eager" and not declined:
         declined.append(row)
     by_bias_gelu = activation is not None and _bias_gelu_serves(x, weight, bias)
     why = row if measured in dispatch.BACKENDS else _why_torch(x, declined, by_bias_gelu=by_bias_gelu)
@@ -110,10 +110,10 @@ def choose_way(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
         f"{why} ({row})" if measured == "onednn" and not declined else why,
     )
     if choice.backend != "torch":
-        return "triton" if choice.backend == "triton" else "plain"
+        return "triton" if choice.backend == "triton" else "eager"
     if not declined:
         return "onednn"
-    return "bias_gelu" if by_bias_gelu else "plain"
+    return "bias_gelu" if by_bias_gelu else "eager"
 
 
 def _why_torch(x: Tensor, declined: list[str], *, by_bias_gelu: bool) -> str:
@@ -179,8 +179,8 @@ def linear_residual_layernorm(
         and not onednn.not_supported_reasons(x, weight, bias, residual, ln_weight, ln_bias)
     )
     if fused:
-        way, row = onednn.measured(x, weight)
-        how = f"the product in F.linear, {row}" if way == "plain" else "oneDNN adds bias and residual"
+        by, row = onednn.measured(x, weight)
+        how = f"the product in F.linear, {row}" if by == "eager" else "oneDNN adds bias and residual"
         dispatch.choose("residual_layernorm", {"torch": []}, "torch", f"on the CPU; {how}")
         total = onednn.evaluate_with_residual(x, residual, weight, bias)
         return F.layer_norm(total, (total.shape[-1],), ln_weight, ln_bias, eps)

@@ -27,8 +27,8 @@ from pyaccel.ops.linear.triton import backward_once as activation_backward
 from pyaccel.ops.linear.triton import forward_op as linear_activation_forward
 
 _OTHERS = "pyaccel.use_backend('torch')"
-activation_again = differentiable_once(activation_forward, "feed_forward", _OTHERS)
-layernorm_again = differentiable_once(layernorm_forward, "feed_forward", _OTHERS)
+activation_again = differentiable_once(activation_forward, "layernorm_mlp", _OTHERS)
+layernorm_again = differentiable_once(layernorm_forward, "layernorm_mlp", _OTHERS)
 
 
 class _Options(NamedTuple):
@@ -130,7 +130,7 @@ def _add_product(total: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
     return total + x @ weight
 
 
-def feed_forward(
+def layernorm_mlp(
     x: Tensor,
     residual: Tensor,
     ln_weight: Tensor | None,
@@ -173,14 +173,14 @@ def feed_forward(
     )
     if not reasons:
         reasons = _product_reasons(x, residual, weight1, bias1, weight2, activation)
-    dispatch.invalid("feed_forward", reasons)
+    dispatch.invalid("layernorm_mlp", reasons)
     dropout_p = dropout_p if training else 0.0
     given = (x, residual, ln_weight, ln_bias, x_bias, weight1, bias1, weight2)
-    way = None
+    by = None
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if needs_gradient and weight1.shape[0] > 0 and choose_backend(False, *given[:5]).backend == "triton":
-        way = linear.choose_way(x, weight1, bias1, activation)
-    if way not in ("triton", "bias_gelu"):
+        by = linear.choose_way(x, weight1, bias1, activation)
+    if by not in ("triton", "bias_gelu"):
         hidden = layernorm_function(
             x, residual, ln_weight, ln_bias, eps=eps, dropout_p=dropout_p, training=training, x_bias=x_bias
         )
@@ -196,7 +196,7 @@ def feed_forward(
         FeedForwardFunction,
         x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1]), *vectors, weight1, bias1, weight2,
         dropout_key(x.device) if dropout_p > 0.0 else None,
-        _Options(activation, eps, dropout_p, output_dtype(x, residual), way == "triton"),
+        _Options(activation, eps, dropout_p, output_dtype(x, residual), by == "triton"),
     )  # fmt: skip
     return hidden.view(x.shape), out.view(*x.shape[:-1], weight2.shape[0])
 

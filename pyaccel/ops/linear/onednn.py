@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyaccel import activations, reference, tuned
+from pyaccel import activations, reference, tuning
 from pyaccel.ops.common import runs_now
 
-NAMES = ("onednn", "plain")
+NAMES = ("onednn", "eager")
 ACTIVATIONS: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
     **{name: each.onednn for name, each in activations.ACTIVATIONS.items() if each.onednn is not None},
@@ -126,21 +126,21 @@ def fused_residual() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 def measured_each(rows: int, weights: Sequence[Tensor]) -> list[str | None]:
     """:func:`measured` of so many rows and each of these weights, which are of one dtype and on the CPU."""
     sizes = [(rows, weight.shape[1], weight.shape[0]) for weight in weights]
-    return tuned.preferred_each("linear_activation", weights[0].device, weights[0].dtype, sizes, NAMES)
+    return tuning.preferred_each("linear_activation", weights[0].device, weights[0].dtype, sizes, NAMES)
 
 
 def evaluate_with_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias + residual`` in the faster way."""
-    if measured(x, weight)[0] == "plain":
+    if measured(x, weight)[0] == "eager":
         return F.linear(x, weight, bias) + residual
     return by_onednn(x, weight, bias, residual=residual)
 
 
 def measured(x: Tensor, weight: Tensor) -> tuple[str | None, str]:
-    """The way that was fastest near this size on this machine, and the row that says so; see :mod:`pyaccel.tuned`."""
-    ways = ("triton", "torch") if on_gpu(x) else NAMES
+    """The way that was fastest near this size on this machine, and the row that says so; see :mod:`pyaccel.tuning`."""
+    names = ("triton", "torch") if on_gpu(x) else NAMES
     size = (math.prod(x.shape[:-1]), weight.shape[1], weight.shape[0])
-    return tuned.preferred("linear_activation", x.device, x.dtype, size, ways)
+    return tuning.preferred("linear_activation", x.device, x.dtype, size, names)
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyaccel import tuned
+from pyaccel import tuning
 from pyaccel.ops.bias_act.triton import launch_backward
 from pyaccel.ops.common import apply, autocast_dtype, custom_op, differentiable_once, empty
 
@@ -61,7 +61,7 @@ def forward_op(
         activation,
         allow_tf32=allow_tf32,
     )
-    tuned.run("linear_activation", x, (n_rows, n_out, n_in), config, call, exactly=False)
+    tuning.run("linear_activation", x, (n_rows, n_out, n_in), config, call, exactly=False)
     return out, pre
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyaccel import dispatch, reference, triton_support, tuned
+from pyaccel import dispatch, reference, triton_support, tuning
 from pyaccel.ops import common
 from pyaccel.ops.common import autocast_dtype
 from pyaccel.ops.mlm_loss.chunked import OP, PerTokenFunction, SumFunction, cast, check_labels
@@ -169,5 +169,5 @@ def _choose(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dispatch.Cho
     if hidden.device.type == "cpu":
         return dispatch.choose(OP, reasons, "torch", "on the CPU")
     size = (math.prod(hidden.shape[:-1]), hidden.shape[-1], weight.shape[0])
-    measured = tuned.preferred(OP, hidden.device, hidden.dtype, size, ("triton", "torch"))
+    measured = tuning.preferred(OP, hidden.device, hidden.dtype, size, ("triton", "torch"))
     return dispatch.choose(OP, reasons, *measured)

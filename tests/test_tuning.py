@@ -20,8 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from typer.testing import CliRunner
 
 import pyaccel
-from pyaccel import dispatch, ops, quantization, triton_support, tuned, tuning_tables
-from pyaccel.benchmarks import tune as tuning
+from pyaccel import dispatch, ops, quantization, triton_support, tuning, tuning_tables
+from pyaccel.benchmarks import tune
 from pyaccel.benchmarks.case import Variant
 from pyaccel.cli import app
 from pyaccel.errors import UserInputError
@@ -38,21 +38,21 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No table but those that a test writes, and a machine whose kernels are not interpreted."""
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "shipped")
     monkeypatch.setenv("PYACCEL_TUNED", str(tmp_path / "own"))
     monkeypatch.setattr(triton_support, "interpreting", lambda: False)
-    tuned.forget()
+    tuning.forget()
     yield tmp_path
-    tuned.forget()
+    tuning.forget()
 
 
 def write(
     folder: str, op: str, rows: dict[tuple[int, ...], dict[str, float]], machine: str | None = None
 ) -> None:
-    root = tuned.FOLDER.parent
+    root = tuning.FOLDER.parent
     listed = [{"size": list(size), "us": us} for size, us in rows.items()]
     table = {"machine": machine or kind(CPU), "dtype": "float32", "rows": listed}
-    tuned.write(root / folder / f"{op}.json", [table])
+    tuning.write(root / folder / f"{op}.json", [table])
 
 
 INT8 = {
@@ -65,7 +65,7 @@ def test_the_nearest_size_in_proportion() -> None:
     write("shipped", "int8_matmul", INT8)
 
     def near(rows: int, n_in: int = 32, n_out: int = 72, dtype: torch.dtype = torch.float32) -> int | None:
-        found = tuned.nearest("int8_matmul", CPU, dtype, (rows, n_in, n_out))
+        found = tuning.nearest("int8_matmul", CPU, dtype, (rows, n_in, n_out))
         return None if found is None else found.size[0]
 
     assert [near(n) for n in (1, 7, 9, 100)] == [1, 1, 64, 64]
@@ -73,11 +73,11 @@ def test_the_nearest_size_in_proportion() -> None:
     assert near(64, 32 * 5, 72 * 5) is None  # too far
     assert near(64, dtype=torch.bfloat16) is None
     assert near(0) is None
-    _, many = tuned.timings("int8_matmul", CPU, torch.float32)
+    _, many = tuning.timings("int8_matmul", CPU, torch.float32)
     assert (many.fastest(["triton", "torch"]), many.fastest(["triton", "floating"]), many.fastest(["sdpa"])) == (
         "torch", "triton", None
     )  # fmt: skip
-    assert tuned.preferred("int8_matmul", CPU, torch.float32, (64, 32, 72), ("sdpa",)) == (None, "")
+    assert tuning.preferred("int8_matmul", CPU, torch.float32, (64, 32, 72), ("sdpa",)) == (None, "")
 
 
 def by_products(length: int, *, training: bool = False, dropout_p: float = 0.0) -> bool:
@@ -94,7 +94,7 @@ def test_training_has_a_table_of_its_own() -> None:
 
 def test_one_s_own_measurements_come_first_and_take_effect_at_once() -> None:
     def way() -> tuple[str | None, str]:
-        return tuned.preferred("varlen_attention", CPU, torch.float32, (16, 4, 8), ("sdpa", "matmul"))
+        return tuning.preferred("varlen_attention", CPU, torch.float32, (16, 4, 8), ("sdpa", "matmul"))
 
     assert way() == (None, "")
     assert not by_products(16)
@@ -104,7 +104,7 @@ def test_one_s_own_measurements_come_first_and_take_effect_at_once() -> None:
     assert way() == ("matmul", "measured here at 16 x 4 x 8: matmul 1, sdpa 2 us")
     assert by_products(16)
     assert not by_products(1025)  # its scores would be large
-    with tuned.disabled():
+    with tuning.disabled():
         assert way() == (None, "")
     assert way()[0] == "matmul"
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 9.0, "sdpa": 2.0}}, machine="another")
@@ -126,9 +126,9 @@ def test_a_new_process_reads_them() -> None:
 def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PYACCEL_TUNED")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert tuned.user_folder() == tmp_path / "pyaccel" / "tuned"
+    assert tuning.user_folder() == tmp_path / "pyaccel" / "tuned"
     monkeypatch.delenv("XDG_DATA_HOME")
-    assert tuned.user_folder() == Path.home() / ".local" / "share" / "pyaccel" / "tuned"
+    assert tuning.user_folder() == Path.home() / ".local" / "share" / "pyaccel" / "tuned"
 
 
 @pytest.mark.parametrize(
@@ -153,19 +153,19 @@ def test_a_broken_table_says_so(text: str, folders: Path) -> None:
     (folders / "own").mkdir()
     (folders / "own" / "bias_gelu.json").write_text(text)
     with pytest.raises(ValueError, match=r"bias_gelu.json is not a valid tuning table: .*pyaccel tune"):
-        tuned.read(folders / "own" / "bias_gelu.json")
+        tuning.read(folders / "own" / "bias_gelu.json")
     with pytest.warns(UserWarning, match=r"bias_gelu.json is not a valid tuning table"):
-        assert tuned.timings("bias_gelu", CPU, torch.float32) == []
+        assert tuning.timings("bias_gelu", CPU, torch.float32) == []
 
 
 def test_shipped_tables_are_fine() -> None:
-    files = sorted((Path(tuned.__file__).parent / "kernels" / "tuned").glob("*.json"))
+    files = sorted((Path(tuning.__file__).parent / "kernels" / "tuned").glob("*.json"))
     assert files
-    assert all(tuned.read(file) for file in files)
+    assert all(tuning.read(file) for file in files)
 
 
 def _table(**changes: Any) -> bytes:
-    row = {"size": [16, 8, 32], "us": {"plain": 1.0, "onednn": 9.0}}
+    row = {"size": [16, 8, 32], "us": {"eager": 1.0, "onednn": 9.0}}
     table = {"machine": kind(CPU), "dtype": "float32", "rows": [row]}
     for name, value in changes.items():
         (row if name in ("size", "us", "config") else table)[name] = value
@@ -192,12 +192,12 @@ DAMAGED = {
     "no such dtype": _table(dtype="float31"),
     "a dtype that is none": _table(dtype="nn"),
     "a dtype that is a number": _table(dtype=32),
-    "NaN": _table(us={"plain": float("nan")}),
-    "infinity": _table(us={"plain": float("inf")}),
-    "negative": _table(us={"plain": -1.0, "onednn": 2.0}),
-    "a time that is true": _table(us={"plain": True}),
-    "a time that is text": _table(us={"plain": "1"}),
-    "a time too large": _table(us={"plain": 10**400, "onednn": 1.0}),
+    "NaN": _table(us={"eager": float("nan")}),
+    "infinity": _table(us={"eager": float("inf")}),
+    "negative": _table(us={"eager": -1.0, "onednn": 2.0}),
+    "a time that is true": _table(us={"eager": True}),
+    "a time that is text": _table(us={"eager": "1"}),
+    "a time too large": _table(us={"eager": 10**400, "onednn": 1.0}),
     "times in a list": _table(us=[1.0]),
     "no times": _table(us={}),
     "a size too large": _table(size=[10**400, 8, 32]),
@@ -219,8 +219,10 @@ def _call() -> tuple[str, str]:
     with torch.inference_mode():
         for _ in range(2):
             ops.linear_activation(x, weight)
-    found = tuned.preferred("linear_activation", CPU, torch.float32, (16, 8, 32), ("plain", "onednn"))
-    assert found == tuned.preferred("linear_activation", CPU, torch.float32, (16, 8, 32), ("plain", "onednn"))
+    found = tuning.preferred("linear_activation", CPU, torch.float32, (16, 8, 32), ("eager", "onednn"))
+    assert found == tuning.preferred(
+        "linear_activation", CPU, torch.float32, (16, 8, 32), ("eager", "onednn")
+    )
     return found
 
 
@@ -242,7 +244,7 @@ def own(folders: Path) -> Path:
 
 def test_the_table_that_damage_is_done_to_is_used(own: Path) -> None:
     own.write_bytes(_table())
-    assert _call()[0] == "plain"
+    assert _call()[0] == "eager"
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
@@ -258,7 +260,7 @@ def test_a_damaged_file_spoils_no_other(own: Path, content: bytes) -> None:
     own.with_name("zzz.json").write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert _call()[0] == "plain"
+        assert _call()[0] == "eager"
 
 
 def test_things_that_are_no_files(own: Path) -> None:
@@ -266,7 +268,7 @@ def test_things_that_are_no_files(own: Path) -> None:
     _one_warning("it isn't a file")
     own.rmdir()
     os.mkfifo(own)  # reading would wait for a writer
-    tuned.forget()
+    tuning.forget()
     _one_warning("it isn't a file")
 
 
@@ -283,11 +285,11 @@ def test_what_may_not_be_read(own: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError(13, "Permission denied", str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuned.Path, "read_bytes", refuse)
+        patch.setattr(tuning.Path, "read_bytes", refuse)
         _one_warning("Permission denied.*linear_activation")
     with monkeypatch.context() as patch:
-        patch.setattr(tuned.Path, "iterdir", refuse)
-        tuned.forget()
+        patch.setattr(tuning.Path, "iterdir", refuse)
+        tuning.forget()
         _one_warning("Permission denied.*own")
 
 
@@ -298,7 +300,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
     monkeypatch.delenv("PYACCEL_TUNED")
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
-    monkeypatch.setattr(tuned.Path, "home", no_home)
+    monkeypatch.setattr(tuning.Path, "home", no_home)
     _one_warning("no folder for measurements.*set PYACCEL_TUNED, XDG_DATA_HOME or HOME")
     done = CliRunner().invoke(app, ["tune", "int8_matmul", "--quick", "--device", "cpu"])
     assert isinstance(done.exception, UserInputError)
@@ -308,20 +310,20 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 def test_odd_environments(own: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own.write_bytes(_table())
     monkeypatch.setenv("PYACCEL_TUNED", str(own))  # a file
-    tuned.forget()
+    tuning.forget()
     _one_warning("Not a directory")
     monkeypatch.chdir(own.parent.parent)
     monkeypatch.setenv("PYACCEL_TUNED", "own")
-    tuned.forget()
-    assert _call()[0] == "plain"
+    tuning.forget()
+    assert _call()[0] == "eager"
     monkeypatch.setenv("PYACCEL_TUNED", "")  # as if it weren't set
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    assert tuned.user_folder() == tmp_path / "data" / "pyaccel" / "tuned"
+    assert tuning.user_folder() == tmp_path / "data" / "pyaccel" / "tuned"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for missing in ("", str(tmp_path / "missing")):
             monkeypatch.setenv("PYACCEL_TUNED", missing)
-            tuned.forget()
+            tuning.forget()
             assert _call() == (None, "")
 
 
@@ -342,13 +344,13 @@ def test_warnings_that_are_errors_stop_one_call_alone(own: Path) -> None:
 
 def test_threads_read_the_files_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own.write_text("")
-    reads, real = [], tuned.read
-    monkeypatch.setattr(tuned, "read", lambda file: (reads.append(file), time.sleep(0.05), real(file))[-1])
+    reads, real = [], tuning.read
+    monkeypatch.setattr(tuning, "read", lambda file: (reads.append(file), time.sleep(0.05), real(file))[-1])
     barrier = threading.Barrier(8)
 
     def work(_: int) -> Any:
         barrier.wait()
-        return tuned.nearest("linear_activation", CPU, torch.float32, (16, 8, 32))
+        return tuning.nearest("linear_activation", CPU, torch.float32, (16, 8, 32))
 
     with pytest.warns(UserWarning, match="valid tuning table") as caught, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, range(8))) == [None] * 8
@@ -360,18 +362,20 @@ def test_trials_are_a_thread_s_own() -> None:
 
     def elsewhere() -> Any:
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(lambda: tuned.launch("kernel", x, (1,), "default", exactly=True)).result()
+            return pool.submit(lambda: tuning.launch("kernel", x, (1,), "default", exactly=True)).result()
 
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
-    with tuned.override_config("kernel", "tried"), tuned.disabled():
-        assert tuned.launch("kernel", x, (1,), "default", exactly=True) == "tried"
+    with tuning.override_config("kernel", "tried"), tuning.disabled():
+        assert tuning.launch("kernel", x, (1,), "default", exactly=True) == "tried"
         assert elsewhere() == "default"
         with ThreadPoolExecutor(1) as pool:
-            found = pool.submit(tuned.nearest, "varlen_attention", CPU, torch.float32, (16, 4, 8)).result()
+            found = pool.submit(tuning.nearest, "varlen_attention", CPU, torch.float32, (16, 4, 8)).result()
         assert found is not None, "what one thread ignores another uses"
-        assert tuned.nearest("varlen_attention", CPU, torch.float32, (16, 4, 8)) is None
-    assert tuned.launches_of("kernel", elsewhere) is None
-    assert tuned.launches_of("kernel", lambda: tuned.launch("kernel", x, (1,), "default", exactly=True)) == (
+        assert tuning.nearest("varlen_attention", CPU, torch.float32, (16, 4, 8)) is None
+    assert tuning.launches_of("kernel", elsewhere) is None
+    assert tuning.launches_of(
+        "kernel", lambda: tuning.launch("kernel", x, (1,), "default", exactly=True)
+    ) == (
         (1,),
         "default",
     )
@@ -382,15 +386,15 @@ def test_a_broken_file_makes_room_for_what_was_measured(own: Path) -> None:
     with pytest.warns(
         UserWarning, match="now linear_activation.json.broken, and a new table takes its place"
     ):
-        write("own", "linear_activation", {(16, 8, 32): {"plain": 1.0, "onednn": 9.0}})
+        write("own", "linear_activation", {(16, 8, 32): {"eager": 1.0, "onednn": 9.0}})
     assert own.with_name("linear_activation.json.broken").read_text() == "broken"
-    assert _call()[0] == "plain"
+    assert _call()[0] == "eager"
     own.unlink()
     own.with_name("linear_activation.json.broken").unlink()
     own.mkdir()
     with pytest.warns(UserWarning, match="it isn't a file"):
-        write("own", "linear_activation", {(16, 8, 32): {"plain": 1.0, "onednn": 9.0}})
-    assert _call()[0] == "plain"
+        write("own", "linear_activation", {(16, 8, 32): {"eager": 1.0, "onednn": 9.0}})
+    assert _call()[0] == "eager"
 
 
 def test_a_write_that_fails_leaves_nothing_behind(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,11 +405,11 @@ def test_a_write_that_fails_leaves_nothing_behind(own: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuned.Path, "write_text", full)
+        patch.setattr(tuning.Path, "write_text", full)
         with pytest.raises(OSError, match="No space left"):
-            write("own", "linear_activation", {(16, 8, 32): {"plain": 9.0, "onednn": 1.0}})
+            write("own", "linear_activation", {(16, 8, 32): {"eager": 9.0, "onednn": 1.0}})
     assert [file.name for file in own.parent.iterdir()] == [own.name]
-    assert _call()[0] == "plain"
+    assert _call()[0] == "eager"
 
 
 # ---- dispatch listens ----
@@ -431,12 +435,12 @@ def test_products_by_the_row_that_decided() -> None:
         return way, choices[0].reason
 
     assert choice() == ("onednn", "oneDNN, bias and activation fused")
-    write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "plain": 1.0}})
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "eager": 1.0}})
     row = "measured here at 64 x 32 x 72: plain 1, onednn 2 us"
-    assert choice() == ("plain", f"F.linear, then the activation: {row}")
-    write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.02, "plain": 1.0}})
+    assert choice() == ("eager", f"F.linear, then the activation: {row}")
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.02, "eager": 1.0}})
     assert choice()[0] == "onednn"  # that is noise
-    write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.0, "plain": 2.0}})
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.0, "eager": 2.0}})
     assert choice() == (
         "onednn",
         "oneDNN, bias and activation fused (measured here at 64 x 32 x 72: onednn 1, plain 2 us)",
@@ -450,7 +454,7 @@ def test_on_a_card_the_faster_backend_serves(
     us: dict[str, float], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Meta tensors stand for a card's: what would serve them is chosen, and nothing runs."""
-    monkeypatch.setattr(tuned.machine, "kind", lambda device: "a card" if device.type == "meta" else "cpu")
+    monkeypatch.setattr(tuning.machine, "kind", lambda device: "a card" if device.type == "meta" else "cpu")
     monkeypatch.setattr(triton_support, "has_triton", lambda: True)
 
     def x(*shape: int) -> torch.Tensor:
@@ -481,7 +485,7 @@ def test_on_a_card_the_faster_backend_serves(
 
 def test_explain_shows_the_row() -> None:
     write("own", "varlen_attention", {(16, 4, 8): {"matmul": 1.0, "sdpa": 2.0}})
-    write("own", "linear_activation", {(16, 32, 72): {"onednn": 1.0, "plain": 2.0}})
+    write("own", "linear_activation", {(16, 32, 72): {"onednn": 1.0, "eager": 2.0}})
     model = tiny()
     pyaccel.accelerate(model)
     with torch.no_grad():
@@ -511,15 +515,15 @@ def test_explain_shows_when_int8_is_not_faster() -> None:
 
 
 def test_tune_writes_what_dispatch_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    smallest = [_smallest(one) for one in tuning.tunables(CPU)]
-    monkeypatch.setattr(tuning, "tunables", lambda *_, **__: smallest)
+    smallest = [_smallest(one) for one in tune.tunables(CPU)]
+    monkeypatch.setattr(tune, "tunables", lambda *_, **__: smallest)
     write("own", "int8_matmul", {(1, 2, 3): {"torch": 1.0}}, machine="another")
     options = ["tune", "--rounds", "2", "--dtype", "fp32", "--device", "cpu"]
     for _ in range(2):
         done = CliRunner().invoke(app, options)
         assert done.exit_code == 0, done.output
-    assert f"written to {tuned.user_folder()}" in done.output
-    files = {file.stem: tuned.read(file) for file in tuned.user_folder().glob("*.json")}
+    assert f"written to {tuning.user_folder()}" in done.output
+    files = {file.stem: tuning.read(file) for file in tuning.user_folder().glob("*.json")}
     assert files.keys() == {
         "linear_activation", "varlen_attention", "varlen_attention_training", "int8_matmul"
     }  # fmt: skip
@@ -534,27 +538,27 @@ def test_tune_writes_what_dispatch_reads(monkeypatch: pytest.MonkeyPatch) -> Non
     (row,) = mine["rows"]
     assert row["size"] == [19, 24, 40]
     assert row["us"].keys() == {"torch", "floating"}
-    (timing,) = tuned.timings("varlen_attention", CPU, torch.float32)
+    (timing,) = tuning.timings("varlen_attention", CPU, torch.float32)
     assert (timing.size, timing.us.keys()) == ((9, 2, 8), {"matmul", "sdpa"})
-    (timing,) = tuned.timings("linear_activation", CPU, torch.float32)
-    assert (timing.size, timing.us.keys()) == ((9, 24, 40), {"onednn", "plain"})
+    (timing,) = tuning.timings("linear_activation", CPU, torch.float32)
+    assert (timing.size, timing.us.keys()) == ((9, 24, 40), {"onednn", "eager"})
 
 
-def _smallest(one: tuning.Tunable) -> tuning.Tunable:
+def _smallest(one: tune.Tunable) -> tune.Tunable:
     label, size = next(iter(one.case.smoke.items()))
-    return tuning.dataclasses.replace(one, sizes={label: size})
+    return tune.dataclasses.replace(one, sizes={label: size})
 
 
 def test_a_wrong_way_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    (one,) = tuning.tunables(CPU, ["varlen_attention"])
+    (one,) = tune.tunables(CPU, ["varlen_attention"])
     wrong = Variant("pyaccel SDPA", lambda p: lambda: (p.tensors[0] * 2,))
-    case = tuning.dataclasses.replace(one.case, variants=(one.case.variants[0], wrong))
-    broken = tuning.dataclasses.replace(_smallest(one), case=case)
-    monkeypatch.setattr(tuning, "tunables", lambda *_, **__: [broken])
+    case = tune.dataclasses.replace(one.case, variants=(one.case.variants[0], wrong))
+    broken = tune.dataclasses.replace(_smallest(one), case=case)
+    monkeypatch.setattr(tune, "tunables", lambda *_, **__: [broken])
     done = CliRunner().invoke(app, ["tune", "--dtype", "fp32", "--device", "cpu"])
     assert done.exit_code == 1
     assert "pyaccel SDPA at 2x8 9: wrong" in done.output
-    assert not tuned.user_folder().exists()
+    assert not tuning.user_folder().exists()
 
 
 @pytest.mark.parametrize(
@@ -572,9 +576,7 @@ def test_bad_options(options: list[str], message: str) -> None:
 
 
 def test_every_op_of_a_card_has_something_to_measure() -> None:
-    found = {
-        one.name: one for one in tuning.tunables(torch.device("cuda")) if isinstance(one, tuning.Tunable)
-    }
+    found = {one.name: one for one in tune.tunables(torch.device("cuda")) if isinstance(one, tune.Tunable)}
     assert found.keys() == {
         "scaled_dot_product_attention", "varlen_attention", "residual_layernorm", "bias_gelu", "bert_embeddings",
         "linear_activation",
@@ -583,7 +585,7 @@ def test_every_op_of_a_card_has_something_to_measure() -> None:
     for one in found.values():
         assert len({len(one.size(size)) for size in one.sizes.values()}) == 1
         names = {variant.name for variant in one.case.variants}
-        assert {name for names in one.ways.values() for name in names} <= names
+        assert {name for names in one.implementations.values() for name in names} <= names
 
 
 def test_what_ships_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,7 +595,7 @@ def test_what_ships_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "int8_matmul", "linear_activation", "varlen_attention", "varlen_attention_training"
     ]  # fmt: skip
     for file in files:
-        for table in tuned.read(file):
+        for table in tuning.read(file):
             assert {"machine", "dtype", "device", "torch", "commit", "date", "rows"} <= table.keys()
             assert len({len(row["size"]) for row in table["rows"]}) == 1
             assert all(us > 0 for row in table["rows"] for us in row["us"].values())
@@ -603,25 +605,25 @@ def test_what_ships_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_measured_before_does_not_decide_what_is_measured_now() -> None:
     """Else a way that lost once would be measured as the one that won, for ever."""
     write("own", "varlen_attention", {(9, 2, 8): {"matmul": 9.0, "sdpa": 1.0}})
-    (one,) = tuning.tunables(CPU, ["varlen_attention"])
+    (one,) = tune.tunables(CPU, ["varlen_attention"])
     known: list[Any] = []
 
     def asking(variant: Variant) -> Variant:
         def prepare(p: Any) -> Any:
-            known.append(tuned.timings("varlen_attention", CPU, torch.float32))
+            known.append(tuning.timings("varlen_attention", CPU, torch.float32))
             return variant.prepare(p)
 
-        return tuning.dataclasses.replace(variant, prepare=prepare)
+        return tune.dataclasses.replace(variant, prepare=prepare)
 
-    case = tuning.dataclasses.replace(one.case, variants=tuple(map(asking, one.case.variants)))
-    tuning.dataclasses.replace(_smallest(one), case=case).table(torch.float32, CPU, 1)
+    case = tune.dataclasses.replace(one.case, variants=tuple(map(asking, one.case.variants)))
+    tune.dataclasses.replace(_smallest(one), case=case).table(torch.float32, CPU, 1)
     assert known == [[], []]
-    assert len(tuned.timings("varlen_attention", CPU, torch.float32)) == 1
+    assert len(tuning.timings("varlen_attention", CPU, torch.float32)) == 1
 
 
 def test_a_size_that_is_a_symbol_is_no_size() -> None:
     """Of a graph traced for all sizes, where nothing can be looked up."""
-    write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "plain": 1.0}})
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "eager": 1.0}})
     weight, bias = torch.randn(72, 32), torch.randn(72)
     traced = make_fx(lambda *given: ops.linear_activation(*given, "gelu"), tracing_mode="symbolic")
     with torch.no_grad():
@@ -632,7 +634,7 @@ def test_a_size_that_is_a_symbol_is_no_size() -> None:
 
 
 def test_a_product_in_two_steps_says_so() -> None:
-    write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "plain": 1.0}})
+    write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "eager": 1.0}})
     x, weight, bias, residual = torch.randn(50, 32), torch.randn(72, 32), torch.randn(72), torch.randn(50, 72)
     with torch.no_grad(), dispatch.record() as choices:
         out = ops.linear_residual_layernorm(x, weight, bias, residual, torch.ones(72), torch.zeros(72))
