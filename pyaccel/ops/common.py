@@ -22,6 +22,8 @@ _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PR
 _Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
 # In eager mode, and in inference mode.
 _PLAIN_KEYS = (_Keys(_Key.BackendSelect) | _Keys(_Key.ADInplaceOrView), _Keys(_Key.BackendSelect))
+# Of torch.autograd.grad(is_grads_batched=True), whose tensors say that they are plain.
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 
 def on_host(x: Tensor) -> bool:
@@ -33,8 +35,13 @@ def on_host(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling() and type(x) in _PLAIN and not _recorded()
 
 
+def _transformed() -> bool:
+    included = torch._C._dispatch_tls_local_include_set()
+    return torch._C._are_functorch_transforms_active() or included.has(_VMAP_MODE)
+
+
 def _recorded() -> bool:
-    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch._C._is_tracing() or _transformed():
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
@@ -59,7 +66,7 @@ def _nothing_traces() -> bool:
         return True
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+    return not (_transformed() or torch._C._len_torch_dispatch_stack())
 
 
 def is_undisturbed(*args: Any) -> bool:

@@ -6,6 +6,8 @@ from tests.mutants import Mutant
 
 TESTS = [
     "tests/kernels/test_device.py",
+    "tests/ops/test_direct.py",
+    "tests/nn/test_triton_layer.py",
     *(
         f"tests/gpu_stub/test_gpu_stub.py::test_on_a_card_that_is_not_there[{check}]"
         for check in (
@@ -17,8 +19,6 @@ TESTS = [
             "fewer_calls_than_stock",
         )
     ),
-    "tests/ops/test_direct.py",
-    "tests/nn/test_triton_layer.py",
 ]
 
 PLANS = "kernels/common/launch.py"
@@ -83,8 +83,14 @@ MUTANTS = [
     Mutant(
         "ops: never directly again after torch.jit.trace",
         COMMON,
-        "    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())",
+        "    return not (_transformed() or torch._C._len_torch_dispatch_stack())",
         "    return False",
+    ),
+    Mutant(
+        "ops: directly where gradients are batched",
+        COMMON,
+        "torch._C._are_functorch_transforms_active() or included.has(_VMAP_MODE)",
+        "torch._C._are_functorch_transforms_active()",
     ),
     Mutant(
         "TritonLayer: one dropout mask for both halves",

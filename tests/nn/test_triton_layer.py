@@ -159,6 +159,17 @@ def test_the_backward_under_a_mode_is_by_registered_ops(layer: Any, device: torc
     assert len(ours) == 6, ours
 
 
+def test_batched_gradients(layer: Any, device: torch.device) -> None:
+    hidden, out = recorded(layer, device)
+    wanted = [hidden, *layer.parameters()]
+    gradients = torch.randn(2, *out.shape, device=device).to(out.dtype)
+    batched = torch.autograd.grad(out, wanted, gradients, retain_graph=True, is_grads_batched=True)
+    for i, gradient in enumerate(gradients):
+        alone = torch.autograd.grad(out, wanted, gradient, retain_graph=True)
+        for a, b in zip(batched, alone, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
 @pytest.mark.parametrize("name", ["attention.self.key.weight", "output.LayerNorm.weight"])
 def test_a_parameter_changed_between_forward_and_backward(
     layer: Any, device: torch.device, name: str

@@ -72,6 +72,21 @@ def test_jacrev(name: str, backend: str, device: torch.device) -> None:
 
 
 @backends
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_batched_gradients(name: str, backend: str, device: torch.device) -> None:
+    """By PyTorch's older vmap, whose tensors say that they are plain."""
+    call, inputs = made(name, backend, device)
+    leaves = [leaf.detach().requires_grad_() for leaf in call.leaves(inputs)]
+    factors = torch.tensor([1.0, -2.0], device=device)
+    with dispatch.use_backend(backend):
+        expected = eager_gradients(call, inputs)
+        found = torch.autograd.grad(loss_of(call, inputs)(*leaves), leaves, factors, is_grads_batched=True)
+    for grad, right in zip(found, expected, strict=True):
+        for row, factor in zip(grad, factors, strict=True):
+            assert_equivalent(row, right * factor)
+
+
+@backends
 @every_op
 def test_vmap(name: str, backend: str, device: torch.device) -> None:
     """Over the first tensor: what a loop gives."""
