@@ -62,7 +62,7 @@ fuzz: $(ENV)     ## random ops, models and command lines, stock beside ours: ARG
 bench: $(ENV)    ## pyaccel beside its baselines, minutes: a table, plots and bench/report.html
 	$(BIN)/pyaccel bench --quick $(ARGS)
 
-figures: $(ENV)  ## measure every figure of README anew, with every baseline: two hours on two cores
+figures: $(ENV)  ## measure every figure of README again, with every baseline: two hours on two cores
 	$(PIP) --editable '.[dev,baselines]'
 	$(BIN)/pyaccel bench models layers train --out benchmarks/results $(ARGS)
 	$(BIN)/pyaccel tune --out kernels/tuned

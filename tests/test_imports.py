@@ -267,7 +267,7 @@ def violations(root: Path) -> list[str]:
         part = each.module.split(".")[1]
         top, *rest = name.split(".")
         if top == "pyaccel":
-            # A bare `import pyaccel` opens every part; the version belongs to nobody.
+            # A bare `import pyaccel` opens every part, and the version is none of them.
             allowed = bool(rest) and rest[0] in (part, "__version__", *rule.parts)
             allowed = allowed or any(f"{name}.".startswith(f"{module}.") for module in rule.modules)
             allowed = allowed or top in rule.packages

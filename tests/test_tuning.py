@@ -207,7 +207,7 @@ DAMAGED = {
     "no size": _table(size=[]),
     "too few sizes": _table(size=[16, 8]),
     "too many sizes": _table(size=[16, 8, 32, 1]),
-    "ways of another version": _table(us={"amx": 1.0}),
+    "implementations of another version": _table(us={"amx": 1.0}),
     "a configuration that is text": _table(config="fast"),
     "a configuration of texts": _table(config={"block_m": "64"}),
 }

@@ -72,7 +72,7 @@ def tune(
                     raise typer.Exit(1) from error
         console.print(_table(one.name, tables))
         try:
-            tuning.write(folder / f"{one.name}.json", tables)  # at once: a long run may be cut short
+            tuning.write(folder / f"{one.name}.json", tables)  # before the next: a long run may be cut short
         except OSError as error:
             raise UserInputError(f"{folder}: {error}") from error
     console.print(f"written to {folder}", soft_wrap=True)

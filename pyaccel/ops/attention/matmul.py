@@ -36,7 +36,7 @@ _EVALUATION = {torch.bfloat16: range(96, 1025), torch.float32: range(64, 225)}
 _TRAINING = {torch.bfloat16: range(1, 1025)}
 # Beyond, scores and weights would take over 48 MB at 12 heads.
 LONGEST = 1024
-WAYS = ("sdpa", "matmul")
+NAMES = ("sdpa", "matmul")
 # Weights of a chunk of sequences, 2 MB in bf16: what one pass leaves for the next stays in the caches.
 _CHUNK = 2**20
 _CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def serve(query: Tensor, length: int, *, training: bool, dropout_p: float) -> tu
         why = "with dropout PyTorch takes products too, and slower ones"
     else:
         size = (length, *query.shape[1:])
-        _, why = tuning.preferred(_table(training), _CPU, query.dtype, size, WAYS)
+        _, why = tuning.preferred(_table(training), _CPU, query.dtype, size, NAMES)
         why = why or "nothing near was measured on this machine: `pyaccel tune` does"
     return length in served(query, {length}, training=training, dropout_p=dropout_p), why
 
@@ -69,7 +69,7 @@ def served(query: Tensor, lengths: set[int], *, training: bool, dropout_p: float
         return lengths
     heads, head_dim = query.shape[1:]
     sizes = [(length, heads, head_dim) for length in lengths]
-    names = tuning.preferred_each(_table(training), _CPU, query.dtype, sizes, WAYS)
+    names = tuning.preferred_each(_table(training), _CPU, query.dtype, sizes, NAMES)
     known = (_TRAINING if training else _EVALUATION).get(query.dtype, range(0))
     found = set()
     for length, name in zip(lengths, names, strict=True):
