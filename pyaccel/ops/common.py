@@ -35,13 +35,10 @@ def on_host(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling() and type(x) in _PLAIN and not _recorded()
 
 
-def _transformed() -> bool:
-    included = torch._C._dispatch_tls_local_include_set()
-    return torch._C._are_functorch_transforms_active() or included.has(_VMAP_MODE)
-
-
 def _recorded() -> bool:
-    if torch._C._is_tracing() or _transformed():
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._dispatch_tls_local_include_set().has(_VMAP_MODE):
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
@@ -59,14 +56,10 @@ def runs_now(*tensors: Tensor | None) -> bool:
 
 def _nothing_traces() -> bool:
     """Whether this thread is in no graph that is made, no function transform and no dispatch mode."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    # All of them but TorchDynamo say so in what the dispatcher includes, but torch.jit.trace leaves its key there.
-    if torch._C._dispatch_tls_local_include_set() in _PLAIN_KEYS:
-        return True
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return not (_transformed() or torch._C._len_torch_dispatch_stack())
+    # All of them but TorchDynamo say so in what the dispatcher includes.
+    return (
+        not torch.compiler.is_dynamo_compiling() and torch._C._dispatch_tls_local_include_set() in _PLAIN_KEYS
+    )
 
 
 def is_undisturbed(*args: Any) -> bool:

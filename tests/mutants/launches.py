@@ -81,16 +81,10 @@ MUTANTS = [
         "return is_undisturbed(*args)",
     ),
     Mutant(
-        "ops: never directly again after torch.jit.trace",
+        "ops: past transforms, traces and modes",
         COMMON,
-        "    return not (_transformed() or torch._C._len_torch_dispatch_stack())",
-        "    return False",
-    ),
-    Mutant(
-        "ops: directly where gradients are batched",
-        COMMON,
-        "torch._C._are_functorch_transforms_active() or included.has(_VMAP_MODE)",
-        "torch._C._are_functorch_transforms_active()",
+        "torch._C._dispatch_tls_local_include_set() in _PLAIN_KEYS",
+        "True",
     ),
     Mutant(
         "TritonLayer: one dropout mask for both halves",
