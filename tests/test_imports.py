@@ -423,7 +423,7 @@ def test_a_planted_circle_is_found(copied: Path, file: str, source: str, between
         ("benchmarks/f.py", "def f():\n    import pyaccel.cli", 2),
         ("benchmarks/cases/f.py", "from pyaccel import cli", 1),
         ("benchmarks/cases/f.py", "import pyaccel", 1),
-        ("benchmarks/cases/f.py", "from pyaccel import tuned", 1),  # which the rest of benchmarks may
+        ("benchmarks/cases/f.py", "from pyaccel import tuning", 1),  # which the rest of benchmarks may
         ("benchmarks/f.py", "from pyaccel.quantization import quantize", 1),
         ("__init__.py", "from pyaccel import ops", 1),
         ("newcomer/f.py", "import os", None),
@@ -448,7 +448,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, li
             "import triton.language as tl\nfrom pyaccel.kernels.common.configs import RowConfig",
         ),
         ("cli/f.py", "from pyaccel import __version__, benchmarks\ndef f():\n    import transformers"),
-        ("benchmarks/f.py", "from pyaccel import tuned\ndef f():\n    import pyaccel.quantization"),
+        ("benchmarks/f.py", "from pyaccel import tuning\ndef f():\n    import pyaccel.quantization"),
         ("__init__.py", "if TYPE_CHECKING:\n    from pyaccel import ops"),
     ],
 )

@@ -436,14 +436,14 @@ def test_products_by_the_row_that_decided() -> None:
 
     assert choice() == ("onednn", "oneDNN, bias and activation fused")
     write("own", "linear_activation", {(64, 32, 72): {"onednn": 2.0, "eager": 1.0}})
-    row = "measured here at 64 x 32 x 72: plain 1, onednn 2 us"
+    row = "measured here at 64 x 32 x 72: eager 1, onednn 2 us"
     assert choice() == ("eager", f"F.linear, then the activation: {row}")
     write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.02, "eager": 1.0}})
     assert choice()[0] == "onednn"  # that is noise
     write("own", "linear_activation", {(64, 32, 72): {"onednn": 1.0, "eager": 2.0}})
     assert choice() == (
         "onednn",
-        "oneDNN, bias and activation fused (measured here at 64 x 32 x 72: onednn 1, plain 2 us)",
+        "oneDNN, bias and activation fused (measured here at 64 x 32 x 72: onednn 1, eager 2 us)",
     )
 
 
@@ -492,7 +492,7 @@ def test_explain_shows_the_row() -> None:
         model(**batch_of("right"))
     text = str(pyaccel.explain(model))
     assert "measured here at 16 x 4 x 8: matmul 1, sdpa 2 us" in text
-    assert "measured here at 16 x 32 x 72: onednn 1, plain 2 us" in text
+    assert "measured here at 16 x 32 x 72: onednn 1, eager 2 us" in text
 
 
 def test_explain_shows_when_int8_is_not_faster() -> None:
@@ -639,7 +639,7 @@ def test_a_product_in_two_steps_says_so() -> None:
     with torch.no_grad(), dispatch.record() as choices:
         out = ops.linear_residual_layernorm(x, weight, bias, residual, torch.ones(72), torch.zeros(72))
     if onednn.supported_dtypes():
-        row = "measured here at 64 x 32 x 72: plain 1, onednn 2 us"
+        row = "measured here at 64 x 32 x 72: eager 1, onednn 2 us"
         assert choices[0].reason == f"on the CPU; the product in F.linear, {row}"
     total = torch.nn.functional.linear(x, weight, bias) + residual
     assert_equivalent(out, torch.nn.functional.layer_norm(total, (72,), eps=1e-12))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyaccel.activations import activation_name
 from pyaccel.nn.encoder_layer import encoder_layer, is_plain, plain_modules
+from pyaccel.ops.attention.params import CuSeqlens
 from pyaccel.ops.common import apply
 from pyaccel.ops.layer_choice import triton_serves
 from pyaccel.ops.triton_layer import LayerCall, LayerFunction, attend, forward
@@ -76,7 +77,8 @@ class TritonLayer:
         parameters = self._tensors()
         weights, first, second = self._dropouts
         call = LayerCall(
-            tokens,
+            CuSeqlens(tokens.cu_seqlens, tokens.cu_seqlens_k, tokens.max_seqlen, tokens.max_seqlen_k),
+            tokens.key_indices,
             self._heads,
             self._activation,
             (self._norms[0].eps, self._norms[1].eps),

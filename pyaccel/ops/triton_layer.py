@@ -16,26 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyaccel.ops.attention import custom_ops as attention
+from pyaccel.ops.attention.params import CuSeqlens
 from pyaccel.ops.bias_act import triton as bias_act
 from pyaccel.ops.common import differentiable_once, runs_directly
 from pyaccel.ops.dropout import dropout_key
 from pyaccel.ops.layernorm import triton as layernorm
 from pyaccel.ops.linear import triton as linear
-from pyaccel.packing import PackedLayout
 
 
 class LayerCall(NamedTuple):
     """What a layer takes beside its hidden states and parameters.
 
     Attributes:
-        tokens: where the sequences lie.
+        cu_seqlens: where the sequences lie.
+        key_indices: int64 ``[keys]``, the rows that are keys; None where all are.
         heads: of attention, and the dimension of one.
         activation: between the products of the feed-forward network.
         eps: of the LayerNorm after attention, and of the last.
         dropout_p: of attention's weights, and before each LayerNorm; 0 where dropout doesn't act.
     """
 
-    tokens: PackedLayout
+    cu_seqlens: CuSeqlens
+    key_indices: Tensor | None
     heads: tuple[int, int]
     activation: str
     eps: tuple[float, float]
@@ -43,11 +45,9 @@ class LayerCall(NamedTuple):
 
     def attention(self, key: Tensor | None) -> tuple[Any, ...]:
         """What attention's ops take after query, key and value."""
-        tokens, scale = self.tokens, 1.0 / math.sqrt(self.heads[1])
-        return (
-            None, None, tokens.cu_seqlens, tokens.cu_seqlens_k, key, tokens.max_seqlen, tokens.max_seqlen_k,
-            scale, self.dropout_p[0], False, -1, -1,
-        )  # fmt: skip
+        cu_q, cu_k, max_q, max_k = self.cu_seqlens
+        scale = 1.0 / math.sqrt(self.heads[1])
+        return None, None, cu_q, cu_k, key, max_q, max_k, scale, self.dropout_p[0], False, -1, -1
 
 
 class _Ops(NamedTuple):
@@ -74,11 +74,10 @@ def attend(
     hidden: Tensor, parameters: tuple[Tensor, ...], call: LayerCall, *, records: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """``[total_tokens, hidden_size]`` of each sequence's attention to itself, and what its backward takes."""
-    tokens = call.tokens
     key = dropout_key(hidden.device) if call.dropout_p[0] > 0.0 else None
     q, k, v = [F.linear(hidden, *parameters[i : i + 2]) for i in (0, 2, 4)]
-    if tokens.key_indices is not None:
-        k, v = k.index_select(0, tokens.key_indices), v.index_select(0, tokens.key_indices)
+    if call.key_indices is not None:
+        k, v = k.index_select(0, call.key_indices), v.index_select(0, call.key_indices)
     q, k, v = [x.view(1, -1, *call.heads).transpose(1, 2) for x in (q, k, v)]
     out, lse, _ = attention.forward_op.function(q, k, v, *call.attention(key), records)
     return _tokens(out), (q, k, v, out, lse, key)
@@ -200,9 +199,8 @@ def _backward_attention(
     dout = dcontext.view(1, -1, *call.heads).transpose(1, 2)
     found = ops.attention(dout, None, out, lse, None, q, k, v, *call.attention(key), False)
     dq, dk, dv = [_tokens(each) for each in found[:3]]
-    indices = call.tokens.key_indices
-    if indices is not None:
-        dk, dv = [torch.zeros_like(dq).index_add_(0, indices, each) for each in (dk, dv)]
+    if call.key_indices is not None:
+        dk, dv = [torch.zeros_like(dq).index_add_(0, call.key_indices, each) for each in (dk, dv)]
     return [dq, dk, dv]
 
 

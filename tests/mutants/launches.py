@@ -101,7 +101,7 @@ MUTANTS = [
     Mutant(
         "TritonLayer: keys of padding attend",
         FUNCTION,
-        "k, v = k.index_select(0, tokens.key_indices), v.index_select(0, tokens.key_indices)",
+        "k, v = k.index_select(0, call.key_indices), v.index_select(0, call.key_indices)",
         "pass",
     ),
     Mutant(
