@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import BertForQuestionAnswering, BertModel
 import pyaccel
 from pyaccel import dispatch
 from pyaccel.errors import NotSupportedError
+from pyaccel.hf import eligibility
 from pyaccel.hf.executors import cuda_graph as graphs
 from pyaccel.ops import common
 from tests.assertions import assert_bits_equal, assert_equivalent
@@ -358,6 +360,17 @@ def test_what_goes_its_usual_way(device: torch.device, monkeypatch: pytest.Monke
     assert "not by cuda_graph: 1: the caller captures" in text
     assert "CUDA graphs captured" not in text
     assert report.as_dict()["refused"]["cuda_graph"] == dict(report.refused["cuda_graph"])
+
+
+def test_packing_would_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a capture forbids."""
+    call: Any = SimpleNamespace(
+        hidden=SimpleNamespace(is_cuda=True, is_meta=False), is_packed=False, kwargs={}, mask=None
+    )
+    for captures in (False, True):
+        monkeypatch.setattr(eligibility, "is_capturing", lambda captures=captures: captures)
+        reason = eligibility.not_packable(call)
+        assert (reason is not None and "nothing may wait" in reason) if captures else reason is None
 
 
 def test_watched_layers_are_not_graphed(device: torch.device) -> None:
