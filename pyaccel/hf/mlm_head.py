@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from pyaccel import ops
-from pyaccel.hf.eligibility import change_of, has_foreign_global_hooks, is_foreign_hook, special
+from pyaccel.hf.eligibility import change_of, has_foreign_global_hooks, inside, is_foreign_hook, special
 from pyaccel.hf.families import BY_FILE
 from pyaccel.hf.plan import scope
 from pyaccel.hf.state import Acceleration
@@ -186,8 +186,8 @@ def _why_not(head: Any, given: dict[str, Any]) -> str | None:
     labels = given.get("labels")
     if labels is None:
         return "no labels were given"
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return "the call is traced or under a function transform"
+    if reason := inside():
+        return reason
     if reason := ineligible_reason(head):
         return reason
     decoder = head.get_output_embeddings()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from transformers import BertForMaskedLM, BertForPreTraining, BertModel
 
@@ -648,7 +649,21 @@ def test_function_transforms_get_all_logits() -> None:
     ]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     assert report_of(ours).served["masked_lm_loss"] == 1
-    assert any("function transform" in reason for reason in report_of(ours).refused["masked_lm_loss"])
+    assert any("torch.func transform" in reason for reason in report_of(ours).refused["masked_lm_loss"])
+
+
+def test_forward_mode_derivatives_get_all_logits() -> None:
+    stock = tiny(BertForMaskedLM, attn_implementation="eager", **NO_DROPOUT).train()
+    ours = accelerated(stock)
+    batch = labeled()
+    embeds = stock.get_input_embeddings()(batch.pop("input_ids")).detach()
+    tangents = []
+    for m in (ours, stock):
+        with forward_ad.dual_level():
+            loss = m(inputs_embeds=forward_ad.make_dual(embeds, -embeds), **batch).loss
+            tangents.append(forward_ad.unpack_dual(loss).tangent.detach())
+    torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-6)
+    assert any("forward-mode" in reason for reason in report_of(ours).refused["masked_lm_loss"])
 
 
 def test_checkpointed_layers_and_a_checkpointed_model() -> None:

@@ -28,4 +28,5 @@ MUTANTS = [
     Mutant("changes: items come back in another order", CHANGES, "if list(items) != order:", "if False:"),
     Mutant("changes: codes stay in the place of weights", CONVERT, "changes.make(layer.freeze, partial(_thaw, layer, layer.weight, layer._float))", "layer.freeze()"),
     Mutant("changes: a restore says first that it is done", SWAP, "    for acceleration in accelerations:\n        for parent, name, child", "    for module in swapped:\n        del module._pyaccel\n    swapped = []\n    for acceleration in accelerations:\n        for parent, name, child"),
+    Mutant("mlm head: transforms and forward mode are passed by", HEAD, "    if reason := inside():\n        return reason\n", ""),
 ]  # fmt: skip
