@@ -22,8 +22,6 @@ _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PR
 _Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
 # In eager mode, and in inference mode.
 _PLAIN_KEYS = (_Keys(_Key.BackendSelect) | _Keys(_Key.ADInplaceOrView), _Keys(_Key.BackendSelect))
-# Of torch.autograd.grad(is_grads_batched=True), whose tensors say that they are plain.
-_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 
 def on_host(x: Tensor) -> bool:
@@ -36,9 +34,13 @@ def on_host(x: Tensor) -> bool:
 
 
 def _recorded() -> bool:
+    included = torch._C._dispatch_tls_local_include_set()
+    if included in _PLAIN_KEYS:
+        return False
     if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return True
-    if torch._C._dispatch_tls_local_include_set().has(_VMAP_MODE):
+    # Of torch.autograd.grad(is_grads_batched=True), whose tensors say that they are plain.
+    if "VmapMode" in repr(included):
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
