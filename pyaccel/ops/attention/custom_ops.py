@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyaccel import tuning
-from pyaccel.ops.common import custom_op
+from pyaccel.ops.common import custom_op, kernels
 
 if TYPE_CHECKING:
     from pyaccel.kernels.attention.params import AttentionCall
@@ -82,31 +82,25 @@ def forward_op(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output, laid out in memory as ``[batch, seq_q, heads, value_dim]``; LSE ``[batch, heads, seq_q]`` fp32, and what
     rounding took from it, where a float attn_mask may make that large."""
-    from pyaccel.kernels.attention.config import attention_short
-    from pyaccel.kernels.attention.forward import forward
-    from pyaccel.kernels.attention.short import forward_short
-
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
     outputs = _forward_outputs(query, value, attn_mask, want_lse)
-    short = attention_short("forward_short", call.shape)
+    short = kernels("attention.config").attention_short("forward_short", call.shape)
     if short is not None:
-        forward_short(*outputs, call, short)
+        kernels("attention.short").forward_short(*outputs, call, short)
     else:
-        _launch("forward", query, call, partial(forward, *outputs, call))
+        _launch("forward", query, call, partial(kernels("attention.forward").forward, *outputs, call))
     return outputs
 
 
 def _launch(kernel: str, query: Tensor, call: AttentionCall, launch: Callable[[Any], None]) -> None:
     """``launch`` with the kernel's configuration for this call."""
-    from pyaccel.kernels.attention import config as attention_config
-
     shape = call.shape
     # Mask and dropout take registers: what is best without them may spill with them.
     size = (shape.head_dim, 1 + shape.has_mask + 2 * shape.has_dropout)
-    default = attention_config.attention(kernel, shape)
+    default = kernels("attention.config").attention(kernel, shape)
     tuning.run(f"attention_{kernel}", query, size, default, launch, exactly=True)
 
 
@@ -154,27 +148,24 @@ def backward_op(
     want_dmask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value, in their shapes, and of attn_mask, in its, if that is wanted."""
-    from pyaccel.kernels.attention.config import attention, attention_short
-    from pyaccel.kernels.attention.dkv import dkey_dvalue
-    from pyaccel.kernels.attention.dq import dquery
-    from pyaccel.kernels.attention.scores import dmask as write_dmask
-    from pyaccel.kernels.attention.short import backward_short
-
     call = _call(
         query, key, value, attn_mask, key_mask, cu_seqlens_q, cu_seqlens_k, dropout_key, seq_q, seq_k, scale,
         dropout_p, is_causal, window_left, window_right,
     )  # fmt: skip
     dq, dk, dv, dmask = _backward_outputs(query, key, value, attn_mask, want_dmask)
     error = lse_error if lse_error is not None and lse_error.numel() else None
-    short = attention_short("backward_short", call.shape)
+    config = kernels("attention.config")
+    short = config.attention_short("backward_short", call.shape)
     if short is not None:
-        backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
+        kernels("attention.short").backward_short(dq, dk, dv, dout, out, lse, error, dlse, call, short)
         return dq, dk, dv, dmask
     delta = torch.empty_like(lse)
+    dquery, dkey_dvalue = kernels("attention.dq").dquery, kernels("attention.dkv").dkey_dvalue
     _launch("dquery", query, call, partial(dquery, dq, delta, dout, out, lse, error, dlse, call))
     _launch("dkey_dvalue", query, call, partial(dkey_dvalue, dk, dv, dout, lse, error, delta, call))
     if dmask is not None:
-        write_dmask(dmask, dout, lse, error, delta, call, attention("scores", call.shape))
+        write = kernels("attention.scores").dmask
+        write(dmask, dout, lse, error, delta, call, config.attention("scores", call.shape))
     return dq, dk, dv, dmask
 
 
@@ -195,25 +186,21 @@ def probs_op(
     window_right: int,
 ) -> Tensor:
     """The weights before dropout, ``[batch, heads, seq_q, seq_k]``, of a padded batch."""
-    from pyaccel.kernels.attention import config
-    from pyaccel.kernels.attention import scores as attention_scores
-
     call = _call(
         query, key, key, attn_mask, key_mask, None, None, None, query.shape[2], key.shape[2], scale, 0.0,
         is_causal, window_left, window_right,
     )  # fmt: skip
     probs = query.new_empty(*query.shape[:3], key.shape[2])
-    attention_scores.probs(probs, lse, call, config.attention("scores", call.shape))
+    config = kernels("attention.config").attention("scores", call.shape)
+    kernels("attention.scores").probs(probs, lse, call, config)
     return probs
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionCall:
     """The kernels' view of a call; ``rest`` as :meth:`pyaccel.ops.attention.params.AttentionParams.flat` has it."""
-    from pyaccel.kernels.attention.params import AttentionCall
-
     attn_mask, key_mask, cu_q, cu_k, dropout_key, seq_q, seq_k, scale, dropout_p, is_causal, *window = rest
     batch, heads = query.shape[:2]
-    return AttentionCall(
+    made: AttentionCall = kernels("attention.params").AttentionCall(
         query,
         key,
         value,
@@ -232,3 +219,4 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionCal
         # PyTorch's own flag for products of fp32 on CUDA.
         allow_tf32=query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
     )
+    return made
