@@ -20,7 +20,7 @@ from pyaccel.nn.encoder_layer import encoder_layer, is_plain, plain_modules
 from pyaccel.ops.attention.params import CuSeqlens
 from pyaccel.ops.common import apply
 from pyaccel.ops.layer_choice import triton_serves
-from pyaccel.ops.triton_layer import LayerCall, LayerFunction, attend, forward
+from pyaccel.ops.layer_function import LayerCall, LayerFunction, attend, forward
 from pyaccel.packing import PackedLayout
 
 _REQUIRES_GRAD, _DTYPE, _DEVICE = map(attrgetter, ("requires_grad", "dtype", "device"))

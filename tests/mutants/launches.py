@@ -24,7 +24,7 @@ TESTS = [
 PLANS = "kernels/common/launch.py"
 COMMON = "pyaccel/ops/common.py"
 LAYER = "pyaccel/nn/triton_layer.py"
-FUNCTION = "pyaccel/ops/triton_layer.py"
+FUNCTION = "pyaccel/ops/layer_function.py"
 
 MUTANTS = [
     Mutant(
