@@ -50,6 +50,12 @@ class PackedLayout:
     def total_tokens(self) -> int:
         return self.indices.shape[0]
 
+    @property
+    def is_padded_batch(self) -> bool:
+        """Whether the packed buffer is the padded batch, row by row: no padding, and nothing was sorted."""
+        # Equal lengths are left in their order; with `key_indices` they need not be.
+        return self.key_indices is None and self.total_tokens == self.batch_size * self.seq_len
+
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each packed sequence. Waits for the device, once."""

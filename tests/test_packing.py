@@ -52,6 +52,18 @@ def test_keep_first_by_hand():
     assert (tokens.max_seqlen, tokens.max_seqlen_k) == (4, 4)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_batch_that_is_packed_as_it_lies(options: dict[str, bool]):
+    """Said only where packing would copy rows to where they are."""
+    masks = [torch.ones(3, 4), torch.ones(3, 0), torch.ones(0, 4), torch.tensor([[1, 1], [0, 1]]), MASK]
+    for mask in masks:
+        tokens = layout(mask, **options)
+        in_place = tokens.indices.tolist() == list(range(mask.numel()))
+        # Without padding: a row whose first position is kept may be sorted behind others or not.
+        expected = in_place and bool(mask.bool().all())
+        assert tokens.is_padded_batch == expected, mask
+
+
 def test_keep_first_sorted_by_hand():
     """Rows by (keys, queries): 3 (0, 1), 2 (2, 2), 1 (2, 3), 0 (3, 3), 4 (4, 4)."""
     tokens = layout(MASK, sort_by_length=True, keep_first=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -19,9 +20,9 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 import pyaccel
 from pyaccel import dispatch, triton_support
-from pyaccel.hf.executors import cuda_graph
+from pyaccel.hf.executors import cuda_graph, packed
 from tests.assertions import assert_bits_equal
-from tests.hf.models import MASKS, Truth, batch_of, of_family, tiny
+from tests.hf.models import MASKS, VOCAB, Truth, batch_of, of_family, read, tiny
 
 PROJECT = str(Path(pyaccel.__file__).parent)
 
@@ -94,6 +95,35 @@ def test_a_training_step_makes_few_calls(
     files = calls_of(step)
     assert len(files) <= 329, len(files)
     assert changes(files) <= 86, changes(files)
+
+
+def test_a_batch_without_padding_is_not_copied_to_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it sorted: in the second one a first position is kept as a query, and that row comes first."""
+    model = tiny()
+    accelerated = copy.deepcopy(model)
+    pyaccel.accelerate(accelerated)
+    unpacked: list[Tensor] = []
+    unpack = packed.unpack
+    monkeypatch.setattr(packed, "unpack", lambda x, tokens: unpacked.append(x) or unpack(x, tokens))
+    for is_packed, mask in ((False, torch.ones(2, 3)), (True, torch.tensor([[1, 1, 1], [0, 1, 1]]))):
+        batch = {"input_ids": torch.randint(0, VOCAB, mask.shape), "attention_mask": mask.long()}
+        Truth(model).check(accelerated, batch, ["last_hidden_state"], read(batch["attention_mask"]))
+        assert bool(unpacked) == is_packed
+
+
+@pytest.mark.parametrize("frozen", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_hidden_states_can_be_changed_in_place(frozen: Any) -> None:
+    """By something that learns, on a frozen encoder: a view that was made under no_grad would refuse."""
+    model = tiny()
+    pyaccel.accelerate(model)
+    learned = torch.ones(3, 32, requires_grad=True)
+    with frozen():
+        hidden = model(input_ids=torch.randint(0, VOCAB, (2, 3))).last_hidden_state
+    if hidden.is_inference():
+        hidden = hidden.clone()
+    hidden.mul_(learned).sum().backward()
+    assert learned.grad is not None
+    assert bool(learned.grad.any())
 
 
 # ---- layers without the public ops' checks ----

@@ -23,6 +23,7 @@ MUTANTS = [
     Mutant("on the CPU: a negative scale shows what a causal mask hides", SDPA, "and scale <= 0.0:", "and scale <= -1e9:"),
     Mutant("on the CPU: gradients of no queries share memory", SDPA, "is int and query.shape[2] == 0\n", "is int and query.shape[2] < 0\n"),
     Mutant("packed: keys that no query reads have no gradient", "pyaccel/ops/attention/varlen.py", "        return _joined_to(joined, key, value)\n", "        return out\n"),
+    Mutant("packed: rows behind the only group are left out", "pyaccel/ops/attention/varlen.py", "if len(groups.groups) == 1 and (len(query), len(key)) == (groups.total_q, groups.total_k):", "if len(groups.groups) == 1:"),
     Mutant("packed: NaN of a short sequence hides", "pyaccel/ops/attention/varlen.py", 'by = "torch" if math.isfinite(total.item()) else "sdpa"', 'by = "torch"'),
     Mutant("in a graph: NaN of a query hides", SDPA, "_showing(out, query) if may_hide and not reads else out", "out"),
     Mutant("reference: scores of fp16 overflow", REFERENCE, "narrow = wide if dtype == torch.float16 else dtype", "narrow = dtype"),

@@ -39,6 +39,8 @@ PACKED: dict[str, tuple[list[int], list[int], Options]] = {
     "mixed": ([5, 5, 3, 0, 7, 1, 7, 7], [], {}),
     "causal": ([5, 5, 3, 0, 7, 1, 7, 7], [], {"is_causal": True}),
     "window": ([9, 9, 17, 1], [], {"window_size": (2, 1)}),
+    "one length": ([5, 5, 5], [], {}),
+    "one length, cross": ([5, 5], [3, 3], {}),
     "cross": ([5, 5, 0, 4, 9, 2], [3, 3, 6, 0, 12, 2], {"scale": 0.1}),
     "cross, causal": ([5, 5, 0, 4, 9, 2], [3, 3, 6, 0, 12, 2], {"is_causal": True}),
     "cross, window": ([12, 12, 0, 4, 9, 2], [9, 9, 6, 0, 14, 2], {"window_size": (3, 0)}),

@@ -127,10 +127,13 @@ def attend_by_group(
     _, is_causal, scale, window_size, *_ = params
     heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[2]
     dropout_p, training = groups.dropout_p, groups.training
-    # split, not a slice for each group: its backward is one concatenation, a slice's a full-size tensor.
-    *queries, rest = query.split([*groups.rows_q, len(query) - groups.total_q])
-    *keys, _ = key.split([*groups.rows_k, len(key) - groups.total_k])
-    *values, _ = value.split([*groups.rows_k, len(value) - groups.total_k])
+    if len(groups.groups) == 1 and (len(query), len(key)) == (groups.total_q, groups.total_k):
+        queries, keys, values, rest = [query], [key], [value], None
+    else:
+        # split, not a slice for each group: its backward is one concatenation, a slice's a full-size tensor.
+        *queries, rest = query.split([*groups.rows_q, len(query) - groups.total_q])
+        *keys, _ = key.split([*groups.rows_k, len(key) - groups.total_k])
+        *values, _ = value.split([*groups.rows_k, len(value) - groups.total_k])
     # One buffer for all of a call: malloc gives blocks of this size back, and faults every page in again.
     scratch = None if training or dropout_p > 0.0 else query.new_empty(2, heads * groups.largest)
     out = []
@@ -159,7 +162,7 @@ def attend_by_group(
         else:
             for sequence in zip(q.split(len_q), k.split(len_k), v.split(len_k), strict=True):
                 out.append(products.evaluate(*sequence, scale, scratch))
-    if rest.shape[0] or not out:
+    if rest is not None and (rest.shape[0] or not out):
         out.append(reference.zero_output(rest, value_dim))
     joined = torch.cat(out) if len(out) > 1 else out[0]
     if training and not groups.attends:
