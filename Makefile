@@ -10,13 +10,13 @@ OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.12
 PYTHONS       ?= python3.10 python3.14
 LANE_TESTS    ?= tests/test_packaging.py tests/test_dispatch.py tests/kernels tests/ops tests/nn tests/models tests/hf \
-	tests/quantization tests/verify tests/cli tests/machine_code tests/gpu_stub
+	tests/quantization tests/verify tests/cli tests/machine_code
 
 BIN := $(VENV)/bin
 ENV := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-gpu test-oldest test-newest test-pythons nightly fuzz bench figures lint machine-code mutants \
+.PHONY: help demo test test-stub test-gpu test-oldest test-newest test-pythons nightly fuzz bench figures lint machine-code mutants \
 	inspect clean nightly-pairs nightly-verify nightly-fuzz
 .DEFAULT_GOAL := help
 
@@ -29,6 +29,9 @@ demo: $(ENV)     ## the main job: a real checkpoint, stock beside accelerated
 # One thread a worker: two workers, and kernels under the interpreter gain nothing from more.
 test: lint       ## lint, then every test that needs no GPU, kernels under Triton's interpreter
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-stub: $(ENV) ## the GPU path on a card that isn't there; needs g++, Python's headers and a CPU build of torch
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu_stub/on_stub_card.py $(ARGS)
 
 test-gpu: $(ENV) ## the same tests and those that need a GPU, kernels compiled and run on it
 	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: torch sees no GPU")'

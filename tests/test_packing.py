@@ -59,7 +59,7 @@ def test_a_batch_that_is_packed_as_it_lies(options: dict[str, bool]):
     for mask in masks:
         tokens = layout(mask, **options)
         in_place = tokens.indices.tolist() == list(range(mask.numel()))
-        # Without padding: a row whose first position is kept may be sorted behind others or not.
+        # A kept first position that is padding counts as such: sorting by keys may move its row.
         expected = in_place and bool(mask.bool().all())
         assert tokens.is_padded_batch == expected, mask
 

@@ -9,7 +9,7 @@ TESTS = [
     "tests/ops/test_direct.py",
     "tests/nn/test_triton_layer.py",
     *(
-        f"tests/gpu_stub/test_gpu_stub.py::test_on_a_card_that_is_not_there[{check}]"
+        f"tests/gpu_stub/on_stub_card.py::test_on_a_card_that_is_not_there[{check}]"
         for check in (
             "launches_go_to_the_device_of_the_tensors",
             "launches_go_to_the_current_stream",
