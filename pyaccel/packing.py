@@ -180,9 +180,13 @@ def unpack(packed: Tensor, layout: PackedLayout) -> Tensor:
             f"pyaccel.packing.unpack: the layout has {layout.total_tokens} tokens, "
             f"got a tensor {tuple(packed.shape)}"
         )
-    padded = _scatter(packed, layout.indices, layout.batch_size * layout.seq_len)
-    unpacked: Tensor = padded.unflatten(0, (layout.batch_size, layout.seq_len))
-    return unpacked
+    shape = (layout.batch_size, layout.seq_len, *packed.shape[1:])
+    if torch.is_grad_enabled():
+        return _scatter(packed, layout.indices, layout.batch_size * layout.seq_len).view(shape)
+    # Not a view: one made under no_grad can't be changed in place where gradients are recorded.
+    padded = packed.new_zeros(shape)
+    padded.flatten(0, 1).index_copy_(0, layout.indices, packed)
+    return padded
 
 
 class _Gather(torch.autograd.Function):

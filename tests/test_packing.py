@@ -52,6 +52,15 @@ def test_keep_first_by_hand():
     assert (tokens.max_seqlen, tokens.max_seqlen_k) == (4, 4)
 
 
+def test_what_is_unpacked_without_gradient_can_be_changed_in_place():
+    """By something that learns: a view that was made under no_grad would refuse."""
+    learned = torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        padded = unpack(torch.randn(11, 3), layout(MASK))
+    padded.mul_(learned).sum().backward()
+    assert learned.grad is not None
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_batch_that_is_packed_as_it_lies(options: dict[str, bool]):
     """Said only where packing would copy rows to where they are."""

@@ -112,13 +112,23 @@ def test_a_batch_without_padding_is_not_copied_to_be_packed(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("frozen", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
-def test_hidden_states_can_be_changed_in_place(frozen: Any) -> None:
+@pytest.mark.parametrize("kind", ["full", "padded", "first position padding", "packed"])
+def test_hidden_states_can_be_changed_in_place(kind: str, frozen: Any) -> None:
     """By something that learns, on a frozen encoder: a view that was made under no_grad would refuse."""
     model = tiny()
     pyaccel.accelerate(model)
-    learned = torch.ones(3, 32, requires_grad=True)
+    batch: dict[str, Any] = {"attention_mask": torch.ones(2, 3, dtype=torch.bool)}
+    hidden = torch.randn(2, 3, 32)
+    if kind == "packed":
+        offsets = torch.tensor([0, 3, 6], dtype=torch.int32)
+        batch = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 3, "max_length_k": 3}
+        hidden = hidden.flatten(0, 1)[None]
+    elif kind != "full":
+        batch["attention_mask"][1, 2 if kind == "padded" else 0] = False
+    learned = torch.ones(32, requires_grad=True)
     with frozen():
-        hidden = model(input_ids=torch.randint(0, VOCAB, (2, 3))).last_hidden_state
+        hidden = model.encoder(hidden, **batch).last_hidden_state
+    assert model.encoder._pyaccel.acceleration.report.served
     if hidden.is_inference():
         hidden = hidden.clone()
     hidden.mul_(learned).sum().backward()

@@ -40,6 +40,7 @@ MUTANTS = [
     Mutant("model: oneDNN's layers keep an epsilon", ONEDNN, "(norm.weight, norm.bias, norm.eps)", "(norm.weight, norm.bias, 1e-12)"),
     Mutant("model: rows that lie elsewhere are not packed", PACKING, "return self.key_indices is None and self.total_tokens ==", "return self.total_tokens =="),
     Mutant("model: hidden states are a view", "pyaccel/hf/executors/packed.py", ".reshape(hidden.shape).clone()", ".reshape(hidden.shape)"),
+    Mutant("model: unpacked hidden states are a view", PACKING, "    if torch.is_grad_enabled():\n", "    if True:\n"),
     Mutant("model: tokens sorted on the host, rows not", PACKING, "indices = by_length[row] * seq_len + column", "indices = row * seq_len + column"),
     Mutant("model: attention's dropout is asked, not attention, whether to drop", ELIGIBILITY, "(heads.training and heads.dropout.p > 0.0)", "(heads.dropout.training and heads.dropout.p > 0.0)"),
     Mutant("model: prepacked weights don't follow changes in place", "pyaccel/hf/fingerprint.py", "[*map(_DATA_PTR, tensors), *map(_VERSION, tensors)]", "[*map(_DATA_PTR, tensors)]"),

@@ -79,9 +79,7 @@ class Packed:
         hidden, tokens = call.hidden, call.tokens or tokens_of(call)
         if self.family.enter is not None:
             hidden = self.family.enter(module, hidden)
-        if call.is_packed:
-            return self.run_layers(hidden[0], tokens)[None]
-        if tokens.is_padded_batch:
+        if call.is_packed or tokens.is_padded_batch:
             # A copy: a view that was made under no_grad can't be changed in place where gradients are recorded.
             return self.run_layers(hidden.flatten(0, 1), tokens).reshape(hidden.shape).clone()
         return unpack(self.run_layers(pack(hidden, tokens), tokens), tokens)
